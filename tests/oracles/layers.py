@@ -1,0 +1,110 @@
+"""A whole attention layer: project, split into heads, attend, finish, project back.
+
+Weights are (out, in) matrices by name: q_proj, k_proj, v_proj, o_proj, then V1's lambda_q1, lambda_k1,
+lambda_q2, lambda_k2 and head_norm, V2's lambda_proj. Head counts are the Transformer twin's: with h heads of
+width d, V1 has h/2 heads whose values are 2d wide, V2 has h heads fed by 2h query heads, the others have h.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .collinear import collinear_map, collinear_t
+from .differential import differential_map, finish, lambda_init, lambda_value
+from .rotary import rotate
+from .softmax import apply_map, attention_map, rms_norm, visible
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    attention: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layer: int = 0
+    position: str = "rope"
+    base: float = 10_000.0
+    eps: float = 1e-5
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def heads_of(x: Tensor, weight: Tensor, width: int) -> Tensor:
+    """x Wᵀ cut into heads of `width`: (B, L, d_model) -> (B, heads, L, width)."""
+    y = torch.einsum("bli,oi->blo", x, weight)
+    return torch.stack(y.split(width, dim=-1), dim=1)
+
+
+def merge(heads: Tensor) -> Tensor:
+    return torch.cat(heads.unbind(dim=1), dim=-1)
+
+
+def initial_lambda(spec: LayerSpec) -> float:
+    choice = spec.options.get("lambda_init", "depth")
+    return lambda_init(spec.layer) if choice == "depth" else float(choice)
+
+
+def layer(
+    spec: LayerSpec,
+    weights: dict[str, Tensor],
+    x: Tensor,
+    context: Tensor | None = None,
+    *,
+    causal: bool = False,
+    key_padding: Tensor | None = None,
+    documents: Tensor | None = None,
+    allowed: Tensor | None = None,
+    positions: Tensor | None = None,
+    context_positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output (B, L, d_model) and effective map (B, H, L, S) of x (B, L, d_model), context (B, S, d_model).
+
+    Positions count from 0 in x and in the context unless given. `allowed` is bool, (L, S) to (B, H, L, S).
+    """
+    source = x if context is None else context
+    B, L, S, d = x.shape[0], x.shape[1], source.shape[1], spec.head_dim
+    if positions is None:
+        positions = torch.arange(L)
+    if context_positions is None:
+        context_positions = positions if context is None else torch.arange(S)
+    positions, context_positions = positions.expand(B, L), context_positions.expand(B, S)
+    see = visible(B, L, S, causal=causal, key_padding=key_padding, documents=documents)[:, None]
+    if allowed is not None:
+        see = see & (allowed if allowed.dim() != 3 else allowed[:, None])
+
+    q = heads_of(x, weights["q_proj"], d)
+    k = heads_of(source, weights["k_proj"], d)
+    v = heads_of(source, weights["v_proj"], 2 * d if spec.attention == "differential" else d)
+    if spec.position == "rope":
+        if spec.attention != "collinear":
+            q, k = rotate(q, positions, spec.base), rotate(k, context_positions, spec.base)
+    else:
+        assert spec.position == "nope"
+        positions, context_positions = torch.zeros(B, L), torch.zeros(B, S)
+
+    if spec.attention == "softmax":
+        weights_map = attention_map(q, k, allowed=see.expand(B, spec.heads, L, S))
+    elif spec.attention == "collinear":
+        t = collinear_t(k, spec.options.get("activation", "relu"))
+        mode = spec.options.get("mode", "exact")
+        weights_map = collinear_map(
+            q, t, mode, positions, context_positions, allowed=see.expand(B, spec.heads, L, S), base=spec.base
+        )
+    elif spec.attention == "differential":
+        vectors = [weights[f"lambda_{name}"] for name in ("q1", "k1", "q2", "k2")]
+        lam = lambda_value(*vectors, initial_lambda(spec))
+        weights_map = differential_map(q, k, spec.kv_heads // 2, lam, allowed=see)
+    else:
+        assert spec.attention == "differential_v2"
+        logit = torch.einsum("bli,hi->bhl", x, weights["lambda_proj"])
+        lam = 1 / (1 + torch.exp(-logit))
+        weights_map = differential_map(q, k, spec.kv_heads, lam[..., None], allowed=see)
+
+    out = apply_map(weights_map, v)
+    if spec.attention == "differential":
+        norm = spec.options.get("head_norm", True)
+        out = finish(out, weights.get("head_norm"), initial_lambda(spec), head_norm=norm, eps=spec.eps)
+    elif spec.attention == "softmax" and spec.options.get("head_norm", False):
+        out = rms_norm(out, weights.get("head_norm"), spec.eps)
+    return torch.einsum("bli,oi->blo", merge(out), weights["o_proj"]), weights_map
