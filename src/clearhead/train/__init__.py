@@ -1,0 +1,1 @@
+"""From a recipe to trained models: recipes, single jobs, and the comparison that runs them."""

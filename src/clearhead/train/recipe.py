@@ -1,0 +1,262 @@
+"""The recipe of a comparison: every key, its default and what it means; and the single job that it resolves to.
+
+Reading from TOML, overrides and writing are in `recipe_io`. Everything here is pure: no file, no model, no torch.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+Range = tuple[Positive, Positive]
+
+# What an arm may set for itself. The rest decides which tokens are seen and is the same for all arms.
+ARM_TRAIN_KEYS = (
+    "learning_rate",
+    "schedule",
+    "warmup",
+    "min_lr_ratio",
+    "weight_decay",
+    "betas",
+    "grad_clip",
+)
+# Keys of [model] that are decided elsewhere in the recipe.
+RESERVED_MODEL_KEYS = {
+    "attention": "set it in [[arms]]",
+    "attention_options": "set it in [[arms]]",
+    "vocab_size": "it is the tokenizer's",
+}
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run. The message is one sentence that names the file and the key to change."""
+
+
+class Table(BaseModel):
+    """A table of the recipe: unknown keys are errors, values are not converted from other types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _ordered(range_: Range, what: str) -> None:
+    if range_[0] > range_[1]:
+        raise ValueError(f"{what} is [smallest, largest], got {list(range_)}")
+
+
+class Corpus(Table):
+    """Where the text comes from; see `clearhead.data.corpora.open_corpus` for what a source can be."""
+
+    source: str = "stdlib"
+    text_field: str = "text"
+    max_bytes: Positive | None = None
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    seed: int = (
+        0  # of the split by document; not the seed of a run, so that all seeds share one validation set
+    )
+
+
+class Tokenizer(Table):
+    """`bpe` trains a byte-level BPE on the training split; anything else is a Hugging Face path or id."""
+
+    source: str = "bpe"
+    vocab_size: Annotated[int, Field(ge=260)] = 1024  # 256 bytes and the special tokens; only for `bpe`
+
+
+class NeedleRows(Table):
+    """The retrieval documents in training: a range is [smallest, largest], drawn uniformly."""
+
+    lengths: Range = (32, 128)
+    needles: Range = (1, 16)
+    questions: Positive = 4
+    key_tokens: Positive = 2
+    value_tokens: Positive = 2
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _ordered(self.lengths, "lengths")
+        _ordered(self.needles, "needles")
+        return self
+
+
+class Data(Table):
+    """What a row of `length` tokens is: text, retrieval documents or copied segments, by share of the rows."""
+
+    length: Annotated[int, Field(ge=8)] = 256
+    document_masks: bool = True
+    needle_share: Share = 0.0
+    copy_share: Share = 0.0
+    needles: NeedleRows = NeedleRows()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.needle_share + self.copy_share > 1:
+            raise ValueError(
+                f"needle_share + copy_share is {self.needle_share + self.copy_share:g}; they are shares of the rows "
+                "and cannot exceed 1"
+            )
+        if self.needle_share > 0 and self.needles.lengths[1] > self.length:
+            raise ValueError(
+                f"needles.lengths reaches {self.needles.lengths[1]}, longer than a row (length = {self.length})"
+            )
+        return self
+
+
+class Train(Table):
+    """Budget, optimiser and bookkeeping of one training run. Budgets are in tokens, periods in optimiser steps."""
+
+    tokens: Positive = 5_000_000
+    batch_tokens: Positive = 4096
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Share = 0.05  # share of the steps
+    min_lr_ratio: Share = 0.1  # the schedule ends at this share of learning_rate
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    grad_clip: Annotated[float, Field(ge=0)] = 1.0  # 0 = off
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    save_every: Positive = 200
+    log_every: Positive = 10
+    probe_every: Annotated[int, Field(ge=0)] = 0  # measure retrieval accuracy while training; 0 = never
+    mastery: Annotated[float, Field(gt=0, le=1)] = 0.9  # the probe accuracy that counts as mastered
+    stop_at_mastery: bool = False
+    threads: Annotated[int, Field(ge=0)] = 1  # per job; 0 = cores // workers
+    workers: Annotated[int, Field(ge=0)] = 0  # jobs side by side; 0 = number of cores
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.stop_at_mastery and not self.probe_every:
+            raise ValueError("stop_at_mastery needs probe_every > 0")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole budget; the last one completes it."""
+        return math.ceil(self.tokens / self.batch_tokens)
+
+
+class Evaluate(BaseModel):
+    """Which evaluations run, and a table of options for any of them, checked by that evaluation's own `Config`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    __pydantic_extra__: dict[str, dict[str, Any]]
+
+    suites: list[str] = ["language_modelling", "loss_by_position", "needles", "allocation"]
+
+    def options(self, suite: str) -> dict[str, Any]:
+        """The options given for `suite`; empty when there is no such table."""
+        return self.__pydantic_extra__.get(suite, {})
+
+
+class Sweep(Table):
+    """Choose each arm's learning rate on its own seeds before the compared seeds run. See `clearhead.train.sweep`."""
+
+    learning_rate: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2)]
+    seeds: Annotated[list[int], Field(min_length=1)]
+    tokens: Positive | None = None  # budget of a sweep run; default: the main budget
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.learning_rate)) < len(self.learning_rate):
+            raise ValueError("learning_rate names a value twice")
+        return self
+
+
+class Arm(Table):
+    """One side of the comparison: an attention variant and what differs with it."""
+
+    name: Annotated[str, Field(min_length=1)]
+    attention: str = "softmax"
+    attention_options: dict[str, Any] = {}
+    model: dict[str, Any] = {}  # overrides of [model]
+    train: dict[str, Any] = {}  # overrides of [train], only the keys in ARM_TRAIN_KEYS
+
+    @property
+    def slug(self) -> str:
+        """The name as a directory name."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+class Job(Table):
+    """One arm with one seed, resolved: nothing of the recipe has to be looked up any more. This is `job.json`."""
+
+    recipe: str
+    arm: str
+    slug: str
+    seed: int
+    corpus: Corpus
+    tokenizer: Tokenizer
+    data: Data
+    model: dict[str, Any]  # keyword arguments of ClearheadConfig, all but vocab_size
+    train: Train
+    evaluate: Evaluate
+
+    @property
+    def attention(self) -> str:
+        """Name of the attention variant."""
+        return str(self.model["attention"])
+
+
+class Recipe(Table):
+    """A comparison: one corpus, one mixture of rows, one budget, several arms and seeds."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    description: str = ""
+    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    corpus: Corpus = Corpus()
+    tokenizer: Tokenizer = Tokenizer()
+    data: Data = Data()
+    model: dict[str, Any] = {}
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    sweep: Sweep | None = None
+    arms: Annotated[list[Arm], Field(min_length=1)]
+
+    def arm(self, name: str) -> Arm:
+        """The arm with this name or slug; RecipeError when there is none."""
+        for arm in self.arms:
+            if name in (arm.name, arm.slug):
+                return arm
+        raise RecipeError(
+            f"recipe {self.name!r} has no arm {name!r}; it has {', '.join(repr(arm.name) for arm in self.arms)}"
+        )
+
+    def model_of(self, arm: Arm) -> dict[str, Any]:
+        """Keyword arguments of ClearheadConfig for `arm`, all but vocab_size."""
+        return {
+            **self.model,
+            **arm.model,
+            "attention": arm.attention,
+            "attention_options": arm.attention_options,
+        }
+
+    def for_arm(
+        self, name: str, seed: int, *, learning_rate: float | None = None, tokens: int | None = None
+    ) -> Job:
+        """The job of one arm and one seed. `learning_rate` and `tokens` replace the recipe's (a sweep sets them)."""
+        arm = self.arm(name)
+        train: dict[str, Any] = {**self.train.model_dump(), **tuples(arm.train)}
+        if learning_rate is not None:
+            train["learning_rate"] = learning_rate
+        if tokens is not None:
+            train["tokens"] = tokens
+        return Job(
+            recipe=self.name,
+            arm=arm.name,
+            slug=arm.slug,
+            seed=seed,
+            corpus=self.corpus,
+            tokenizer=self.tokenizer,
+            data=self.data,
+            model=self.model_of(arm),
+            train=Train.model_validate(train),
+            evaluate=self.evaluate,
+        )
+
+
+def tuples(table: Mapping[str, Any]) -> dict[str, Any]:
+    """`table` with its lists as tuples, as the strict models take them from Python."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
