@@ -1,0 +1,1 @@
+"""Real text in, token batches out."""

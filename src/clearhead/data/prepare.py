@@ -1,0 +1,284 @@
+"""A corpus becomes two token stores and a tokenizer, once: later calls open what the cache holds."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from clearhead.data.cache import cache_dir, digest_json, fingerprint
+from clearhead.data.corpora import Corpus, open_corpus
+from clearhead.data.readers import CorpusError
+from clearhead.data.store import DamagedStore, TokenStore, TokenWriter
+from clearhead.data.tokenizer import encode_texts, get_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Progress = Callable[[str], None]
+FORMAT = 1
+BATCH_BYTES = 2**20
+TOKENIZER_BYTES = 64 * 2**20
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG}
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What to read and how to split and tokenize it; equal specs over an equal corpus give equal data.
+
+    ``validation_fraction`` is a share of the documents, ``seed`` chooses which; ``vocab_size`` belongs to the
+    tokenizer ``"bpe"`` and is ignored for others.
+    """
+
+    source: str = "stdlib"
+    text_field: str = "text"
+    max_bytes: int | None = None
+    validation_fraction: float = 0.05
+    tokenizer: str = "bpe"
+    vocab_size: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise CorpusError(
+                f"corpus.validation_fraction is {self.validation_fraction}: it must lie between 0 and 1, such as 0.05"
+            )
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Tokenizer, training and validation documents, and what they were made from (JSON-able ``identity``)."""
+
+    tokenizer: PreTrainedTokenizerFast
+    train: TokenStore
+    validation: TokenStore
+    identity: dict[str, Any]
+
+
+def prepare(spec: DataSpec, *, progress: Progress | None = None) -> PreparedData:
+    """Read, split, tokenize and store the corpus of ``spec``, or open what an earlier call stored.
+
+    The split is by document: a document is validation when the hash of (seed, its text) falls below
+    ``validation_fraction``, whatever its name, its place and the other documents; equal texts therefore never lie on
+    both sides. Only when that leaves a side empty does the nearest text change sides. The tokenizer is trained on the
+    training side alone (a sample of 64 MiB of it at most).
+
+    Several processes may prepare at once: one works, the others wait for it. A killed one leaves nothing behind that
+    is taken for whole, and damaged data is made again. While it works the disk holds the text once more.
+
+    Raises CorpusError for any fault of the corpus (see :func:`clearhead.data.corpora.open_corpus`), when it has fewer
+    than two different documents, and when the cache directory cannot be written.
+    """
+    say = progress or (lambda message: None)
+    corpus = open_corpus(spec.source, text_field=spec.text_field, max_bytes=spec.max_bytes)
+    say(f"checking {spec.source}")
+    made_from = {
+        "format": FORMAT,
+        "spec": asdict(spec),
+        "corpus": corpus.identity(),
+        "tokenizer_files": tokenizer_files(spec.tokenizer),
+    }
+    folder = cache_dir() / "prepared" / digest_json(made_from)[:32]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say("waiting for another process that prepares the same data")
+            lock.acquire()
+        try:
+            if (found := load(folder)) is not None:
+                return found
+            shutil.rmtree(folder, ignore_errors=True)
+            work = folder.with_suffix(".part")
+            shutil.rmtree(work, ignore_errors=True)
+            try:
+                build(corpus, spec, made_from, work, say)
+                work.rename(folder)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+        finally:
+            lock.release()
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise CorpusError(
+            f"the prepared data cannot be written under '{folder.parent}' ({error.strerror}): free space there or set "
+            "CLEARHEAD_CACHE to another directory"
+        ) from error
+    prepared = load(folder)
+    if prepared is None:
+        raise CorpusError(f"the data just written to '{folder}' cannot be read back: check the disk")
+    return prepared
+
+
+def tokenizer_files(source: str) -> dict[str, str] | None:
+    """Fingerprints of a local tokenizer's files, so that a changed tokenizer is not taken for the old one."""
+    path = Path(source)
+    if source == "bpe" or not path.is_dir():
+        return None
+    return {file.name: fingerprint(file) for file in sorted(path.iterdir()) if file.suffix in {".json", ".txt"}}
+
+
+def load(folder: Path) -> PreparedData | None:
+    """What :func:`build` left in ``folder``; None when nothing or something damaged is there."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        identity = json.loads((folder / "identity.json").read_text())
+        for name, expected in identity["files"].items():
+            if fingerprint(folder / name) != expected:
+                return None
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+        train, validation = TokenStore.load(folder / "train"), TokenStore.load(folder / "validation")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, DamagedStore):
+        return None
+    return PreparedData(tokenizer, train, validation, identity)
+
+
+@dataclass
+class Spool:
+    """The text of the corpus on disk and, per document, its place, name and share (where its hash lies in [0, 1))."""
+
+    file: IO[bytes]
+    offsets: array[int]
+    shares: array[float]
+    ids: list[str]
+    digests: set[bytes]
+
+    def text(self, i: int) -> str:
+        self.file.seek(self.offsets[i])
+        return self.file.read(self.offsets[i + 1] - self.offsets[i]).decode()
+
+    def size(self, i: int) -> int:
+        return self.offsets[i + 1] - self.offsets[i]
+
+
+def build(corpus: Corpus, spec: DataSpec, made_from: dict[str, Any], folder: Path, say: Progress) -> None:
+    """Write the stores, the tokenizer and, last, identity.json with the fingerprints of all of them."""
+    folder.mkdir(parents=True)
+    spooled = folder / "text"
+    with spooled.open("w+b") as file:
+        spool = read_corpus(corpus, spec, file, say)
+        train, validation = split(spool, spec)
+        texts, key = training_sample(spool, train)
+        if spec.tokenizer == "bpe":
+            say("training the tokenizer")
+        tokenizer = get_tokenizer(spec.tokenizer, vocab_size=spec.vocab_size, texts=texts, cache_key=key)
+        counts = {}
+        for name, documents in (("train", train), ("validation", validation)):
+            counts[name] = tokenize(spool, documents, tokenizer, folder / name, say)
+    spooled.unlink()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    identity = {
+        **made_from,
+        "vocab_size": len(tokenizer),
+        "duplicates": len(spool.ids) - len(spool.digests),
+        **counts,
+        "files": {path.relative_to(folder).as_posix(): fingerprint(path) for path in files},
+    }
+    (folder / "identity.json").write_text(json.dumps(identity, indent=1))
+
+
+def read_corpus(corpus: Corpus, spec: DataSpec, file: IO[bytes], say: Progress) -> Spool:
+    """One pass over the corpus: its text goes to ``file``, so that a remote or packed source is read once."""
+    spool = Spool(file, array("q", [0]), array("d"), [], set())
+    reported = 0
+    for document in corpus.documents():
+        raw = document.text.encode()
+        digest = hashlib.sha256(raw).digest()
+        file.write(raw)
+        spool.offsets.append(spool.offsets[-1] + len(raw))
+        spool.shares.append(share(spec.seed, digest))
+        spool.ids.append(document.id)
+        spool.digests.add(digest[:16])
+        if spool.offsets[-1] - reported >= 16 * BATCH_BYTES:
+            reported = spool.offsets[-1]
+            say(f"reading {spec.source}: {reported / 1e6:.0f} MB")
+    file.flush()
+    return spool
+
+
+def share(seed: int, digest: bytes) -> float:
+    """A number in [0, 1) that depends on the seed and the text alone."""
+    mixed = hashlib.sha256(f"{seed}:".encode() + digest).digest()
+    return int.from_bytes(mixed[:6], "big") / 2**48
+
+
+def split(spool: Spool, spec: DataSpec) -> tuple[list[int], list[int]]:
+    """Documents of the training side in the order of the corpus, and of the validation side in the order of shares.
+
+    Hash order makes the first documents of the validation side a random sample.
+    """
+    if len(spool.digests) < 2:
+        raise CorpusError(
+            f"the corpus '{spec.source}' has {len(spool.digests)} different document(s), and training and validation "
+            "need at least one each: add documents or raise corpus.max_bytes"
+        )
+    border = spec.validation_fraction
+    lowest, highest = min(spool.shares), max(spool.shares)
+    if lowest >= border:
+        border = min(share for share in spool.shares if share > lowest)
+    elif highest < border:
+        border = highest
+    train = [i for i, value in enumerate(spool.shares) if value >= border]
+    validation = [i for i, value in enumerate(spool.shares) if value < border]
+    return train, sorted(validation, key=lambda i: (spool.shares[i], spool.ids[i]))
+
+
+def training_sample(spool: Spool, train: list[int]) -> tuple[Iterator[str], str]:
+    """Texts to train a tokenizer on, at most 64 MiB and chosen by hash, and a key that stands for their content."""
+    total = sum(spool.size(i) for i in train)
+    chosen = train
+    if total > TOKENIZER_BYTES:
+        chosen, taken = [], 0
+        for i in sorted(train, key=lambda i: spool.shares[i]):
+            chosen.append(i)
+            taken += spool.size(i)
+            if taken >= TOKENIZER_BYTES:
+                break
+    # A share is a hash of the text, so the sorted shares name the set of texts.
+    key = digest_json(sorted((spool.shares[i], spool.size(i)) for i in chosen))
+    return (spool.text(i) for i in chosen), key
+
+
+def tokenize(
+    spool: Spool, documents: list[int], tokenizer: PreTrainedTokenizerFast, folder: Path, say: Progress
+) -> dict[str, int]:
+    """Write the tokens of ``documents`` batch by batch; returns the counts of the split."""
+    total = sum(spool.size(i) for i in documents)
+    done = reported = 0
+    bos = tokenizer.bos_token_id
+    with TokenWriter(folder, vocab_size=len(tokenizer), bos_token_id=bos) as writer:
+        for batch in batches(spool, documents):
+            for i, ids in zip(batch, encode_texts(tokenizer, [spool.text(i) for i in batch]), strict=True):
+                writer.add(spool.ids[i], ids, spool.size(i))
+                done += spool.size(i)
+            if done - reported >= total // 10:
+                reported = done
+                say(f"tokenizing {folder.name}: {100 * done // total}%")
+    return {"documents": len(documents), "bytes": total, "tokens": sum(writer.lengths)}
+
+
+def batches(spool: Spool, documents: list[int]) -> Iterator[list[int]]:
+    """Documents in groups of about a megabyte, which is what the tokenizer needs to use every core."""
+    batch: list[int] = []
+    held = 0
+    for i in documents:
+        batch.append(i)
+        held += spool.size(i)
+        if held >= BATCH_BYTES:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch

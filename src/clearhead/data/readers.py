@@ -1,0 +1,205 @@
+"""One reader a kind of file: path in, documents out, one at a time."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+BLOCK = 2**20
+BOM = b"\xef\xbb\xbf"
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+PLAIN = (".txt", ".md", ".py")
+SUFFIXES = (*PLAIN, ".jsonl", ".jsonl.gz", ".parquet")
+
+
+class CorpusError(ValueError):
+    """The text cannot be used: one sentence that names the file and what to change."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A piece of text and its name inside the corpus."""
+
+    id: str
+    text: str
+
+
+def suffix_of(path: Path) -> str:
+    name = path.name.lower()
+    return ".jsonl.gz" if name.endswith(".jsonl.gz") else path.suffix.lower()
+
+
+def read_file(path: Path, name: str, *, text_field: str, part_bytes: int | None) -> Iterator[Document]:
+    """The documents of one file; ``name`` begins their ids, ``part_bytes`` cuts plain text into parts.
+
+    Raises CorpusError for a file that is missing, unreadable, empty or not what its suffix says. An empty ``.py`` file
+    is passed over: packages are full of them.
+    """
+    suffix = suffix_of(path)
+    try:
+        if path.stat().st_size == 0:
+            if suffix == ".py" and part_bytes is None:
+                return
+            raise CorpusError(f"'{path}' is empty: fill it or leave it out of the corpus")
+        found = False
+        for document in _documents(path, name, suffix, text_field, part_bytes):
+            found = True
+            yield document
+    except FileNotFoundError as error:
+        raise CorpusError(f"'{path}' is missing: restore it or correct corpus.source") from error
+    except OSError as error:
+        raise CorpusError(f"'{path}' cannot be read ({error.strerror or error}): repair it or leave it out") from error
+    if not found and not (suffix == ".py" and part_bytes is None):
+        raise CorpusError(f"'{path}' is empty: it holds no text but white space, fill it or leave it out of the corpus")
+
+
+def _documents(path: Path, name: str, suffix: str, field: str, part_bytes: int | None) -> Iterator[Document]:
+    if suffix == ".parquet":
+        return read_parquet(path, name, field)
+    if suffix in PLAIN:
+        return read_plain(path, name, part_bytes)
+    return read_json_lines(path, name, field, gzip.open if suffix.endswith(".gz") else open)
+
+
+def read_plain(path: Path, name: str, part_bytes: int | None) -> Iterator[Document]:
+    """A text file as one document, or cut after paragraphs into documents of about ``part_bytes``."""
+    with path.open("rb") as file:
+        if part_bytes is None:
+            text = decode(file.read(), path, 0)
+            if text.strip():
+                yield Document(name, text)
+            return
+        for part, (offset, raw) in enumerate(parts(file, part_bytes)):
+            text = decode(raw, path, offset)
+            if text.strip():
+                yield Document(f"{name}#{part}", text)
+
+
+def parts(file: IO[bytes], size: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes) pieces of at least ``size`` and less than twice that, the last one up to twice."""
+    offset, pending = 0, b""
+    while block := file.read(max(BLOCK, 2 * size)):
+        pending += block
+        while len(pending) >= 2 * size:
+            end = cut(pending, size)
+            yield offset, pending[:end]
+            offset, pending = offset + end, pending[end:]
+    if pending:
+        yield offset, pending
+
+
+def cut(raw: bytes, size: int) -> int:
+    """Where to cut between ``size`` and twice that: after a blank line, else after a line, else between characters."""
+    for mark in (b"\n\n", b"\n"):
+        found = raw.find(mark, size - len(mark), 2 * size - len(mark))
+        if found >= 0:
+            return found + len(mark)
+    end = size
+    while end > size - 4 and raw[end] & 0xC0 == 0x80:
+        end -= 1
+    return end
+
+
+def decode(raw: bytes, path: Path, offset: int) -> str:
+    if offset == 0:
+        if raw[:2] in UTF16_MARKS:
+            raise CorpusError(f"'{path}' is UTF-16, not UTF-8: convert it or leave it out of the corpus")
+        raw = raw.removeprefix(BOM)
+    nul = raw.find(b"\0")
+    if nul >= 0:
+        raise CorpusError(f"'{path}' is binary (a NUL at byte {offset + nul}): leave it out of the corpus")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"'{path}' is not UTF-8 (byte {offset + error.start}): convert it to UTF-8 or leave it out of the corpus"
+        ) from error
+
+
+def read_json_lines(path: Path, name: str, field: str, opener: Callable[..., Any]) -> Iterator[Document]:
+    """A document a line: an object whose ``field`` is the text; blank lines and blank texts are passed over."""
+    offset = 0
+    number = 0
+    with opener(path, "rb") as file:
+        lines = enumerate(file, start=1)
+        while True:
+            try:
+                number, raw = next(lines)
+            except StopIteration:
+                return
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                raise CorpusError(
+                    f"'{path}' is not a whole gzip file (after line {number}): make or download it again"
+                ) from error
+            line = decode(raw, path, offset).strip()
+            offset += len(raw)
+            if line:
+                text = text_of(parse(line, path, number), field, f"line {number} of '{path}'")
+                if text.strip():
+                    yield Document(f"{name}:{number}", text)
+
+
+def parse(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise CorpusError(f"line {number} of '{path}' is not JSON ({error}): correct or remove the line") from error
+    if not isinstance(record, dict):
+        raise CorpusError(
+            f"line {number} of '{path}' is a JSON {type(record).__name__}, not an object: "
+            'write one object such as {"text": "..."} a line'
+        )
+    return record
+
+
+def text_of(record: dict[str, Any], field: str, where: str) -> str:
+    if field not in record:
+        raise CorpusError(
+            f"{where} has no field '{field}'; its fields are {', '.join(sorted(record)) or 'none'}: "
+            "set corpus.text_field to one of them"
+        )
+    text = record[field]
+    if not isinstance(text, str):
+        raise CorpusError(f"field '{field}' in {where} is {type(text).__name__}, not text: set corpus.text_field")
+    return encodable(text, where)
+
+
+def encodable(text: str, where: str) -> str:
+    """``text`` itself, unless it holds half of a surrogate pair, which no UTF-8 file and no tokenizer can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CorpusError(f"the text in {where} holds an unpaired surrogate at character {error.start}") from error
+    return text
+
+
+def read_parquet(path: Path, name: str, field: str) -> Iterator[Document]:
+    """A document a row, read batch by batch from the row groups."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise CorpusError(f"'{path}' is not a whole Parquet file ({error}): make or download it again") from error
+    with file:
+        schema = file.schema_arrow
+        if field not in schema.names:
+            raise CorpusError(
+                f"'{path}' has no column '{field}'; its columns are {', '.join(schema.names)}: "
+                "set corpus.text_field to one of them"
+            )
+        kind = schema.field(field).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise CorpusError(f"column '{field}' of '{path}' is {kind}, not text: set corpus.text_field")
+        row = 0
+        for batch in file.iter_batches(batch_size=256, columns=[field]):
+            for text in batch.column(0).to_pylist():
+                if text is not None and text.strip():
+                    yield Document(f"{name}:{row}", text)
+                row += 1
