@@ -67,13 +67,19 @@ class Tokenizer(Table):
 
 
 class NeedleRows(Table):
-    """The retrieval documents in training: a range is [smallest, largest], drawn uniformly."""
+    """The retrieval documents in training; see `clearhead.data.retrieval.NeedleRange`.
+
+    A range is [smallest, largest], drawn uniformly. Copied segments have the same lengths.
+    """
 
     lengths: Range = (32, 128)
     needles: Range = (1, 16)
     questions: Positive = 4
     key_tokens: Positive = 2
     value_tokens: Positive = 2
+    template: str = "\n# {key}{value}"
+    question: str = "\n# {key}{value}"
+    learn_context: bool = False  # also learn the text around the needles
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -98,9 +104,9 @@ class Data(Table):
                 f"needle_share + copy_share is {self.needle_share + self.copy_share:g}; they are shares of the rows "
                 "and cannot exceed 1"
             )
-        if self.needle_share > 0 and self.needles.lengths[1] > self.length:
+        if self.needle_share + self.copy_share > 0 and self.needles.lengths[0] > self.length:
             raise ValueError(
-                f"needles.lengths reaches {self.needles.lengths[1]}, longer than a row (length = {self.length})"
+                f"needles.lengths starts at {self.needles.lengths[0]}, longer than a row (length = {self.length})"
             )
         return self
 

@@ -1,0 +1,112 @@
+"""The comparison: check, prepare the data once, sweep if asked, train and evaluate every arm with every seed."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from clearhead.train.jobs import Row, Task, Watcher, run_tasks
+from clearhead.train.recipe import Recipe, RecipeError
+from clearhead.train.rundir import check_space, check_writable, exclusive, open_run, set_aside
+
+# Weights and two Adam moments in float32; the checkpoint kept, the one being written, and the final weights.
+BYTES_PER_PARAMETER = 4 * (3 * 2 + 1)
+# Logs, TensorBoard events and results of one job, and the tokenizer.
+BYTES_PER_JOB = 10_000_000
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a comparison ended with; `failed` is empty when every job is complete."""
+
+    rows: list[Row]
+
+    @property
+    def failed(self) -> list[Row]:
+        return [row for row in self.rows if row.status.state != "evaluated"]
+
+
+def run_comparison(
+    recipe: Recipe, run_dir: Path, *, watcher: Watcher, say: Say, fresh: bool = False
+) -> Outcome:
+    """Bring the run directory to completion: whatever is finished there stays, everything else is run.
+
+    Args:
+        fresh: set an existing run directory aside first and begin again.
+
+    Raises RunError or RecipeError before anything is trained; a job that fails later is in the outcome.
+    """
+    from clearhead.data.packing import prepare
+    from clearhead.train.rows import data_spec
+
+    if fresh:
+        aside = set_aside(run_dir)
+        if aside is not None:
+            say(f"the earlier run is now in {aside}")
+    check_writable(run_dir)
+    with exclusive(run_dir, f"the run {str(run_dir)!r}"):
+        parameters = check_models(recipe)
+        open_run(run_dir, recipe)
+        tasks = arm_tasks(recipe, run_dir)
+        sweep = _sweep_tasks(recipe, run_dir)
+        missing = [task for task in [*sweep, *tasks] if not (task.directory / "model").exists()]
+        check_space(
+            run_dir, sum(parameters[t.job.arm] * BYTES_PER_PARAMETER + BYTES_PER_JOB for t in missing)
+        )
+        prepare(data_spec(recipe), progress=say)
+        if sweep:
+            say(f"choosing learning rates: {len(sweep)} runs")
+            swept = Outcome(run_tasks(sweep, watcher))
+            if swept.failed:
+                return swept
+            from clearhead.train.sweep import choose
+
+            rates = choose(recipe, sweep, run_dir)
+            say("chosen: " + ", ".join(f"{arm} {rate:g}" for arm, rate in rates.items()))
+            tasks = arm_tasks(recipe, run_dir, rates)
+        return Outcome(run_tasks(tasks, watcher))
+
+
+def arm_tasks(recipe: Recipe, run_dir: Path, rates: Mapping[str, float] | None = None) -> list[Task]:
+    """Every arm with every seed; all arms of a seed before the next seed, so that a part of a run can be compared."""
+    tasks = []
+    for seed in recipe.seeds:
+        for arm in recipe.arms:
+            job = recipe.for_arm(arm.name, seed, learning_rate=rates[arm.name] if rates else None)
+            tasks.append(Task(job, job_directory(run_dir, arm.slug, seed), arm.name))
+    return tasks
+
+
+def job_directory(run_dir: Path, slug: str, seed: int) -> Path:
+    """Where one arm with one seed lives."""
+    return run_dir / "arms" / slug / f"seed-{seed}"
+
+
+def _sweep_tasks(recipe: Recipe, run_dir: Path) -> list[Task]:
+    if recipe.sweep is None:
+        return []
+    from clearhead.train.sweep import sweep_tasks
+
+    return sweep_tasks(recipe, run_dir)
+
+
+def check_models(recipe: Recipe) -> dict[str, int]:
+    """Build every arm's model without memory, so that a wrong option is found before anything runs.
+
+    Returns the parameters of each arm by name. Raises RecipeError that names the arm.
+    """
+    import torch
+
+    from clearhead.models import ClearheadConfig, ClearheadForCausalLM
+
+    parameters = {}
+    for index, arm in enumerate(recipe.arms):
+        try:
+            config = ClearheadConfig(vocab_size=recipe.tokenizer.vocab_size, **recipe.model_of(arm))
+            with torch.device("meta"):
+                model = ClearheadForCausalLM(config)
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"{recipe.name}: arms.{index} ({arm.name}): {error}") from error
+        parameters[arm.name] = sum(weight.numel() for weight in model.parameters())
+    return parameters

@@ -1,0 +1,36 @@
+"""What a job trains on: the same rows in the same order for every arm with the same seed."""
+
+from clearhead.data.packing import pack_text
+from clearhead.data.prepare import DataSpec, PreparedData
+from clearhead.data.retrieval import Mixture, NeedleRange
+from clearhead.train.recipe import Job, Recipe
+
+
+def data_spec(source: Recipe | Job) -> DataSpec:
+    """What `clearhead.data.prepare` has to make ready; it does not depend on arm and seed."""
+    return DataSpec(
+        source=source.corpus.source,
+        text_field=source.corpus.text_field,
+        max_bytes=source.corpus.max_bytes,
+        validation_fraction=source.corpus.validation_fraction,
+        tokenizer=source.tokenizer.source,
+        vocab_size=source.tokenizer.vocab_size,
+        seed=source.corpus.seed,
+    )
+
+
+def training_rows(job: Job, data: PreparedData) -> Mixture:
+    """The rows of the whole budget; row i is a pure function of the job's seed and i."""
+    length = job.data.length
+    return Mixture(
+        text=pack_text(data.train, length, job.seed, document_masks=job.data.document_masks),
+        haystack=data.train,
+        tokenizer=data.tokenizer,
+        length=length,
+        rows=job.train.steps * (job.train.batch_tokens // length),
+        seed=job.seed,
+        needle_share=job.data.needle_share,
+        copy_share=job.data.copy_share,
+        needles=NeedleRange(**job.data.needles.model_dump()),
+        document_masks=job.data.document_masks,
+    )

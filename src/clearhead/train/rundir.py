@@ -1,0 +1,197 @@
+"""The run directory: who may write to it, whether it belongs to this recipe, and whether it will fit on the disk."""
+
+import fcntl
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from clearhead.train.recipe import Recipe, RecipeError
+from clearhead.train.recipe_io import differences, dump_toml, parse_recipe
+from clearhead.train.status import write_json, write_text
+
+# Changing these does not change what a trained model is, so they may differ between calls on one run directory.
+FREE_KEYS = ("description", "seeds", "evaluate")
+FREE_TRAIN_KEYS = ("workers", "threads", "save_every")
+PACKAGES = ("clearhead", "torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy", "scipy")
+
+
+class RunError(ValueError):
+    """A run directory that cannot be used. The message is one sentence that says what to do instead."""
+
+
+def cores() -> int:
+    """The cores this process may use."""
+    if platform.system() == "Linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def exclusive(directory: Path, what: str, wait: float = 0.0) -> Iterator[None]:
+    """Hold `directory` for this process; RunError when another one does, after `wait` seconds of trying.
+
+    The lock is the operating system's, so it ends with its holder however that ends.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait
+    with (directory / ".lock").open("a+", encoding="utf-8") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    file.seek(0)
+                    holder = file.read().strip() or "unknown"
+                    raise RunError(
+                        f"{what} is in use by another clearhead process (pid {holder}); wait for it or stop it"
+                    ) from None
+                time.sleep(0.1)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def check_writable(directory: Path) -> None:
+    """Create `directory` and prove that files can be written in it; RunError otherwise."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe-") as file:
+            file.write(b"0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise RunError(
+            f"cannot write to {str(directory)!r} ({error.strerror or error}); choose another directory with --out"
+        ) from None
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """RunError when the disk of `directory` has less than `needed` bytes left."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise RunError(
+            f"the run needs about {_size(needed)} of disk but only {_size(free)} are free in {str(directory)!r}; "
+            "make room or choose another directory with --out"
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def open_run(directory: Path, recipe: Recipe) -> None:
+    """Make `directory` the run directory of `recipe`: refuse one made by a different recipe, write recipe and env.
+
+    Seeds, arms and evaluations may be added to a run; RunError names any other key that differs.
+    """
+    written = directory / "recipe.toml"
+    if written.exists():
+        changed = _changes(written, recipe)
+        if changed:
+            raise RunError(
+                f"{str(directory)!r} was made by a different recipe ({'; '.join(changed[:5])}"
+                f"{f'; and {len(changed) - 5} more' if len(changed) > 5 else ''}); "
+                "choose another --out, or --fresh to set the old run aside and begin again"
+            )
+    elif any(not entry.name.startswith(".") for entry in directory.iterdir()):
+        raise RunError(f"{str(directory)!r} is not empty and not a run directory; choose another --out")
+    write_text(written, dump_toml(recipe))
+    if not (directory / "env.json").exists():
+        write_json(directory / "env.json", environment())
+
+
+def set_aside(directory: Path) -> Path | None:
+    """Rename an existing run directory to the first free `NAME.old-N`; None when there is nothing to rename."""
+    if not directory.exists() or not any(directory.iterdir()):
+        return None
+    number = 1
+    while (target := directory.with_name(f"{directory.name}.old-{number}")).exists():
+        number += 1
+    return directory.rename(target)
+
+
+def _changes(written: Path, recipe: Recipe) -> list[str]:
+    try:
+        raw = tomllib.loads(written.read_text(encoding="utf-8"))
+        old = parse_recipe(raw, source=str(written))
+    except (RecipeError, tomllib.TOMLDecodeError) as error:
+        return [f"its recipe is not one of this version: {error}"]
+    before, after = _fixed(old), _fixed(recipe)
+    shared = {arm["name"] for arm in before["arms"]} & {arm["name"] for arm in after["arms"]}
+    for plain in (before, after):
+        plain["arms"] = {arm["name"]: arm for arm in plain["arms"] if arm["name"] in shared}
+    return differences(before, after)
+
+
+def _fixed(recipe: Recipe) -> dict[str, Any]:
+    plain = recipe.model_dump(mode="json")
+    for key in FREE_KEYS:
+        del plain[key]
+    for key in FREE_TRAIN_KEYS:
+        del plain["train"][key]
+    return plain
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on besides the recipe: versions, processor, cores, commit. Nothing that names a machine."""
+    return {
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": cores(),
+        "accelerators": _accelerators(),
+        "git": _git(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _accelerators() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git() -> Mapping[str, Any] | None:
+    """Commit of the project in the current directory and whether it has uncommitted changes; None outside of one."""
+    try:
+        commit = _run_git("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_run_git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _run_git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()

@@ -1,0 +1,87 @@
+"""Choosing each arm's learning rate before the comparison, on seeds of its own.
+
+The rule, written into `sweep.json` with its outcome: among the learning rates of an arm take the one with the fewest
+tokens until mastery on average over the sweep's seeds, a run that never masters counting as its whole budget. When no
+run of the arm masters, take the one with the lowest validation loss at the end, averaged over the seeds; without
+`train.probe_every` there is no validation loss, and the training loss over the last tenth of the run stands in.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clearhead.train.jobs import Task
+from clearhead.train.recipe import Recipe
+from clearhead.train.status import write_json
+
+RULE = "fewest tokens until mastery (runs without it count as their budget); if no run masters, the lowest final loss"
+
+
+def sweep_tasks(recipe: Recipe, run_dir: Path) -> list[Task]:
+    """One training per arm, learning rate and sweep seed, without evaluations."""
+    assert recipe.sweep is not None
+    tasks = []
+    for seed in recipe.sweep.seeds:
+        for rate in recipe.sweep.learning_rate:
+            for arm in recipe.arms:
+                job = recipe.for_arm(arm.name, seed, learning_rate=rate, tokens=recipe.sweep.tokens)
+                job = job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"suites": []})})
+                directory = run_dir / "sweep" / arm.slug / f"lr-{rate:g}" / f"seed-{seed}"
+                tasks.append(Task(job, directory, f"{arm.name} (learning rate {rate:g})"))
+    return tasks
+
+
+def choose(recipe: Recipe, tasks: Sequence[Task], run_dir: Path) -> dict[str, float]:
+    """The learning rate of each arm by name, from finished sweep tasks; writes `sweep.json`."""
+    outcomes: dict[str, dict[float, list[dict[str, Any]]]] = {}
+    for task in tasks:
+        rates = outcomes.setdefault(task.job.arm, {})
+        rates.setdefault(task.job.train.learning_rate, []).append(outcome(task))
+    chosen = {}
+    arms = {}
+    for arm, rates in outcomes.items():
+        mastered = any(run["mastered_at"] is not None for runs in rates.values() for run in runs)
+        scores = {rate: _score(runs, mastered) for rate, runs in rates.items()}
+        chosen[arm] = min(scores, key=lambda rate: scores[rate])
+        arms[arm] = {
+            "learning_rate": chosen[arm],
+            "decided_by": "tokens until mastery" if mastered else "final loss",
+            "candidates": [
+                {"learning_rate": rate, "score": scores[rate], "runs": runs} for rate, runs in rates.items()
+            ],
+        }
+    write_json(run_dir / "sweep.json", {"rule": RULE, "arms": arms})
+    return chosen
+
+
+def outcome(task: Task) -> dict[str, Any]:
+    """Tokens at the first probe that reached mastery (None if none did), the budget, and the final loss."""
+    mastered_at = None
+    probe_loss = None
+    losses = []
+    for line in (task.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        probe = record.get("probe")
+        if probe is None:
+            losses.append(record["loss"])
+            continue
+        probe_loss = probe.get("validation_loss", probe_loss)
+        if mastered_at is None and probe.get("needle_accuracy", 0.0) >= task.job.train.mastery:
+            mastered_at = record["tokens"]
+    last = losses[-max(1, len(losses) // 10) :]
+    return {
+        "seed": task.job.seed,
+        "mastered_at": mastered_at,
+        "budget": task.job.train.tokens,
+        "final_loss": probe_loss if probe_loss is not None else sum(last) / len(last) if last else math.inf,
+    }
+
+
+def _score(runs: Sequence[dict[str, Any]], mastered: bool) -> float:
+    if mastered:
+        values = [run["budget"] if run["mastered_at"] is None else run["mastered_at"] for run in runs]
+    else:
+        values = [run["final_loss"] if math.isfinite(run["final_loss"]) else math.inf for run in runs]
+    return float(sum(values) / len(values))

@@ -1,0 +1,83 @@
+"""One job in its own process: `python -m clearhead.train.worker JOBDIR --threads N` trains and evaluates it.
+
+Progress goes to `status.json`, everything printed to the caller's log. The exit code is 0 when the job is complete.
+"""
+
+import argparse
+import os
+import threading
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+from clearhead.train.recipe_io import load_job
+from clearhead.train.rundir import exclusive
+from clearhead.train.status import read_status, write_status
+
+# How long a new worker waits for one that is being stopped to let go of the job.
+HANDOVER_SECONDS = 10.0
+
+
+def run_job(job_dir: Path, *, evaluate: bool = True) -> None:
+    """Train the job in `job_dir` unless it is trained, then evaluate it unless it is evaluated.
+
+    Raises whatever training or evaluation raises; the job can be run again and goes on from its last checkpoint.
+    """
+    from clearhead.evals.base import evaluate_job
+    from clearhead.train.trainer import train_job
+
+    job = load_job(job_dir / "job.json")
+    if read_status(job_dir).state not in ("trained", "evaluated"):
+        train_job(job, job_dir)
+        if int(os.environ.get("RANK", "0")) == 0:
+            write_status(
+                job_dir, replace(read_status(job_dir), state="trained", error=None, seconds_left=0.0)
+            )
+    # Under torchrun the first process evaluates for all.
+    if evaluate and int(os.environ.get("RANK", "0")) == 0 and read_status(job_dir).state != "evaluated":
+        if job.evaluate.suites:
+            evaluate_job(job_dir)
+        write_status(job_dir, replace(read_status(job_dir), state="evaluated", error=None))
+
+
+def sentence(error: BaseException) -> str:
+    """What went wrong in one line; for what is not one of our own errors, with the kind of error."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
+
+
+def _end_with(parent: int) -> None:
+    """Stop this process when the one that started it is gone: nobody would read or resume what it does."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("job_dir", type=Path)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True, help="process id without which this one ends")
+    arguments = parser.parse_args()
+    _end_with(arguments.parent)
+    job_dir: Path = arguments.job_dir
+    try:
+        with exclusive(job_dir, f"the job {str(job_dir)!r}", wait=HANDOVER_SECONDS):
+            import torch
+
+            torch.set_num_threads(arguments.threads)
+            run_job(job_dir)
+    except Exception as error:
+        traceback.print_exc()
+        write_status(job_dir, replace(read_status(job_dir), state="failed", error=sentence(error)))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
