@@ -60,14 +60,11 @@ def place(task: Task) -> None:
     task.directory.mkdir(parents=True, exist_ok=True)
     path = task.directory / "job.json"
     status = read_status(task.directory)
-    if path.exists():
-        changed = load_job(path).evaluate != task.job.evaluate
-        if status.state == "evaluated" and changed:
-            status = replace(status, state="trained")
+    if path.exists() and status.state == "evaluated" and load_job(path).evaluate != task.job.evaluate:
+        status = replace(status, state="trained")
     if status.state in ("failed", "training"):
         # Not done yet: it goes on from its last checkpoint.
-        trained = (task.directory / "model" / "model.safetensors").exists()
-        status = replace(status, state="trained" if trained else "queued", error=None)
+        status = replace(status, state="trained" if status.trained else "queued", error=None)
     write_text(path, task.job.model_dump_json(indent=2) + "\n")
     write_status(task.directory, replace(status, steps=task.job.train.steps))
 

@@ -11,6 +11,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
+from clearhead.train.recipe import Job
 from clearhead.train.recipe_io import load_job
 from clearhead.train.rundir import exclusive
 from clearhead.train.status import read_status, write_status
@@ -19,24 +20,23 @@ from clearhead.train.status import read_status, write_status
 HANDOVER_SECONDS = 10.0
 
 
-def run_job(job_dir: Path, *, evaluate: bool = True) -> None:
+def run_job(job: Job, job_dir: Path, *, evaluate: bool = True) -> None:
     """Train the job in `job_dir` unless it is trained, then evaluate it unless it is evaluated.
 
     Raises whatever training or evaluation raises; the job can be run again and goes on from its last checkpoint.
     """
-    from clearhead.evals.base import evaluate_job
-    from clearhead.train.trainer import train_job
+    # Under torchrun every process trains and the first one does the rest.
+    first = int(os.environ.get("RANK", "0")) == 0
+    if not read_status(job_dir).trained:
+        from clearhead.train.trainer import train_job
 
-    job = load_job(job_dir / "job.json")
-    if read_status(job_dir).state not in ("trained", "evaluated"):
         train_job(job, job_dir)
-        if int(os.environ.get("RANK", "0")) == 0:
-            write_status(
-                job_dir, replace(read_status(job_dir), state="trained", error=None, seconds_left=0.0)
-            )
-    # Under torchrun the first process evaluates for all.
-    if evaluate and int(os.environ.get("RANK", "0")) == 0 and read_status(job_dir).state != "evaluated":
+        if first:
+            write_status(job_dir, replace(read_status(job_dir), state="trained", trained=True, error=None))
+    if evaluate and first and read_status(job_dir).state != "evaluated":
         if job.evaluate.suites:
+            from clearhead.evals.base import evaluate_job
+
             evaluate_job(job_dir)
         write_status(job_dir, replace(read_status(job_dir), state="evaluated", error=None))
 
@@ -71,7 +71,7 @@ def main() -> int:
             import torch
 
             torch.set_num_threads(arguments.threads)
-            run_job(job_dir)
+            run_job(load_job(job_dir / "job.json"), job_dir)
     except Exception as error:
         traceback.print_exc()
         write_status(job_dir, replace(read_status(job_dir), state="failed", error=sentence(error)))

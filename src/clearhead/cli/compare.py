@@ -1,0 +1,45 @@
+"""`clearhead compare`: the whole comparison of a recipe, from corpus to report."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clearhead.cli.console import fail, interruptible, say
+
+
+def command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo.toml.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Overrides of the recipe: train.tokens=1000000 arms.0.train.learning_rate=2e-3"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run directory. [default: runs/NAME of the recipe]", show_default=False),
+    ] = None,
+    fresh: Annotated[bool, typer.Option(help="Set an earlier run there aside and begin again.")] = False,
+) -> None:
+    """Train every arm of RECIPE with every seed, evaluate them, write the report and print the results.
+
+    Interrupted at any moment, the same command goes on where it was; what is finished is not run again.
+    """
+    from clearhead.cli.progress import watcher
+    from clearhead.cli.results import print_results
+    from clearhead.train.recipe_io import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    run_dir = out or Path("runs") / loaded.name
+    from clearhead.report.build import build_report
+    from clearhead.train.compare import run_comparison
+
+    with interruptible("interrupted: the same command goes on from the last checkpoints"), watcher() as watch:
+        outcome = run_comparison(loaded, run_dir, watcher=watch, say=say, fresh=fresh)
+    report = build_report(run_dir)
+    print_results(run_dir)
+    say(f"report: {report}")
+    if outcome.failed:
+        worst = outcome.failed[0]
+        count = f"{len(outcome.failed)} of {len(outcome.rows)} jobs failed"
+        name = f"{worst.task.label}, seed {worst.task.job.seed}"
+        fail(f"{count}; {name}: {worst.status.error}; its log: {worst.task.log}", code=1)

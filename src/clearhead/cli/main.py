@@ -1,0 +1,43 @@
+"""The command `clearhead`: its verbs, and how errors reach the person who typed it."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from clearhead.cli import compare, evaluate, explain, generate, report, train
+from clearhead.cli.console import Interrupted, fail
+
+app = typer.Typer(
+    help="Train attention twins on real text and see which one attends better.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (compare, train, evaluate, report, generate, explain):
+    app.command(verb.__name__.rpartition(".")[2])(verb.command)
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train attention twins on real text and see which one attends better."""
+
+
+def main() -> None:
+    """Entry point. Errors a person can mend end in one sentence and exit code 2, an interruption in 130."""
+    debug = "--debug" in sys.argv
+    # Taken wherever it stands in the line: whoever adds it does so at the end.
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments, prog_name="clearhead")
+    except Interrupted as interruption:
+        fail(str(interruption), code=130)
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        fail(" ".join(str(error).split()) or type(error).__name__, code=2)

@@ -1,0 +1,28 @@
+"""Finding and loading a trained model from what a person typed."""
+
+from pathlib import Path
+from typing import Any
+
+
+def model_directory(path: Path) -> Path:
+    """`path` if it holds a model, else the `model` in it. Raises ValueError that says what is missing."""
+    for candidate in (path, path / "model"):
+        if (candidate / "config.json").exists():
+            return candidate
+    if not path.exists():
+        raise ValueError(f"there is no model at {str(path)!r}")
+    found = sorted(path.glob("arms/*/seed-*/model"))
+    if found:
+        raise ValueError(f"{str(path)!r} is a run with several models; give one, such as {str(found[0])!r}")
+    raise ValueError(f"{str(path)!r} holds no model (no config.json); is its training finished?")
+
+
+def load_model(path: Path) -> tuple[Any, Any]:
+    """(model in evaluation mode, tokenizer)."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import clearhead.models  # noqa: F401  registers the family with the Auto classes
+
+    directory = model_directory(path)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    return model.eval(), AutoTokenizer.from_pretrained(directory)

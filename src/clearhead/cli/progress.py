@@ -1,0 +1,124 @@
+"""How far the jobs are: a live table in a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from clearhead.cli.console import duration, say, seconds_left
+from clearhead.train.jobs import Row, Watcher
+
+# Seconds between two plain lines about one running job.
+LINE_SECONDS = 30.0
+STYLES = {"training": "cyan", "evaluating": "cyan", "done": "green", "failed": "red", "waiting": "dim"}
+
+
+def phase(row: Row) -> str:
+    """What the job is doing, in a word."""
+    state = row.status.state
+    if state == "evaluated":
+        return "done"
+    if state == "failed":
+        return "failed"
+    if not row.running:
+        return "waiting"
+    return "evaluating" if state == "trained" else "training"
+
+
+class LiveTable(Watcher):
+    """One line a job, redrawn in place. Use as a context manager."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self.live = Live(console=Console(stderr=True), refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> "LiveTable":
+        self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.live.stop()
+
+    def update(self, rows: Sequence[Row]) -> None:
+        self.live.update(self.table(rows))
+
+    def table(self, rows: Sequence[Row]) -> Table:
+        done = sum(row.status.state == "evaluated" for row in rows)
+        left = seconds_left(rows)
+        table = Table(
+            title=f"{done} of {len(rows)} done, {duration(time.monotonic() - self.start)} so far, "
+            f"training left: {duration(left)}",
+            title_justify="left",
+        )
+        for column in ("arm", "seed"):
+            table.add_column(column)
+        for column in ("step", "loss", "tokens/s", "left"):
+            table.add_column(column, justify="right")
+        table.add_column("")
+        for row in self._visible(rows):
+            status, word = row.status, phase(row)
+            speed = f"{status.tokens_per_second:,.0f}" if status.tokens_per_second else "–"
+            table.add_row(
+                row.task.label,
+                str(row.task.job.seed),
+                f"{status.step}/{status.steps}",
+                "–" if status.loss is None else f"{status.loss:.3f}",
+                speed if row.running else "–",
+                duration(status.seconds_left) if word == "training" else "–",
+                f"[{STYLES[word]}]{word}",
+            )
+        return table
+
+    def _visible(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """All rows when they fit on the screen, else those that run, failed, or come next."""
+        room = max(4, self.live.console.height - 6)
+        if len(rows) <= room:
+            return rows
+        active = [row for row in rows if row.running or row.status.state == "failed"]
+        waiting = [row for row in rows if phase(row) == "waiting"]
+        return [*active, *waiting][:room]
+
+
+class PlainLines(Watcher):
+    """A line when a job changes what it does, and now and then while it trains."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, str] = {}
+        self.spoken: dict[str, float] = {}
+
+    def __enter__(self) -> "PlainLines":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def update(self, rows: Sequence[Row]) -> None:
+        now = time.monotonic()
+        for row in rows:
+            key, word = str(row.task.directory), phase(row)
+            changed = self.phases.get(key, "waiting") != word
+            due = word == "training" and now - self.spoken.get(key, now) >= LINE_SECONDS
+            if changed or due:
+                say(self._line(row, word, rows))
+                self.spoken[key] = now
+            self.phases[key] = word
+
+    def _line(self, row: Row, word: str, rows: Sequence[Row]) -> str:
+        status = row.status
+        parts = [f"{row.task.label}, seed {row.task.job.seed}: {word}"]
+        if word == "failed":
+            parts.append(status.error or "")
+        elif word == "training" and status.loss is not None:
+            parts += [f"step {status.step}/{status.steps}", f"loss {status.loss:.3f}"]
+            parts += [f"{status.tokens_per_second:,.0f} tokens/s"] if status.tokens_per_second else []
+            parts.append(f"all training left {duration(seconds_left(rows))}")
+        elif word == "done":
+            parts.append(f"{sum(other.status.state == 'evaluated' for other in rows)} of {len(rows)}")
+        return ", ".join(parts)
+
+
+def watcher() -> LiveTable | PlainLines:
+    """The one that suits where standard error goes."""
+    return LiveTable() if Console(stderr=True).is_terminal else PlainLines()

@@ -1,0 +1,47 @@
+"""`clearhead train`: one arm with one seed, in this process (or in each process of torchrun)."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clearhead.cli.console import interruptible, say
+
+
+def command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo.toml.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Overrides of the recipe, as for compare.")
+    ] = None,
+    arm: Annotated[
+        str | None, typer.Option(help="Name of the arm. [default: the first]", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="[default: the recipe's first]", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run directory. [default: runs/NAME of the recipe]", show_default=False),
+    ] = None,
+    fresh: Annotated[bool, typer.Option(help="Set an earlier run there aside and begin again.")] = False,
+) -> None:
+    """Train one arm of RECIPE. On several devices: torchrun --nproc-per-node 2 -m clearhead train RECIPE ...
+
+    It goes on from its last checkpoint; `compare` on the same run directory takes the finished model over.
+    """
+    from clearhead.train.recipe_io import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    run_dir = out or Path("runs") / loaded.name
+    from clearhead.train.single import train_single
+
+    with interruptible("interrupted: the same command goes on from the last checkpoint"):
+        job_dir = train_single(
+            loaded,
+            run_dir,
+            arm=arm or loaded.arms[0].name,
+            seed=loaded.seeds[0] if seed is None else seed,
+            fresh=fresh,
+            say=say,
+        )
+    say(f"model: {job_dir / 'model'}")

@@ -1,0 +1,69 @@
+"""One job in this process: what `clearhead train` and `clearhead evaluate` do."""
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from clearhead.train.compare import BYTES_PER_JOB, BYTES_PER_PARAMETER, check_models, job_directory
+from clearhead.train.jobs import Task, place
+from clearhead.train.recipe import Recipe
+from clearhead.train.rundir import RunError, check_space, check_writable, exclusive, open_run, set_aside
+from clearhead.train.worker import run_job
+
+
+def train_single(
+    recipe: Recipe, run_dir: Path, *, arm: str, seed: int, fresh: bool, say: Callable[[str], None]
+) -> Path:
+    """Train one arm with one seed and return its job directory. Under torchrun every process calls this.
+
+    Raises RunError when the run directory cannot be used, ValueError or OSError from training.
+    """
+    from clearhead.data.packing import prepare
+    from clearhead.train.rows import data_spec
+
+    task = _task(recipe, run_dir, arm, seed)
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if fresh and distributed:
+        raise RunError(f"--fresh does not work under torchrun; move {str(run_dir)!r} away and start again")
+    with ExitStack() as held:
+        # Under torchrun the first process keeps the books for all.
+        if int(os.environ.get("RANK", "0")) == 0:
+            if fresh and (aside := set_aside(run_dir)) is not None:
+                say(f"the earlier run is now in {aside}")
+            check_writable(run_dir)
+            held.enter_context(exclusive(run_dir, f"the run {str(run_dir)!r}"))
+            parameters = check_models(recipe)[task.job.arm]
+            open_run(run_dir, recipe)
+            if not (task.directory / "model").exists():
+                check_space(run_dir, parameters * BYTES_PER_PARAMETER + BYTES_PER_JOB)
+            place(task)
+        prepare(data_spec(recipe), progress=say)
+        run_job(task.job, task.directory, evaluate=False)
+    return task.directory
+
+
+def _task(recipe: Recipe, run_dir: Path, arm: str, seed: int) -> Task:
+    found = recipe.arm(arm)
+    return Task(recipe.for_arm(arm, seed), job_directory(run_dir, found.slug, seed), found.name)
+
+
+def find_jobs(path: Path) -> list[Path]:
+    """The job directories that `path` means: those of a run, the one itself, or the one whose model it is.
+
+    Raises RunError when there is none with a trained model.
+    """
+    if path.name == "model" and (path.parent / "job.json").exists():
+        path = path.parent
+    if (path / "job.json").exists():
+        jobs = [path]
+    elif (path / "recipe.toml").exists():
+        jobs = sorted(job.parent for job in path.glob("arms/*/seed-*/job.json"))
+    else:
+        raise RunError(f"{str(path)!r} is neither a run directory nor a trained model of one")
+    trained = [job for job in jobs if (job / "model" / "config.json").exists()]
+    if not trained:
+        raise RunError(
+            f"{str(path)!r} has no trained model yet; clearhead compare or clearhead train makes one"
+        )
+    return trained
