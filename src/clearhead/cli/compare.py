@@ -18,7 +18,9 @@ def command(
         Path | None,
         typer.Option(help="Run directory. [default: runs/NAME of the recipe]", show_default=False),
     ] = None,
-    fresh: Annotated[bool, typer.Option(help="Set an earlier run there aside and begin again.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Set an earlier run there aside and begin again.")
+    ] = False,
 ) -> None:
     """Train every arm of RECIPE with every seed, evaluate them, write the report and print the results.
 

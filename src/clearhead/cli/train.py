@@ -23,7 +23,9 @@ def command(
         Path | None,
         typer.Option(help="Run directory. [default: runs/NAME of the recipe]", show_default=False),
     ] = None,
-    fresh: Annotated[bool, typer.Option(help="Set an earlier run there aside and begin again.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Set an earlier run there aside and begin again.")
+    ] = False,
 ) -> None:
     """Train one arm of RECIPE. On several devices: torchrun --nproc-per-node 2 -m clearhead train RECIPE ...
 

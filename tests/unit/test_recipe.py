@@ -1,0 +1,225 @@
+"""Recipes: what is accepted, what every kind of mistake is answered with, and what a job resolves to."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clearhead.train.recipe import Job, Recipe, RecipeError
+from clearhead.train.recipe_io import differences, dump_toml, load_recipe, parse_recipe
+
+TEXT = """
+name = "twins"
+seeds = [0, 1]
+
+[data]
+length = 64
+needle_share = 0.4
+copy_share = 0.2
+
+[model]
+hidden_size = 32
+
+[train]
+tokens = 10_000
+batch_tokens = 512
+
+[evaluate]
+suites = ["language_modelling"]
+
+[[arms]]
+name = "Transformer"
+
+[[arms]]
+name = "DIFF V1"
+attention = "differential"
+
+[arms.train]
+learning_rate = 2e-3
+betas = [0.9, 0.99]
+
+[arms.model]
+num_hidden_layers = 3
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "twins.toml"
+    file.write_text(TEXT)
+    return file
+
+
+def test_defaults_and_values(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.train.learning_rate == 1e-3
+    assert recipe.train.steps == 20
+    assert recipe.data.needles.lengths == (32, 128)
+    assert [arm.slug for arm in recipe.arms] == ["transformer", "diff-v1"]
+
+
+def test_written_recipe_reads_back_equal(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert parse_recipe(tomllib.loads(dump_toml(recipe)), source="again") == recipe
+
+
+def test_job_is_resolved(path: Path) -> None:
+    recipe = load_recipe(path)
+    job = recipe.for_arm("DIFF V1", 1)
+    assert job.model == {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "attention": "differential",
+        "attention_options": {},
+    }
+    assert (job.train.learning_rate, job.train.betas, job.train.tokens) == (2e-3, (0.9, 0.99), 10_000)
+    assert Job.model_validate_json(job.model_dump_json()) == job
+    assert recipe.for_arm("diff-v1", 1, learning_rate=0.5, tokens=7).train.learning_rate == 0.5
+
+
+def test_arms_differ_only_where_they_say_so(path: Path) -> None:
+    recipe = load_recipe(path, ["arms.1.train={}", "arms.1.model={}"])
+    one, two = (recipe.for_arm(arm.name, 0).model_dump(mode="json") for arm in recipe.arms)
+    assert {text.partition(":")[0] for text in differences(one, two)} == {"arm", "slug", "model.attention"}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.tokens=5", ("train", "tokens", 5)),
+        ("corpus.source=my text/*.md", ("corpus", "source", "my text/*.md")),
+        ("description=don't", ("description", None, "don't")),
+        ("data.needles.lengths=[16, 32]", ("data", "needles", {"lengths": (16, 32)})),
+        ("tokenizer.vocab_size = 512", ("tokenizer", "vocab_size", 512)),
+    ],
+)
+def test_overrides(path: Path, override: str, expected: tuple[str, str | None, Any]) -> None:
+    table, key, value = expected
+    found = getattr(load_recipe(path, [override]), table)
+    found = found if key is None else getattr(found, key)
+    if isinstance(value, dict):
+        found, value = found.lengths, value["lengths"]
+    assert found == value
+
+
+def test_override_of_an_arm_by_number_and_by_name(path: Path) -> None:
+    by_number = load_recipe(path, ["arms.1.train.learning_rate=5e-3"])
+    by_name = load_recipe(path, ["arms.DIFF V1.train.learning_rate=5e-3"])
+    assert by_number == by_name
+    assert by_number.for_arm("DIFF V1", 0).train.learning_rate == 5e-3
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lerning_rate=1.0", ["'train.lerning_rate'", "did you mean 'learning_rate'?", "override"]),
+        ("trian.tokens=1", ["'trian'", "did you mean 'train'?"]),
+        ("data.needles.lenghts=[1, 2]", ["'data.needles.lenghts'", "'lengths'"]),
+        ("arms.1.train.learning_rat=1.0", ["'arms.1.train.learning_rat'", "'learning_rate'"]),
+        ("arms.0.atention=softmax", ["'arms.0.atention'", "'attention'"]),
+        ("arms.0.attention=differentail", ["arms.0 (Transformer)", "did you mean 'differential'?"]),
+        ("evaluate.suites=['language_modeling']", ["did you mean 'language_modelling'?"]),
+        ("evaluate.needle.lengths=[8]", ["'evaluate.needle'", "'needles'"]),
+        ("evaluate.needles.lenghts=[8]", ["evaluate.needles.lenghts", "'lengths'"]),
+        ("train.tokens=lots", ["train.tokens", "integer", '"lots"']),
+        ("train.tokens=1.5", ["train.tokens", "integer"]),
+        ("train.tokens=0", ["train.tokens", "greater"]),
+        ("train.learning_rate=nan", ["train.learning_rate"]),
+        ("train.schedule=cosin", ["train.schedule", "'cosine'"]),
+        ("train.stop_at_mastery=true", ["stop_at_mastery needs probe_every"]),
+        ("data.needle_share=0.9", ["needle_share + copy_share is 1.1"]),
+        ("data.needles.lengths=[64, 32]", ["[smallest, largest]", "[64, 32]"]),
+        ("data.needles.lengths=[100, 200]", ["longer than a row"]),
+        ("train.batch_tokens=500", ["train.batch_tokens = 500", "data.length = 64", "512"]),
+        ("model.hidden_size=30", ["hidden_size = 30", "num_attention_heads = 4"]),
+        ("model.num_key_value_heads=3", ["num_key_value_heads = 3"]),
+        ("model.num_key_value_heads=1", ["arms.1 (DIFF V1)", "must be even"]),
+        ("model.hidden_size=wide", ["model.hidden_size", "positive integer"]),
+        ("model.vocab_size=9", ["model.vocab_size", "tokenizer"]),
+        ("model.attention=softmax", ["model.attention", "[[arms]]"]),
+        ("model.position=ropes", ["position", "did you mean 'rope'?"]),
+        ("arms.1.train.tokens=5", ["arms.1 (DIFF V1)", "train.tokens", "same for all arms"]),
+        ("arms.1.name=Transformer", ["'Transformer' occurs twice"]),
+        ("arms.1.name=TRANSFORMER", ["'transformer' occurs twice"]),
+        ("arms.1.name=§", ["letter or digit"]),
+        ("arms.2.name=x", ["no '2'", "0 to 1"]),
+        ("arms=[]", ["arms"]),
+        ("seeds=[1, 1]", ["seeds 1 occurs twice"]),
+        ("seeds=[]", ["seeds"]),
+        ("name=a/b", ["name"]),
+        ("name.x=1", ["'name' is not a table"]),
+        ("sweep={learning_rate=[1e-3, 2e-3], seeds=[1]}", ["sweep.seeds", "[1]"]),
+        ("sweep={learning_rate=[1e-3], seeds=[9]}", ["sweep.learning_rate"]),
+        ("tokens", ["key=value"]),
+        ("=3", ["key=value"]),
+    ],
+)
+def test_mistakes_are_named(path: Path, override: str, words: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    assert str(path) in message or repr(override) in message
+
+
+def test_file_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"there is no recipe .*none\.toml"):
+        load_recipe(tmp_path / "none.toml")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path)
+    broken = tmp_path / "broken.toml"
+    broken.write_text("name = [")
+    with pytest.raises(RecipeError, match=r"broken\.toml: not valid TOML"):
+        load_recipe(broken)
+    broken.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(broken)
+    broken.write_text("")
+    with pytest.raises(RecipeError, match="'name' is missing"):
+        load_recipe(broken)
+
+
+def test_unknown_arm(path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no arm 'V3'; it has 'Transformer', 'DIFF V1'"):
+        load_recipe(path).for_arm("V3", 0)
+
+
+KEYS = ["name", "arms", "train", "tokens", "data", "length", "evaluate", "suites", "model", "seeds"]
+TABLES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(TABLES)
+def test_any_table_is_a_recipe_or_a_sentence(raw: Any) -> None:
+    """No input gets past the check with another kind of error."""
+    try:
+        assert isinstance(parse_recipe(raw, source="any"), Recipe)
+    except RecipeError as error:
+        assert str(error).startswith("any")
+
+
+@pytest.mark.parametrize(
+    "shipped", sorted((Path(__file__).parents[2] / "recipes").glob("*.toml")), ids=lambda p: p.stem
+)
+def test_shipped_recipes_are_valid(shipped: Path) -> None:
+    from clearhead.train.compare import check_models
+
+    recipe = load_recipe(shipped)
+    assert recipe.name == shipped.stem
+    assert recipe.description
+    assert all(count > 0 for count in check_models(recipe).values())
+
+
+def test_differences_name_the_key() -> None:
+    old = {"a": {"b": 1, "c": [1]}, "d": 1}
+    assert differences(old, json.loads(json.dumps(old))) == []
+    assert differences(old, {"a": {"b": 2, "c": [1]}}) == ["a.b: 1 -> 2", "d: 1 -> not set"]
