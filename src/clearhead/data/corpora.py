@@ -61,7 +61,12 @@ class FileCorpus(Corpus):
     """
 
     def __init__(
-        self, source: str, files: list[SourceFile], text_field: str, max_bytes: int | None, about: dict[str, Any]
+        self,
+        source: str,
+        files: list[SourceFile],
+        text_field: str,
+        max_bytes: int | None,
+        about: dict[str, Any],
     ) -> None:
         key = name_hash if max_bytes is not None else (lambda file: file.name)
         self.source = source
@@ -178,7 +183,9 @@ class HubCorpus(Corpus):
             if self.max_bytes is not None and read >= self.max_bytes:
                 return
         if not found:
-            raise CorpusError(f"the dataset '{self.path}' (split '{self.split}') holds no text: choose another split")
+            raise CorpusError(
+                f"the dataset '{self.path}' (split '{self.split}') holds no text: choose another split"
+            )
 
     def _records(self) -> Iterator[dict[str, Any]]:
         import datasets
@@ -187,7 +194,11 @@ class HubCorpus(Corpus):
         try:
             stream = datasets.load_dataset(self.path, self.config, split=self.split, streaming=True)
         except Exception as error:  # the library raises a dozen unrelated types for a wrong name
-            hint = "" if self.source.startswith("hf:") else f"; there is no file or directory '{self.source}' either"
+            hint = (
+                ""
+                if self.source.startswith("hf:")
+                else f"; there is no file or directory '{self.source}' either"
+            )
             raise CorpusError(f"{name} cannot be opened ({first_line(error)}){hint}") from error
         try:
             yield from stream
@@ -203,10 +214,12 @@ def open_corpus(source: str, *, text_field: str = "text", max_bytes: int | None 
       .txt .md .py (a document a file), .jsonl .jsonl.gz .parquet (a document a record, its text in ``text_field``).
       A plain-text file given alone is cut at paragraphs into up to 32 documents, and one above 4 MiB into parts of
       1 MiB.
-    * ``"hf:owner/name[:config][:split]"``, or ``owner/name`` when no such path exists: a Hugging Face dataset,
-      streamed; split ``train`` unless named, ``config`` may be empty (``hf:owner/name::test``).
+    * ``"hf:owner/name[:config][:split]"``, or ``owner/name`` when no such path and no directory ``owner``
+      exists: a Hugging Face dataset, streamed; split ``train`` unless named, ``config`` may be empty
+      (``hf:owner/name::test``).
 
-    ``max_bytes`` ends reading after the document that reaches that many bytes of text.
+    ``max_bytes`` ends reading after the document that reaches that many bytes of text; of several files it takes a
+    sample by the hash of their names, of one file or dataset the beginning.
     Raises CorpusError when the source is missing, matches nothing or holds no supported file; reading raises it for
     a file that is empty, binary, not UTF-8, not JSON or without ``text_field``.
     """
@@ -229,10 +242,13 @@ def open_corpus(source: str, *, text_field: str = "text", max_bytes: int | None 
         files = listed(path.parent, [path])
     elif glob.has_magic(source):
         files = globbed(source)
-    elif HUB_ID.fullmatch(source) and suffix_of(path) not in SUFFIXES:
+    elif HUB_ID.fullmatch(source) and suffix_of(path) not in SUFFIXES and not path.parent.is_dir():
         return hub_corpus(source, source, text_field, max_bytes)
     else:
-        raise CorpusError(f"there is no file or directory '{source}': set corpus.source to an existing path")
+        raise CorpusError(
+            f"there is no file or directory '{source}': set corpus.source to an existing path (a Hugging Face dataset "
+            "is written hf:owner/name)"
+        )
     return FileCorpus(source, files, text_field, max_bytes, {"kind": "files"})
 
 
@@ -248,14 +264,20 @@ def stdlib_corpus(text_field: str, max_bytes: int | None) -> Corpus:
         raise CorpusError(
             f"this interpreter has no library sources at '{root}': set corpus.source to a file or directory of text"
         )
-    about = {"kind": "stdlib", "interpreter": platform.python_implementation(), "version": platform.python_version()}
+    about = {
+        "kind": "stdlib",
+        "interpreter": platform.python_implementation(),
+        "version": platform.python_version(),
+    }
     return FileCorpus("stdlib", listed(root, paths), text_field, max_bytes, about)
 
 
 def hub_corpus(source: str, name: str, text_field: str, max_bytes: int | None) -> Corpus:
     path, *rest = name.split(":")
     if not path or len(rest) > 2:
-        raise CorpusError(f"'{source}' is not a dataset id: write hf:owner/name, optionally :config and :split")
+        raise CorpusError(
+            f"'{source}' is not a dataset id: write hf:owner/name, optionally :config and :split"
+        )
     config = rest[0] or None if rest else None
     split = rest[1] or "train" if len(rest) == 2 else "train"
     return HubCorpus(source, path, config, split, text_field, max_bytes)

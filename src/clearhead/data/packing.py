@@ -63,7 +63,6 @@ class PackedText:
         begin, end = row * self.length, (row + 1) * self.length
         input_ids = np.empty(self.length, dtype=np.int64)
         positions = np.arange(self.length, dtype=np.int64)
-        labels = input_ids.copy()
         heads = []
         at = begin
         place = int(np.searchsorted(starts, begin, side="right")) - 1
@@ -82,7 +81,7 @@ class PackedText:
             heads.append(head)
             at += take
             place += 1
-        labels[:] = input_ids
+        labels = input_ids.copy()
         labels[heads] = IGNORED
         return {"input_ids": input_ids, "labels": labels, "position_ids": positions}
 
@@ -128,7 +127,9 @@ def validation_windows(
     ``max_documents`` takes the first documents; a validation store lies in hash order, so they are a random sample.
     """
     if length < 2:
-        raise CorpusError(f"the window length is {length}: a window needs at least 2 tokens to predict anything")
+        raise CorpusError(
+            f"the window length is {length}: a window needs at least 2 tokens to predict anything"
+        )
     documents = len(store) if max_documents is None else min(max_documents, len(store))
     for i in range(documents):
         ids = np.concatenate([[store.bos_token_id], store.document(i)]).astype(np.int64)

@@ -18,7 +18,7 @@ from clearhead.data.cache import cache_dir, digest_json, fingerprint
 from clearhead.data.corpora import Corpus, open_corpus
 from clearhead.data.readers import CorpusError
 from clearhead.data.store import DamagedStore, TokenStore, TokenWriter
-from clearhead.data.tokenizer import encode_texts, get_tokenizer
+from clearhead.data.tokenizer import check_vocab_size, encode_texts, get_tokenizer, load_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -51,6 +51,8 @@ class DataSpec:
             raise CorpusError(
                 f"corpus.validation_fraction is {self.validation_fraction}: it must lie between 0 and 1, such as 0.05"
             )
+        if self.tokenizer == "bpe":
+            check_vocab_size(self.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,9 @@ def tokenizer_files(source: str) -> dict[str, str] | None:
     path = Path(source)
     if source == "bpe" or not path.is_dir():
         return None
-    return {file.name: fingerprint(file) for file in sorted(path.iterdir()) if file.suffix in {".json", ".txt"}}
+    return {
+        file.name: fingerprint(file) for file in sorted(path.iterdir()) if file.suffix in {".json", ".txt"}
+    }
 
 
 def load(folder: Path) -> PreparedData | None:
@@ -166,14 +170,13 @@ class Spool:
 def build(corpus: Corpus, spec: DataSpec, made_from: dict[str, Any], folder: Path, say: Progress) -> None:
     """Write the stores, the tokenizer and, last, identity.json with the fingerprints of all of them."""
     folder.mkdir(parents=True)
+    # A tokenizer that cannot be loaded should not cost a pass over the corpus.
+    given = None if spec.tokenizer == "bpe" else load_pretrained(spec.tokenizer)
     spooled = folder / "text"
     with spooled.open("w+b") as file:
         spool = read_corpus(corpus, spec, file, say)
         train, validation = split(spool, spec)
-        texts, key = training_sample(spool, train)
-        if spec.tokenizer == "bpe":
-            say("training the tokenizer")
-        tokenizer = get_tokenizer(spec.tokenizer, vocab_size=spec.vocab_size, texts=texts, cache_key=key)
+        tokenizer = given or trained_tokenizer(spool, train, spec, say)
         counts = {}
         for name, documents in (("train", train), ("validation", validation)):
             counts[name] = tokenize(spool, documents, tokenizer, folder / name, say)
@@ -236,8 +239,11 @@ def split(spool: Spool, spec: DataSpec) -> tuple[list[int], list[int]]:
     return train, sorted(validation, key=lambda i: (spool.shares[i], spool.ids[i]))
 
 
-def training_sample(spool: Spool, train: list[int]) -> tuple[Iterator[str], str]:
-    """Texts to train a tokenizer on, at most 64 MiB and chosen by hash, and a key that stands for their content."""
+def trained_tokenizer(
+    spool: Spool, train: list[int], spec: DataSpec, say: Progress
+) -> PreTrainedTokenizerFast:
+    """A tokenizer trained on the training side: all of it, or 64 MiB chosen by hash."""
+    say("training the tokenizer")
     total = sum(spool.size(i) for i in train)
     chosen = train
     if total > TOKENIZER_BYTES:
@@ -249,7 +255,8 @@ def training_sample(spool: Spool, train: list[int]) -> tuple[Iterator[str], str]
                 break
     # A share is a hash of the text, so the sorted shares name the set of texts.
     key = digest_json(sorted((spool.shares[i], spool.size(i)) for i in chosen))
-    return (spool.text(i) for i in chosen), key
+    texts = (spool.text(i) for i in chosen)
+    return get_tokenizer(spec.tokenizer, vocab_size=spec.vocab_size, texts=texts, cache_key=key)
 
 
 def tokenize(

@@ -53,9 +53,13 @@ def read_file(path: Path, name: str, *, text_field: str, part_bytes: int | None)
     except FileNotFoundError as error:
         raise CorpusError(f"'{path}' is missing: restore it or correct corpus.source") from error
     except OSError as error:
-        raise CorpusError(f"'{path}' cannot be read ({error.strerror or error}): repair it or leave it out") from error
+        raise CorpusError(
+            f"'{path}' cannot be read ({error.strerror or error}): repair it or leave it out"
+        ) from error
     if not found and not (suffix == ".py" and part_bytes is None):
-        raise CorpusError(f"'{path}' is empty: it holds no text but white space, fill it or leave it out of the corpus")
+        raise CorpusError(
+            f"'{path}' is empty: it holds no text but white space, fill it or leave it out of the corpus"
+        )
 
 
 def _documents(path: Path, name: str, suffix: str, field: str, part_bytes: int | None) -> Iterator[Document]:
@@ -148,7 +152,9 @@ def parse(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise CorpusError(f"line {number} of '{path}' is not JSON ({error}): correct or remove the line") from error
+        raise CorpusError(
+            f"line {number} of '{path}' is not JSON ({error}): correct or remove the line"
+        ) from error
     if not isinstance(record, dict):
         raise CorpusError(
             f"line {number} of '{path}' is a JSON {type(record).__name__}, not an object: "
@@ -165,7 +171,9 @@ def text_of(record: dict[str, Any], field: str, where: str) -> str:
         )
     text = record[field]
     if not isinstance(text, str):
-        raise CorpusError(f"field '{field}' in {where} is {type(text).__name__}, not text: set corpus.text_field")
+        raise CorpusError(
+            f"field '{field}' in {where} is {type(text).__name__}, not text: set corpus.text_field"
+        )
     return encodable(text, where)
 
 
@@ -174,7 +182,9 @@ def encodable(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise CorpusError(f"the text in {where} holds an unpaired surrogate at character {error.start}") from error
+        raise CorpusError(
+            f"the text in {where} holds an unpaired surrogate at character {error.start}"
+        ) from error
     return text
 
 
@@ -186,7 +196,9 @@ def read_parquet(path: Path, name: str, field: str) -> Iterator[Document]:
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
-        raise CorpusError(f"'{path}' is not a whole Parquet file ({error}): make or download it again") from error
+        raise CorpusError(
+            f"'{path}' is not a whole Parquet file ({error}): make or download it again"
+        ) from error
     with file:
         schema = file.schema_arrow
         if field not in schema.names:

@@ -76,8 +76,12 @@ class TokenStore:
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
             raise DamagedStore(f"{folder}: {error}") from error
         documents = len(ids)
-        if not (len(offsets) == documents + 1 and len(utf8_bytes) == documents and offsets[-1] == len(tokens)):
-            raise DamagedStore(f"{folder}: {documents} names, {len(offsets) - 1} documents, {len(tokens)} tokens")
+        if not (
+            len(offsets) == documents + 1 and len(utf8_bytes) == documents and offsets[-1] == len(tokens)
+        ):
+            raise DamagedStore(
+                f"{folder}: {documents} names, {len(offsets) - 1} documents, {len(tokens)} tokens"
+            )
         return cls(tokens, offsets, utf8_bytes, ids, bos_token_id, folder)
 
     def __reduce__(self) -> tuple[Any, ...]:

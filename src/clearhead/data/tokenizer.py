@@ -41,11 +41,7 @@ def get_tokenizer(
     """
     if source != "bpe":
         return load_pretrained(source)
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise CorpusError(
-            f"tokenizer.vocab_size is {vocab_size}: a byte-level tokenizer needs at least {SMALLEST_VOCABULARY} "
-            "(256 bytes and 3 special tokens)"
-        )
+    check_vocab_size(vocab_size)
     key = digest_json({"format": FORMAT, "vocab_size": vocab_size, "texts": cache_key})
     path = cache_dir() / "tokenizers" / f"bpe-{key[:32]}.json"
     tokenizer = read_cached(path)
@@ -55,6 +51,14 @@ def get_tokenizer(
         envelope = {"sha256": hashlib.sha256(content.encode()).hexdigest(), "tokenizer": content}
         write_atomic(path, json.dumps(envelope).encode())
     return wrap(tokenizer)
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise CorpusError(
+            f"tokenizer.vocab_size is {vocab_size}: a byte-level tokenizer needs at least {SMALLEST_VOCABULARY} "
+            "(256 bytes and 3 special tokens)"
+        )
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -113,7 +117,8 @@ def load_pretrained(source: str) -> PreTrainedTokenizerFast:
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise CorpusError(
-            f"the tokenizer '{source}' has no fast version (tokenizer.json): convert it or set tokenizer.source to 'bpe'"
+            f"the tokenizer '{source}' has no fast version (tokenizer.json): convert it or set tokenizer.source "
+            "to 'bpe'"
         )
     tokenizer.bos_token = tokenizer.bos_token or tokenizer.eos_token or tokenizer.pad_token
     if tokenizer.bos_token is None:
