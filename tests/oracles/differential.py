@@ -81,11 +81,9 @@ def differential_attention(
     return apply_map(weights, v)
 
 
-def finish(
-    out: Tensor, weight: Tensor | None, initial: float, *, head_norm: bool = True, eps: float = 1e-5
-) -> Tensor:
+def finish(out: Tensor, weight: Tensor, initial: float, eps: float = 1e-5) -> Tensor:
     """Equation 3: (1 − λ_init) · RMSNorm(head), each head by itself over its 2d channels.
 
-    One weight serves all heads. Without the norm (the paper's ablation) the factor stays.
+    One weight serves all heads. Appendix G calls the factor the norm's scale γ: the ablation without norm has neither.
     """
-    return (1 - initial) * (rms_norm(out, weight, eps) if head_norm else out)
+    return (1 - initial) * rms_norm(out, weight, eps)

@@ -102,9 +102,8 @@ def layer(
         weights_map = differential_map(q, k, spec.kv_heads, lam[..., None], allowed=see)
 
     out = apply_map(weights_map, v)
-    if spec.attention == "differential":
-        norm = spec.options.get("head_norm", True)
-        out = finish(out, weights.get("head_norm"), initial_lambda(spec), head_norm=norm, eps=spec.eps)
+    if spec.attention == "differential" and spec.options.get("head_norm", True):
+        out = finish(out, weights["head_norm"], initial_lambda(spec), spec.eps)
     elif spec.attention == "softmax" and spec.options.get("head_norm", False):
-        out = rms_norm(out, weights.get("head_norm"), spec.eps)
+        out = rms_norm(out, weights["head_norm"], spec.eps)
     return torch.einsum("bli,oi->blo", merge(out), weights["o_proj"]), weights_map
