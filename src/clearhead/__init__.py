@@ -1,0 +1,17 @@
+"""clearhead: attention that ignores noise and keeps working past its training length.
+
+`clearhead.nn` has the layers, `clearhead.functional` the operations, `clearhead.models` the Hugging Face models. The
+submodules are imported when they are first named, so `import clearhead` costs next to nothing.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+__all__ = ["functional", "models", "nn"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in __all__:
+        return import_module(f"clearhead.{name}")
+    raise AttributeError(f"module 'clearhead' has no attribute {name!r}")

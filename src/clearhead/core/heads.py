@@ -1,0 +1,109 @@
+"""The values that travel through one attention layer.
+
+Legend: B batch, H query heads of one stream, G key-value heads, L queries, S keys, D key width, E value width, K key
+    streams.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """Sizes of one attention layer, counted as its Transformer twin counts them.
+
+    `num_heads` and `num_kv_heads` are the twin's query and key-value heads and `head_dim` the twin's width of one
+    head, whatever the variant makes of them, so two layers that differ only in their variant have the same shape.
+    """
+
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layer_idx: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("embed_dim", "num_heads", "num_kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.layer_idx < 0:
+            raise ValueError(f"layer_idx counts from 0, so it cannot be {self.layer_idx}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads}), "
+                "so that every key-value head serves equally many query heads"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """What a variant asks of the layer around it.
+
+    `q`, `k`, `v` are output widths of the projections, `o` the input width of the output projection; the rest is
+    what the variant's streams look like once split.
+    """
+
+    q: int
+    k: int
+    v: int
+    o: int
+    heads: int
+    kv_heads: int
+    query_streams: int
+    key_streams: int
+    key_width: int
+    value_width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Streams of one layer: ordinary grouped-query softmax problems over the same key-value heads.
+
+    q: one (B, H, L, D) per stream.   k: one (B, G, S, D) per stream, or a single one that all streams share.
+    v: (B, G, S, E), shared.          gate: broadcastable to (B, H, L, 1), what `mix` weighs the second stream with,
+        or None.
+    """
+
+    q: tuple[Tensor, ...]
+    k: tuple[Tensor, ...]
+    v: Tensor
+    gate: Tensor | None = None
+
+    @property
+    def shares_keys(self) -> bool:
+        return len(self.k) == 1
+
+    def packed_keys(self) -> Tensor:
+        """(B, G, S, K·D): the streams' keys side by side, the one layout a cache ever sees."""
+        return self.k[0] if self.shares_keys else torch.cat(self.k, dim=-1)
+
+    def with_cached(self, keys: Tensor, values: Tensor) -> "Heads":
+        """These queries against keys (B, G, S, K·D) and values (B, G, S, E) that came back from a cache."""
+        streams = (keys,) if self.shares_keys else keys.chunk(len(self.k), dim=-1)
+        return replace(self, k=tuple(streams), v=values)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, heads·D) -> (B, heads, N, D)."""
+    batch, length, width = x.shape
+    return x.view(batch, length, heads, width // heads).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, N, D) -> (B, N, H·D)."""
+    batch, heads, length, width = x.shape
+    return x.transpose(1, 2).reshape(batch, length, heads * width)
+
+
+def repeat_kv(x: Tensor, heads: int) -> Tensor:
+    """(B, G, S, D) -> (B, H, S, D), head h reading group h // (H // G)."""
+    batch, groups, length, width = x.shape
+    if groups == heads:
+        return x
+    return (
+        x[:, :, None]
+        .expand(batch, groups, heads // groups, length, width)
+        .reshape(batch, heads, length, width)
+    )

@@ -1,0 +1,152 @@
+"""Rewriting a variant's streams into calls an engine can take, once, for all variants and engines.
+
+A stream is softmax(q kᵀ) v with values as wide as the variant likes. What an engine refuses is rewritten without
+changing the maths:
+
+    direct                  one stream, one call
+    grouped                 streams that share keys become extra query heads of the same group, one call (DIFF V2)
+    FlashDiffAttn_1         one call a stream with the wide value, V read once a stream
+    FlashDiffAttn_1 padded  the same with q and k zero-padded to the value's width (logits unchanged)
+    FlashDiffAttn_2         one call a stream and slice of the value, each slice as wide as the key
+    stacked                 FlashDiffAttn_2 in one call: streams and slices side by side as heads, for engines that
+        take one call a layer
+
+The names FlashDiffAttn_1 and FlashDiffAttn_2 are those of the Differential Transformer's released code.
+Legend: B batch, H query heads, G key-value heads, L queries, S keys, D key width, E value width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clearhead.core.heads import Heads
+
+WideValues = Literal["native", "pad", "split"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lowering:
+    """How streams become calls: `slices` cuts the value, `stack` makes one call, `pad` widens q and k."""
+
+    name: str
+    streams: int
+    stack: bool = False
+    slices: int = 1
+    pad: bool = False
+    shares_keys: bool = False
+
+    @property
+    def calls(self) -> int:
+        return 1 if self.stack else self.streams * self.slices
+
+    @property
+    def heads_factor(self) -> int:
+        """Query heads of one call over query heads of one stream."""
+        return self.streams * self.slices if self.stack else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One grouped-query softmax attention: q (B, H, L, D), k (B, G, S, D), v (B, G, S, E)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def legalise(
+    streams: int,
+    shares_keys: bool,
+    key_width: int,
+    value_width: int,
+    wide_values: WideValues,
+    one_call: bool = False,
+) -> Lowering | str:
+    """The lowering for an engine that treats values wider than keys as `wide_values` and may insist on `one_call`.
+
+    Returns the reason as a string where there is none.
+    """
+    narrow = value_width <= key_width or wide_values == "native"
+    if shares_keys and streams > 1:
+        if narrow:
+            return Lowering("grouped", streams, stack=True, shares_keys=True)
+        return "streams that share keys cannot be regrouped when the value is wider than the key"
+    if streams == 1 and narrow:
+        return Lowering("direct", 1, shares_keys=True)
+    if streams == 1 and wide_values == "pad":
+        return Lowering("direct padded", 1, pad=True, shares_keys=True)
+    if not narrow and wide_values == "split" and value_width % key_width:
+        return f"the value is {value_width} wide, no multiple of the key's {key_width}, so it cannot be cut into slices"
+    slices = 1 if narrow or wide_values == "pad" else value_width // key_width
+    if one_call:
+        return Lowering(
+            "stacked", streams, stack=True, slices=slices, pad=not narrow and wide_values == "pad"
+        )
+    if narrow:
+        return Lowering("FlashDiffAttn_1", streams)
+    if wide_values == "pad":
+        return Lowering("FlashDiffAttn_1 padded", streams, pad=True)
+    return Lowering("FlashDiffAttn_2", streams, slices=slices)
+
+
+def lower(heads: Heads, lowering: Lowering) -> list[Call]:
+    """The calls that compute the streams of `heads`."""
+    queries, keys = heads.q, heads.k
+    if lowering.pad:
+        extra = heads.v.shape[-1] - queries[0].shape[-1]
+        queries = tuple(F.pad(q, (0, extra)) for q in queries)
+        keys = tuple(F.pad(k, (0, extra)) for k in keys)
+    values = heads.v.chunk(lowering.slices, dim=-1)
+    if not lowering.stack:
+        return [Call(q, k, v) for q, k in zip(queries, keys, strict=True) for v in values]
+    if lowering.shares_keys:
+        return [Call(stack_heads(queries, heads.v.shape[1]), keys[0], values[0])]
+    # (B, streams·slices·G, S, ·): stream-major, slices inside, so each (stream, slice) is its own block of groups.
+    q = torch.cat([q for q in queries for _ in values], dim=1)
+    k = torch.cat([k for k in keys for _ in values], dim=1)
+    v = torch.cat([v for _ in keys for v in values], dim=1)
+    return [Call(q, k, v)]
+
+
+def raise_streams(outputs: Sequence[Tensor], lowering: Lowering, groups: int) -> tuple[Tensor, ...]:
+    """Outputs of the calls, (B, heads, L, width), back as one (B, H, L, E) a stream."""
+    if not lowering.stack:
+        parts = [tuple(outputs[i : i + lowering.slices]) for i in range(0, len(outputs), lowering.slices)]
+    elif lowering.shares_keys:
+        return unstack_heads(outputs[0], groups, lowering.streams)
+    else:
+        blocks = outputs[0].chunk(lowering.streams * lowering.slices, dim=1)
+        parts = [blocks[i : i + lowering.slices] for i in range(0, len(blocks), lowering.slices)]
+    return tuple(part[0] if len(part) == 1 else torch.cat(part, dim=-1) for part in parts)
+
+
+def raise_maps(maps: Sequence[Tensor], lowering: Lowering, groups: int) -> tuple[Tensor, ...]:
+    """Maps of the calls, (B, heads, L, S), as one (B, H, L, S) a stream; slices of one stream share theirs."""
+    if lowering.stack and lowering.shares_keys:
+        return unstack_heads(maps[0], groups, lowering.streams)
+    flat = maps[0].chunk(lowering.streams * lowering.slices, dim=1) if lowering.stack else maps
+    return tuple(flat[:: lowering.slices])
+
+
+def stack_heads(streams: Sequence[Tensor], groups: int) -> Tensor:
+    """One (B, H, L, D) a stream -> (B, streams·H, L, D), the heads of one key-value group together."""
+    grouped = [x.unflatten(1, (groups, -1)) for x in streams]
+    return torch.cat(grouped, dim=2).flatten(1, 2)
+
+
+def unstack_heads(x: Tensor, groups: int, streams: int) -> tuple[Tensor, ...]:
+    """The inverse of `stack_heads`."""
+    return tuple(part.flatten(1, 2) for part in x.unflatten(1, (groups, -1)).chunk(streams, dim=2))
+
+
+def lower_mask(mask: Tensor, lowering: Lowering, groups: int) -> Tensor:
+    """A (B, H or 1, L, S) mask of the streams' heads for the heads of one call."""
+    if mask.shape[1] == 1 or lowering.heads_factor == 1:
+        return mask
+    if lowering.shares_keys:
+        return stack_heads([mask] * lowering.streams, groups)
+    return mask.repeat(1, lowering.heads_factor, 1, 1)

@@ -1,0 +1,130 @@
+"""What a query may see, said once; every engine turns it into its own form.
+
+Legend: B batch, H query heads, L queries, S keys.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class MaskSpec:
+    """Visibility of S keys to L queries. The parts combine by "and"; a query that sees no key gets the output zero.
+
+    is_causal:   a query sees keys up to its own position.
+    offset:      position of the first query among the keys; by default S − L, so the queries are the LAST L
+        positions (decoding,
+                 chunked prefill). A scalar tensor for caches of fixed size, whose last keys are not written yet.
+    key_padding: (B, S) bool, True where the key is real.
+    documents:   (B, S) integers; a query sees keys of its own document only.
+    dense:       anything broadcastable to (B, H, L, S): bool, True = visible, or floating point, added to the scaled
+        logits.
+    """
+
+    is_causal: bool = False
+    offset: int | Tensor | None = None
+    key_padding: Tensor | None = None
+    documents: Tensor | None = None
+    dense: Tensor | None = None
+
+    @property
+    def features(self) -> frozenset[str]:
+        """Names of the parts in use, for the choice of an engine."""
+        parts = {
+            "causal": self.is_causal,
+            "padding": self.key_padding is not None,
+            "documents": self.documents is not None,
+            "dense": self.dense is not None and not self.dense.is_floating_point(),
+            "bias": self.dense is not None and self.dense.is_floating_point(),
+        }
+        return frozenset(name for name, used in parts.items() if used)
+
+    def query_positions(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        """(L,) positions of the queries among the keys."""
+        offset = keys - queries if self.offset is None else self.offset
+        return torch.arange(queries, device=device) + offset
+
+    def is_plain_causal(self, queries: int, keys: int) -> bool:
+        """Whether this is the square lower triangle and nothing else, which fused kernels know by a flag."""
+        return self.features == {"causal"} and queries == keys and self._ends_aligned(queries, keys)
+
+    def is_open(self, queries: int, keys: int) -> bool:
+        """Whether every query sees every key without looking at tensor values (a single decoded token, for one)."""
+        if self.features - {"causal"}:
+            return False
+        return not self.is_causal or (queries == 1 and self._ends_aligned(queries, keys))
+
+    def _ends_aligned(self, queries: int, keys: int) -> bool:
+        # A tensor's value is not looked at: it would stall a GPU and break a compiled graph.
+        return self.offset is None or (isinstance(self.offset, int) and self.offset == keys - queries)
+
+    def visible(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        """(B or 1, H or 1, L, S) bool of the boolean parts."""
+        allowed = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device)
+        positions = self.query_positions(queries, keys, device)
+        if self.is_causal:
+            allowed = allowed & (torch.arange(keys, device=device) <= positions[:, None])
+        if self.key_padding is not None:
+            allowed = allowed & self.key_padding[:, None, None, :]
+        if self.documents is not None:
+            own = self.documents.index_select(1, positions)
+            allowed = allowed & (own[:, None, :, None] == self.documents[:, None, None, :])
+        if self.dense is not None and not self.dense.is_floating_point():
+            allowed = allowed & _as_four(self.dense)
+        return allowed
+
+    def materialise(self, queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(B or 1, H or 1, L, S): bool, or additive in `dtype` when a floating-point part is present."""
+        allowed = self.visible(queries, keys, device)
+        if self.dense is None or not self.dense.is_floating_point():
+            return allowed
+        return _as_four(self.dense).to(dtype).masked_fill(~allowed, float("-inf"))
+
+    def validate(self, batch: int, queries: int, keys: int) -> None:
+        """Raise ValueError, naming the argument, if a part does not fit the problem."""
+        if self.is_causal and self.offset is None and queries > keys:
+            raise ValueError(
+                f"is_causal with {queries} queries and {keys} keys: there must be at least as many keys as queries"
+            )
+        for name, part in (("key_padding_mask", self.key_padding), ("documents", self.documents)):
+            if part is not None and (
+                part.ndim != 2 or part.shape[1] != keys or part.shape[0] not in (1, batch)
+            ):
+                raise ValueError(
+                    f"{name} has shape {tuple(part.shape)}; expected (batch {batch}, keys {keys})"
+                )
+        if self.key_padding is not None and self.key_padding.dtype != torch.bool:
+            raise ValueError(f"key_padding_mask must be bool (True = visible), not {self.key_padding.dtype}")
+        if self.documents is not None and self.documents.is_floating_point():
+            raise ValueError(f"documents must hold integers, not {self.documents.dtype}")
+        if self.dense is not None and not 2 <= self.dense.ndim <= 4:
+            raise ValueError(f"attn_mask must have 2 to 4 dimensions, not {self.dense.ndim}")
+        if self.dense is not None and (
+            self.dense.shape[-2] not in (1, queries) or self.dense.shape[-1] not in (1, keys)
+        ):
+            raise ValueError(
+                f"attn_mask ends in {tuple(self.dense.shape[-2:])}; expected ({queries}, {keys}) or 1"
+            )
+        if self.dense is not None and self.dense.dtype != torch.bool and not self.dense.is_floating_point():
+            raise ValueError(
+                f"attn_mask must be bool (True = visible) or floating point (added), not {self.dense.dtype}"
+            )
+
+
+def _as_four(mask: Tensor) -> Tensor:
+    # A 3-D mask is (B, L, S): one mask a sequence, the same for every head.
+    if mask.ndim == 2:
+        return mask[None, None]
+    return mask[:, None] if mask.ndim == 3 else mask
+
+
+def packed_documents(position_ids: Tensor) -> Tensor:
+    """(B, L) document numbers from positions: a new one begins wherever a position does not follow its neighbour.
+
+    The convention of Hugging Face for packed sequences.
+    """
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff(dim=1) != 1
+    return starts.cumsum(dim=1)

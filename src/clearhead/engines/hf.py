@@ -1,0 +1,139 @@
+"""Any attention function registered in Hugging Face's AttentionInterface, FlashAttention among them."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clearhead.core.dispatch import Backend, Caps, Engine, Problem, register_factory
+from clearhead.core.legalise import Call, Lowering
+from clearhead.core.masks import MaskSpec
+
+_INDEXED = frozenset({"causal", "padding", "documents"})
+_FLASH = Caps(
+    wide_values="split",
+    masks=_INDEXED,
+    dtypes=frozenset({torch.float16, torch.bfloat16}),
+    devices=frozenset({"cuda", "xpu", "npu"}),
+    max_width=256,
+)
+KNOWN_CAPS = {
+    "flash_attention_2": _FLASH,
+    "flash_attention_3": _FLASH,
+}
+# An unknown function gets what every one of them must manage: values as wide as keys, masks that its own mask
+# function can say.
+CAUTIOUS = Caps(wide_values="split", masks=_INDEXED)
+
+
+@dataclass(frozen=True, slots=True)
+class HfMask:
+    """A mask in the form of one attention function, with what it wants beside it."""
+
+    attention_mask: Any
+    is_causal: bool
+    position_ids: Tensor | None
+
+
+class _Site(nn.Module):
+    """What Hugging Face's attention functions read off the module that calls them."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.is_causal = True
+        self.layer_idx = 0
+        self.num_key_value_groups = 1
+        self.config = SimpleNamespace(_attn_implementation=name)
+
+
+class HuggingFace(Engine):
+    """The function registered under `name`, with the mask function registered under the same name.
+
+    A name without a mask function is refused: Hugging Face would silently drop padding.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._site = _Site(name)
+
+    def caps(self, device: str) -> Caps:
+        return KNOWN_CAPS.get(self.name, CAUTIOUS)
+
+    def refusal(self, problem: Problem) -> str | None:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+        if self.name not in ALL_MASK_ATTENTION_FUNCTIONS:
+            return (
+                "Hugging Face's AttentionMaskInterface has no mask function for it, so padding would be lost"
+            )
+        return super().refusal(problem)
+
+    def prepare(self, mask: MaskSpec, problem: Problem, lowering: Lowering) -> HfMask:
+        from transformers.masking_utils import (
+            ALL_MASK_ATTENTION_FUNCTIONS,
+            and_masks,
+            bidirectional_mask_function,
+            causal_mask_function,
+            packed_sequence_mask_function,
+        )
+
+        rule = causal_mask_function if mask.is_causal else bidirectional_mask_function
+        position_ids = None
+        if mask.documents is not None:
+            rule = and_masks(rule, packed_sequence_mask_function(mask.documents))
+            position_ids = _restarting_positions(mask.documents)[:, -problem.queries :]
+        batches = [part.shape[0] for part in (mask.key_padding, mask.documents) if part is not None]
+        native = ALL_MASK_ATTENTION_FUNCTIONS[self.name](
+            batch_size=max(batches) if batches else 1,
+            q_length=problem.queries,
+            kv_length=problem.keys,
+            q_offset=problem.keys - problem.queries if mask.offset is None else mask.offset,
+            kv_offset=0,
+            mask_function=rule,
+            attention_mask=mask.key_padding,
+            allow_is_causal_skip=mask.features == {"causal"},
+            dtype=problem.dtype,
+            config=self._site.config,
+            use_vmap=False,
+            device=torch.device(problem.device),
+        )
+        return HfMask(native, mask.is_causal, position_ids)
+
+    def __call__(self, call: Call, mask: HfMask, scale: float) -> tuple[Tensor, Tensor | None]:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        self._site.num_key_value_groups = call.q.shape[1] // call.k.shape[1]
+        self._site.is_causal = mask.is_causal
+        extra = {} if mask.position_ids is None else {"position_ids": mask.position_ids}
+        out, _ = ALL_ATTENTION_FUNCTIONS[self.name](
+            self._site,
+            call.q,
+            call.k,
+            call.v,
+            mask.attention_mask,
+            dropout=0.0,
+            scaling=scale,
+            is_causal=mask.is_causal,
+            **extra,
+        )
+        # Hugging Face's functions return (B, L, H, E).
+        return out.transpose(1, 2), None
+
+
+def _restarting_positions(documents: Tensor) -> Tensor:
+    """(B, S) positions that restart where the document changes, Hugging Face's convention."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents.diff(dim=1) != 0
+    return index - index.masked_fill(~starts, 0).cummax(dim=1).values
+
+
+def _from_interface(name: str) -> Backend | None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return HuggingFace(name) if name in ALL_ATTENTION_FUNCTIONS.valid_keys() else None
+
+
+register_factory(_from_interface)

@@ -1,0 +1,120 @@
+"""Attention as functions.
+
+Legend: B batch, H query heads, G key-value heads, L queries, S keys, D key width, E value width.
+"""
+
+import torch
+from torch import Tensor
+
+from clearhead.core.attend import Mix, attend, difference, prepare, problem_of, single
+from clearhead.core.dispatch import automatic_backends, load_backend
+from clearhead.core.heads import Heads
+from clearhead.core.masks import MaskSpec
+
+__all__ = ["attention", "differential_attention"]
+
+# Loaded here, so that a first call inside `torch.compile` has nothing left to import.
+automatic_backends()
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(scale · q kᵀ + mask) v, grouped-query.
+
+    q (B, H, L, D), k (B, G, S, D), v (B, G, S, E) -> (B, H, L, E); G divides H and head h reads group h // (H // G).
+    is_causal: with L < S the queries are the LAST L positions. attn_mask: broadcastable to (B, H, L, S), bool (True
+        = visible) or added.
+    scale: 1/√D by default. backend: "auto", or the name of an engine or kernel, which runs it or raises ValueError
+    with its reason. A query that sees no key gives zeros. Differs from
+    `torch.nn.functional.scaled_dot_product_attention`: bottom-right causal alignment, GQA without a flag.
+    """
+    _check(q, k, v, 1, 1)
+    return _run(Heads((q,), (k,), v), single, is_causal, attn_mask, scale, backend)
+
+
+def differential_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: float | Tensor,
+    *,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """(softmax(scale · q1 k1ᵀ + mask) − λ softmax(scale · q2 k2ᵀ + mask)) v: both V1 and V2 of DIFF Transformer.
+
+    q    (B, 2H, L, D): adjacent heads pair up, 2i is the signal and 2i + 1 the noise of head i.
+    k    (B, 2G, S, D): own keys for each stream, adjacent pairs again (V1), or (B, G, S, D): shared keys (V2).
+    v    (B, G, S, E): G divides H, head i reads group i // (H // G).
+    lam  a number or a tensor broadcastable to (B, H, L, 1): per call, per head or per token, with its gradient.
+    Returns (B, H, L, E), without V1's norm and factor. The rest as for `attention`.
+
+    Source: arXiv 2410.05258, equation 1; V2: Microsoft 2026. Differs from the released naive code, which pairs keys
+        wrongly under GQA.
+    """
+    _check(q, k, v, 2, 2)
+    streams = q.unflatten(1, (-1, 2)).unbind(2)
+    keys = (k,) if k.shape[1] == v.shape[1] else k.unflatten(1, (-1, 2)).unbind(2)
+    gate = lam if isinstance(lam, Tensor) else torch.tensor(float(lam), device=q.device, dtype=torch.float64)
+    if gate.ndim < 4:
+        gate = gate.reshape((1,) * (4 - gate.ndim) + tuple(gate.shape))
+    expected = (q.shape[0], q.shape[1] // 2, q.shape[2], 1)
+    if gate.ndim > 4 or any(size not in (1, full) for size, full in zip(gate.shape, expected, strict=True)):
+        raise ValueError(
+            f"lam has shape {tuple(lam.shape) if isinstance(lam, Tensor) else ()}; it must broadcast to {expected}"
+        )
+    return _run(Heads(tuple(streams), tuple(keys), v, gate), difference, is_causal, attn_mask, scale, backend)
+
+
+def _run(
+    heads: Heads, mix: Mix, is_causal: bool, attn_mask: Tensor | None, scale: float | None, backend: str
+) -> Tensor:
+    mask = MaskSpec(is_causal=is_causal, dense=attn_mask)
+    batch, _, queries, width = heads.q[0].shape
+    mask.validate(batch, queries, heads.v.shape[2])
+    automatic = backend == "auto"
+    backends = automatic_backends() if automatic else (load_backend(backend),)
+    prepared = prepare(backends, problem_of(heads, mask, mix), mask, automatic)
+    return attend(heads, prepared, width**-0.5 if scale is None else scale, mix)[0]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, query_streams: int, key_streams: int) -> None:
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        if value.ndim != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions (batch, heads, tokens, width), not shape {tuple(value.shape)}"
+            )
+        if 0 in value.shape:
+            raise ValueError(f"{name} is empty: its shape is {tuple(value.shape)}")
+        if not value.is_floating_point():
+            raise ValueError(f"{name} must be floating point, not {value.dtype}")
+        if value.dtype != q.dtype or value.device != q.device:
+            raise ValueError(
+                f"{name} is {value.dtype} on {value.device}, q is {q.dtype} on {q.device}; they must agree"
+            )
+        if value.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} has batch size {value.shape[0]}, q has {q.shape[0]}")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q is {q.shape[3]} wide and k {k.shape[3]}; they must agree")
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f"k has {k.shape[2]} tokens and v {v.shape[2]}; they must agree")
+    if q.shape[1] % query_streams:
+        raise ValueError(
+            f"q must have an even number of heads, a signal and a noise head each, not {q.shape[1]}"
+        )
+    groups, heads = v.shape[1], q.shape[1] // query_streams
+    if k.shape[1] not in (groups, key_streams * groups):
+        allowed = f"{groups}" if key_streams == 1 else f"{groups} (shared) or {key_streams * groups} (own)"
+        raise ValueError(f"k has {k.shape[1]} heads and v {groups}; k must have {allowed}")
+    if heads % groups:
+        raise ValueError(f"v has {groups} key-value heads, which do not divide the {heads} output heads of q")

@@ -1,0 +1,303 @@
+"""The decoder and its language-modelling head.
+
+Legend: B batch, H output heads, L queries, S keys, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.utils import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple
+
+import clearhead.engines.hf  # noqa: F401  (registers Hugging Face's attention interface as backends)
+from clearhead.core.attend import Prepared, mixing_of, prepare
+from clearhead.core.dispatch import Backend, Problem, load_backend
+from clearhead.core.masks import MaskSpec, packed_documents
+from clearhead.core.norm import RMSNorm
+from clearhead.models.config import ClearheadConfig
+from clearhead.models.layers import ClearheadDecoderLayer
+from clearhead.positions.rope import Rope
+from clearhead.variants.base import Variant
+
+# Hugging Face's names for what this library runs itself.
+_OWN_ENGINES = {"eager": "eager", "sdpa": "sdpa", "flex_attention": "flex"}
+
+
+def backend_for(attn_implementation: str) -> Backend:
+    """The backend behind a Hugging Face `attn_implementation`."""
+    return load_backend(_OWN_ENGINES.get(attn_implementation, attn_implementation))
+
+
+class ClearheadPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config_class = ClearheadConfig
+    config: ClearheadConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ClearheadDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Variant):
+            module.reset_parameters()
+        elif isinstance(module, Rope):
+            init.copy_(module.inv_freq, module.frequencies())
+
+
+class ClearheadModel(ClearheadPreTrainedModel):
+    """Token embedding, decoder layers and a final norm."""
+
+    def __init__(self, config: ClearheadConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(ClearheadDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.position = config.make_position()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Token ids (B, L) to hidden states (B, L, hidden_size).
+
+        attention_mask: (B, S) with 1 for real tokens, or (B, 1 or H, L, S) bool or additive, which then says
+            everything.
+        position_ids:   (B or 1, L). Without them they count real tokens. Given without mask and cache, positions
+            that restart mean
+            packed documents that cannot see each other.
+        output_attentions: effective maps (B, H, L, S) a layer, A1 − λ A2 for the differential variants; eager
+            attention only.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError("the input has no tokens")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        use_cache = use_cache and not (self.gradient_checkpointing and self.training)
+        output_attentions = bool(
+            self.config.output_attentions if output_attentions is None else output_attentions
+        )
+        output_hidden_states = bool(
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        mask, position_ids, keys = self._mask_and_positions(
+            inputs_embeds, attention_mask, position_ids, past_key_values, packed_ok=not use_cache
+        )
+        prepared = self._prepare(inputs_embeds, mask, keys, output_attentions)
+        rotation = self.position.rotation(position_ids)
+
+        hidden_states = inputs_embeds
+        states: tuple[Tensor, ...] = ()
+        maps: tuple[Tensor, ...] = ()
+        for layer in self.layers:
+            if output_hidden_states:
+                states = (*states, hidden_states)
+            hidden_states, layer_map = layer(
+                hidden_states,
+                rotation,
+                prepared,
+                past_key_values=past_key_values,
+                output_attentions=output_attentions,
+            )
+            if layer_map is not None:
+                maps = (*maps, layer_map)
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=(*states, hidden_states) if output_hidden_states else None,
+            attentions=maps if output_attentions else None,
+        )
+
+    def _mask_and_positions(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        packed_ok: bool,
+    ) -> tuple[MaskSpec, Tensor, int]:
+        """The mask, positions (B or 1, L) and the number of keys that attention will see."""
+        batch, queries = inputs_embeds.shape[:2]
+        past = 0 if cache is None else cache.get_seq_length()
+        keys = queries if cache is None else cache.get_mask_sizes(queries, 0)[0]
+        tracing = torch.compiler.is_compiling()
+        if attention_mask is not None and attention_mask.ndim == 4:
+            if position_ids is None:
+                position_ids = (torch.arange(queries, device=inputs_embeds.device) + past)[None]
+            return MaskSpec(dense=attention_mask[..., :keys]), position_ids, keys
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; expected (batch, tokens) or 4 dimensions"
+            )
+
+        documents = None
+        padding = None
+        if attention_mask is not None and (tracing or not bool(attention_mask.all())):
+            padding = _fit(attention_mask.bool(), batch, keys)
+            if position_ids is None:
+                # Real tokens are counted, so that left padding moves nothing: slack collinear attention would notice.
+                counted = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+                position_ids = counted[:, -queries:]
+        elif position_ids is not None and attention_mask is None and packed_ok:
+            numbered = packed_documents(position_ids.expand(batch, -1))
+            documents = numbered if tracing or bool((numbered > 1).any()) else None
+        if position_ids is None:
+            position_ids = (torch.arange(queries, device=inputs_embeds.device) + past)[None]
+        mask = MaskSpec(is_causal=True, offset=past, key_padding=padding, documents=documents)
+        return mask, position_ids, keys
+
+    def _prepare(self, inputs_embeds: Tensor, mask: MaskSpec, keys: int, output_attentions: bool) -> Prepared:
+        variant = self._decoder_layers()[0].self_attn.variant
+        sizes = variant.sizes
+        problem = Problem(
+            streams=sizes.query_streams,
+            shares_keys=sizes.key_streams == 1,
+            heads=sizes.heads,
+            kv_heads=sizes.kv_heads,
+            queries=inputs_embeds.shape[1],
+            keys=keys,
+            key_width=sizes.key_width,
+            value_width=sizes.value_width,
+            dtype=self._compute_dtype(inputs_embeds),
+            device=inputs_embeds.device.type,
+            mask=mask.features,
+            mixing=mixing_of(variant.mix),
+            needs_grad=torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()),
+            needs_maps=output_attentions,
+        )
+        implementation = self.config._attn_implementation or "sdpa"
+        return prepare((backend_for(implementation),), problem, mask, automatic=False)
+
+    def _decoder_layers(self) -> list[ClearheadDecoderLayer]:
+        return [layer for layer in self.layers if isinstance(layer, ClearheadDecoderLayer)]
+
+    def _compute_dtype(self, inputs_embeds: Tensor) -> torch.dtype:
+        device = inputs_embeds.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return inputs_embeds.dtype
+
+
+class ClearheadForCausalLM(ClearheadPreTrainedModel, GenerationMixin):
+    """A causal language model with any attention variant; used like LLaMA's."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: ClearheadConfig) -> None:
+        super().__init__(config)
+        self.model = ClearheadModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None, **unused: Any) -> Tensor | None:
+        """Keep the 2-D mask: the model turns it into its engine's form, for caches of fixed size too."""
+        return attention_mask
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Token ids (B, L) to logits (B, L, V), and the loss in nats a token if labels (B, L) are given.
+
+        labels are not shifted; −100 is ignored. `num_items_in_batch` divides the summed loss instead of the number
+        of labels here, for gradient accumulation. The rest as for `ClearheadModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @torch.no_grad()
+    def lambdas(self, input_ids: Tensor | None = None) -> dict[int, float]:
+        """Mean λ of each differential layer: for V2 over heads and tokens of `input_ids` (B, L).
+
+        Layers without λ, and V2 layers when no tokens are given, are left out.
+        """
+        found: dict[int, float] = {}
+        states = None
+        if input_ids is not None:
+            states = self.model(input_ids=input_ids, use_cache=False, output_hidden_states=True).hidden_states
+        for index, layer in enumerate(self.model._decoder_layers()):
+            fixed = layer.self_attn.variant.mean_lambda()
+            if fixed is None and states is not None:
+                gate = layer.self_attn.variant.gate(layer.input_layernorm(states[index]))
+                fixed = None if gate is None else float(gate.mean())
+            if fixed is not None:
+                found[index] = fixed
+        return found
+
+
+def _fit(mask: Tensor, batch: int, keys: int) -> Tensor:
+    """(B, S) for a cache of `keys` positions: cut, or continued with what is not written yet."""
+    missing = keys - mask.shape[1]
+    if missing > 0:
+        mask = torch.nn.functional.pad(mask, (0, missing), value=False)
+    return mask[:, :keys].expand(batch, -1)

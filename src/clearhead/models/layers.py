@@ -1,0 +1,72 @@
+"""The blocks of a decoder layer around its attention."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from clearhead.core.attend import Prepared
+from clearhead.core.norm import RMSNorm
+from clearhead.models.config import ClearheadConfig
+from clearhead.nn import AttentionCore
+from clearhead.positions.base import Rotation
+
+
+class ClearheadAttention(AttentionCore):
+    """One layer's self-attention: the shared core behind a Hugging Face cache, with a plan made once for all layers."""
+
+    def __init__(self, config: ClearheadConfig, layer_idx: int) -> None:
+        super().__init__(config.make_variant(layer_idx))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotation: Rotation,
+        prepared: Prepared,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, L, hidden_size) -> the same, and the effective map (B, H, L, S) if asked."""
+        heads = self.project(hidden_states, hidden_states, rotation, past_key_values)
+        return self.combine(heads, prepared, output_attentions)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) ⊙ up(x)), no biases (Shazeer 2020)."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class ClearheadDecoderLayer(GradientCheckpointingLayer):
+    """y = x + Attention(RMSNorm(x)); y + SwiGLU(RMSNorm(y))."""
+
+    def __init__(self, config: ClearheadConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.intermediate_size is not None
+        self.self_attn = ClearheadAttention(config, layer_idx)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotation: Rotation,
+        prepared: Prepared,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, L, hidden_size) -> the same, and the effective map if asked."""
+        attended, maps = self.self_attn(
+            self.input_layernorm(hidden_states), rotation, prepared, past_key_values, output_attentions
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), maps

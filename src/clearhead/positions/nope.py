@@ -1,0 +1,21 @@
+"""No position information beyond the causal mask."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from torch import Tensor
+
+from clearhead.positions.base import NoRotation, Position, Rotation
+
+
+class Nope(Position):
+    """NoPE (Haviv et al. 2022, Kazemnejad et al. 2023): queries and keys are not touched."""
+
+    rotates = False
+
+    @classmethod
+    def from_rope_parameters(cls, head_dim: int, parameters: Mapping[str, Any]) -> Self:
+        return cls()
+
+    def rotation(self, positions: Tensor, key_positions: Tensor | None = None) -> Rotation:
+        return NoRotation()

@@ -1,0 +1,82 @@
+"""Everything that can be chosen by name, in one literal table.
+
+A variant, position, engine, kernel or evaluation is one new file and one line here. Third parties add theirs through
+entry points in the groups `clearhead.variants`, `clearhead.positions`, `clearhead.engines`, `clearhead.kernels` and
+`clearhead.evaluations`. Nothing is imported until it is asked for.
+"""
+
+import difflib
+from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+VARIANTS = {
+    "softmax": "clearhead.variants.softmax:Softmax",
+    "differential": "clearhead.variants.differential:Differential",
+    "differential_v2": "clearhead.variants.differential_v2:DifferentialV2",
+    "collinear": "clearhead.variants.collinear:Collinear",
+}
+POSITIONS = {
+    "rope": "clearhead.positions.rope:Rope",
+    "nope": "clearhead.positions.nope:Nope",
+}
+ENGINES = {
+    "sdpa": "clearhead.engines.sdpa:Sdpa",
+    "flex": "clearhead.engines.flex:Flex",
+    "eager": "clearhead.engines.eager:Eager",
+}
+KERNELS: dict[str, str] = {}
+EVALUATIONS = {
+    "language_modelling": "clearhead.evals.language_modelling:LanguageModelling",
+    "loss_by_position": "clearhead.evals.loss_by_position:LossByPosition",
+    "needles": "clearhead.evals.needles:Needles",
+    "allocation": "clearhead.evals.allocation:Allocation",
+    "mastery": "clearhead.evals.mastery:Mastery",
+}
+
+_TABLES = {
+    "variants": VARIANTS,
+    "positions": POSITIONS,
+    "engines": ENGINES,
+    "kernels": KERNELS,
+    "evaluations": EVALUATIONS,
+}
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A clause for an error about the unknown `name`: the nearest known name if there is one, else all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"known: {', '.join(known)}" if known else "none is registered"
+
+
+@cache
+def _entry_points(table: str) -> dict[str, str]:
+    return {point.name: point.value for point in entry_points(group=f"clearhead.{table}")}
+
+
+def _targets(table: str) -> dict[str, str]:
+    # A name of the project's own cannot be taken over by an installed package.
+    return {**_entry_points(table), **_TABLES[table]}
+
+
+def names(table: str) -> tuple[str, ...]:
+    """The names in `table` ("variants", "positions", "engines", "kernels", "evaluations"), the project's own first."""
+    own = _TABLES[table]
+    return (*own, *(name for name in _entry_points(table) if name not in own))
+
+
+def resolve(table: str, name: str) -> Any:
+    """Import and return what `name` stands for in `table`.
+
+    Raises ValueError for a name that is not registered, with the nearest one that is.
+    """
+    targets = _targets(table)
+    if name not in targets:
+        raise ValueError(f"unknown {table.removesuffix('s')} {name!r}: {did_you_mean(name, targets)}")
+    module, _, attribute = targets[name].partition(":")
+    return getattr(import_module(module), attribute)

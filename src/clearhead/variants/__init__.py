@@ -1,0 +1,1 @@
+"""Variants: programs over softmax attention, one mechanism a file."""

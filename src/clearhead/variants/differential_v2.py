@@ -1,0 +1,58 @@
+"""Differential attention, V2."""
+
+import torch
+from torch import Tensor, nn
+
+from clearhead.core.attend import Mix, difference
+from clearhead.core.heads import HeadShape, Widths, split_heads
+from clearhead.variants.base import Variant
+
+
+class DifferentialV2(Variant):
+    """Differential attention V2 (Microsoft, "Differential Transformer V2", January 2026).
+
+        head_i = softmax(q_2i kᵀ / √d) v − sigmoid(λ_i(x)) · softmax(q_2i+1 kᵀ / √d) v
+
+    A twin with h heads becomes h output heads fed by 2h query heads; heads 2i and 2i + 1 share a key-value head.
+    λ(x) = x W_λ, one number a token and head, x the same normed input that the queries see. No head norm, no λ_init.
+    The layer gains h·d·d_model (queries) and h·d_model (λ) parameters; keys, values, cache and output projection are
+    the twin's.
+
+    Differs from the released code: rotary pairs (j, j + d/2); sigmoid in float32.
+    """
+
+    def __init__(self, shape: HeadShape) -> None:
+        super().__init__(shape)
+        self.lambda_proj = nn.Linear(shape.embed_dim, shape.num_heads, bias=False)
+
+    @classmethod
+    def widths(cls, shape: HeadShape) -> Widths:
+        heads, groups, width = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        return Widths(
+            q=2 * heads * width,
+            k=groups * width,
+            v=groups * width,
+            o=heads * width,
+            heads=heads,
+            kv_heads=groups,
+            query_streams=2,
+            key_streams=1,
+            key_width=width,
+            value_width=width,
+        )
+
+    def split_queries(self, q: Tensor) -> tuple[Tensor, ...]:
+        return split_heads(q, self.sizes.heads).chunk(2, dim=-1)
+
+    def split_keys(self, k: Tensor) -> tuple[Tensor, ...]:
+        return (split_heads(k, self.sizes.kv_heads),)
+
+    def gate(self, x: Tensor) -> Tensor:
+        # (B, L, H) -> (B, H, L, 1)
+        raw = self.lambda_proj(x)
+        wide = raw if raw.dtype == torch.float64 else raw.float()
+        return wide.sigmoid().transpose(1, 2)[..., None]
+
+    @property
+    def mix(self) -> Mix:
+        return difference

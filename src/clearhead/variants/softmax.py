@@ -1,0 +1,51 @@
+"""The Transformer's attention: the baseline, and the twin of every variant."""
+
+import torch
+from torch import Tensor
+
+from clearhead.core.heads import HeadShape, Widths, split_heads
+from clearhead.core.norm import RMSNorm
+from clearhead.variants.base import Variant
+
+
+class Softmax(Variant):
+    """softmax(q kᵀ / √d) v, grouped-query (Vaswani et al. 2017, Ainslie et al. 2023).
+
+    head_norm: RMSNorm over each head's output, the control of the Differential Transformer's ablation ("+GroupNorm",
+        Table 6 of
+        arXiv 2410.05258): it separates what the subtraction does from what the norm does. Adds head_dim parameters a
+        layer.
+    """
+
+    def __init__(self, shape: HeadShape, *, head_norm: bool = False, norm_eps: float = 1e-5) -> None:
+        super().__init__(shape)
+        self.head_norm = RMSNorm(shape.head_dim, norm_eps) if head_norm else None
+
+    @classmethod
+    def widths(cls, shape: HeadShape) -> Widths:
+        heads, groups, width = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        return Widths(
+            q=heads * width,
+            k=groups * width,
+            v=groups * width,
+            o=heads * width,
+            heads=heads,
+            kv_heads=groups,
+            query_streams=1,
+            key_streams=1,
+            key_width=width,
+            value_width=width,
+        )
+
+    def split_queries(self, q: Tensor) -> tuple[Tensor, ...]:
+        return (split_heads(q, self.sizes.heads),)
+
+    def split_keys(self, k: Tensor) -> tuple[Tensor, ...]:
+        return (split_heads(k, self.sizes.kv_heads),)
+
+    def finish(self, o: Tensor) -> Tensor:
+        return o if self.head_norm is None else self.head_norm(o)
+
+    def reset_parameters(self) -> None:
+        if self.head_norm is not None:
+            torch.nn.init.ones_(self.head_norm.weight)
