@@ -135,13 +135,8 @@ def test_override_of_an_arm_by_number_and_by_name(path: Path) -> None:
         ("data.needles.lengths=[64, 32]", ["[smallest, largest]", "[64, 32]"]),
         ("data.needles.lengths=[100, 200]", ["longer than a row"]),
         ("train.batch_tokens=500", ["train.batch_tokens = 500", "data.length = 64", "512"]),
-        ("model.hidden_size=30", ["hidden_size = 30", "num_attention_heads = 4"]),
-        ("model.num_key_value_heads=3", ["num_key_value_heads = 3"]),
-        ("model.num_key_value_heads=1", ["arms.1 (DIFF V1)", "must be even"]),
-        ("model.hidden_size=wide", ["model.hidden_size", "positive integer"]),
         ("model.vocab_size=9", ["model.vocab_size", "tokenizer"]),
         ("model.attention=softmax", ["model.attention", "[[arms]]"]),
-        ("model.position=ropes", ["position", "did you mean 'rope'?"]),
         ("arms.1.train.tokens=5", ["arms.1 (DIFF V1)", "train.tokens", "same for all arms"]),
         ("arms.1.name=Transformer", ["'Transformer' occurs twice"]),
         ("arms.1.name=TRANSFORMER", ["'transformer' occurs twice"]),
@@ -166,6 +161,30 @@ def test_mistakes_are_named(path: Path, override: str, words: list[str]) -> None
     for word in words:
         assert word in message
     assert str(path) in message or repr(override) in message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.hiden_size=32", ["'model.hiden_size'", "'hidden_size'"]),
+        ("model.output_attentions=true", ["'model.output_attentions'"]),
+        ("arms.1.model.num_layers=3", ["arms.1 (DIFF V1)", "'model.num_layers'"]),
+        ("model.hidden_size=30", ["arms.0 (Transformer)", "hidden_size", "30"]),
+        ("model.hidden_size=wide", ["hidden_size", "'wide'"]),
+        ("model.num_key_value_heads=3", ["(3)"]),
+        ("model.num_key_value_heads=1", ["arms.1 (DIFF V1)", "must be even"]),
+        ("model.position=ropes", ["did you mean 'rope'?"]),
+        ("arms.1.attention_options={lambda_int=0.5}", ["arms.1 (DIFF V1)", "did you mean 'lambda_init'?"]),
+        ("arms.1.attention_options={lambda_init=2.0}", ["arms.1 (DIFF V1)", "lambda_init"]),
+    ],
+)
+def test_model_mistakes_are_named(path: Path, override: str, words: list[str]) -> None:
+    from clearhead.train.compare import check_models
+
+    with pytest.raises(RecipeError) as caught:
+        check_models(load_recipe(path, [override]))
+    for word in words:
+        assert word in str(caught.value)
 
 
 def test_file_mistakes(tmp_path: Path) -> None:

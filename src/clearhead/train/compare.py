@@ -1,11 +1,13 @@
 """The comparison: check, prepare the data once, sweep if asked, train and evaluate every arm with every seed."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from clearhead.registry import did_you_mean
 from clearhead.train.jobs import Row, Task, Watcher, run_tasks
-from clearhead.train.recipe import Recipe, RecipeError
+from clearhead.train.recipe import RESERVED_MODEL_KEYS, Recipe, RecipeError
 from clearhead.train.rundir import check_space, check_writable, exclusive, open_run, set_aside
 
 # Weights and two Adam moments in float32; the checkpoint kept, the one being written, and the final weights.
@@ -92,21 +94,28 @@ def _sweep_tasks(recipe: Recipe, run_dir: Path) -> list[Task]:
 
 
 def check_models(recipe: Recipe) -> dict[str, int]:
-    """Build every arm's model without memory, so that a wrong option is found before anything runs.
+    """Build every arm's model without memory, so that a wrong key or option is found before anything runs.
 
     Returns the parameters of each arm by name. Raises RecipeError that names the arm.
     """
-    import torch
+    from huggingface_hub.errors import StrictDataclassError
 
-    from clearhead.models import ClearheadConfig, ClearheadForCausalLM
+    from clearhead.models import ClearheadConfig
+    from clearhead.models.cost import parameters
 
-    parameters = {}
+    # Only its own keys: what its base class would take besides, and anything else, is a mistake in a recipe.
+    known = [key for key in inspect.get_annotations(ClearheadConfig) if key not in RESERVED_MODEL_KEYS]
+    counts = {}
     for index, arm in enumerate(recipe.arms):
+        here = f"recipe {recipe.name!r}: arms.{index} ({arm.name})"
+        for key in (*recipe.model, *arm.model):
+            if key not in known:
+                raise RecipeError(f"{here}: unknown key 'model.{key}'; {did_you_mean(key, known)}")
         try:
             config = ClearheadConfig(vocab_size=recipe.tokenizer.vocab_size, **recipe.model_of(arm))
-            with torch.device("meta"):
-                model = ClearheadForCausalLM(config)
-        except (ValueError, TypeError) as error:
-            raise RecipeError(f"{recipe.name}: arms.{index} ({arm.name}): {error}") from error
-        parameters[arm.name] = sum(weight.numel() for weight in model.parameters())
-    return parameters
+            counts[arm.name] = parameters(config)
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            # The configuration's own check wraps what it found; the cause is the sentence.
+            reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+            raise RecipeError(f"{here}: {' '.join(str(reason).split())}") from error
+    return counts

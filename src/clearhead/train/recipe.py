@@ -29,6 +29,9 @@ RESERVED_MODEL_KEYS = {
     "attention": "set it in [[arms]]",
     "attention_options": "set it in [[arms]]",
     "vocab_size": "it is the tokenizer's",
+    "pad_token_id": "it is the tokenizer's",
+    "bos_token_id": "it is the tokenizer's",
+    "eos_token_id": "it is the tokenizer's",
 }
 
 

@@ -1,7 +1,6 @@
 """Recipes as files: read TOML, apply `a.b=c` overrides, check everything that can be checked before a run, write."""
 
 import json
-import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -243,35 +242,3 @@ def _check_arm(recipe: Recipe, arm: Arm, index: int, source: str, origins: Mappi
         for key, reason in RESERVED_MODEL_KEYS.items():
             if key in keys:
                 raise RecipeError(f"{source}: {table}.{key} cannot be set there: {reason}")
-    _check_heads(recipe.model_of(arm), here)
-
-
-def _check_heads(model: Mapping[str, Any], here: str) -> None:
-    position = model.get("position", "rope")
-    if position not in names("positions"):
-        raise RecipeError(
-            f"{here}: unknown position {position!r}; {did_you_mean(position, names('positions'))}"
-        )
-    sizes = {
-        "hidden_size": model.get("hidden_size", 64),
-        "num_attention_heads": model.get("num_attention_heads", 4),
-    }
-    sizes["num_key_value_heads"] = model.get("num_key_value_heads") or sizes["num_attention_heads"]
-    for key, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise RecipeError(f"{here}: model.{key} must be a positive integer, got {_short(value)}")
-    width, heads, groups = sizes.values()
-    if model.get("head_dim") is None and width % heads:
-        raise RecipeError(
-            f"{here}: hidden_size = {width} is not divisible by num_attention_heads = {heads}; "
-            f"set head_dim, or take {heads * math.ceil(width / heads)}"
-        )
-    if heads % groups:
-        raise RecipeError(
-            f"{here}: num_attention_heads = {heads} is not divisible by num_key_value_heads = {groups}"
-        )
-    if model["attention"] == "differential" and (heads % 2 or groups % 2):
-        raise RecipeError(
-            f"{here}: differential attention pairs heads, so num_attention_heads ({heads}) and num_key_value_heads "
-            f"({groups}) must be even"
-        )
