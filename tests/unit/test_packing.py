@@ -361,17 +361,16 @@ def test_damaged_data_is_made_again(tmp_path: Path, damage: str, how: str) -> No
     assert np.array_equal(again.train.tokens, tokens)
 
 
-def test_what_a_killed_process_left_is_swept_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
-) -> None:
+def test_what_a_killed_process_left_is_swept_away(tmp_path: Path, cache: Path) -> None:
     spec = DataSpec(source=records(tmp_path, words(30)), vocab_size=300)
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "tokenize", lambda *arguments: os._exit(9))
-        patch.setattr(prepare_module.shutil, "rmtree", lambda *arguments, **options: None)
-        child = os.fork()
-        if child == 0:
-            prepare(spec)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    script = (
+        "import os, signal, sys; from clearhead.data import prepare as p;"
+        "p.tokenize = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL);"
+        "p.prepare(p.DataSpec(source=sys.argv[1], vocab_size=300))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["src", *sys.path])}
+    killed = subprocess.run([sys.executable, "-c", script, spec.source], env=environment, check=False)
+    assert killed.returncode == -9
     assert [path.suffix for path in (cache / "prepared").iterdir() if path.is_dir()] == [".part"]
     prepared = prepare(spec)
     assert len(prepared.train) + len(prepared.validation) == 30
