@@ -1,0 +1,138 @@
+"""The public layers against the oracle of a whole layer: every variant, option, mask, self- and cross-attention."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from clearhead import registry
+from tests.contracts.layer_cases import (
+    CALLS,
+    CASES,
+    CLASSES,
+    LAYOUTS,
+    MAIN,
+    WIDTH,
+    B,
+    D,
+    L,
+    S,
+    compare,
+    make,
+    run_layer,
+    run_oracle,
+    spec_of,
+    weights_of,
+)
+from tests.contracts.support import assert_within, distance, rand, relative_error
+from tests.oracles.layers import layer
+
+
+def test_nothing_in_the_registry_is_left_out() -> None:
+    assert set(CLASSES) == set(registry.VARIANTS)
+    assert {case.position for case in CASES.values()} == set(registry.POSITIONS)
+    assert set(registry.ENGINES) == {"eager", "sdpa", "flex"}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", MAIN)
+def test_layer_is_exact_in_float64(name: str, call: str) -> None:
+    compare(name, "gqa", call)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in MAIN])
+def test_every_option_is_exact_in_float64(name: str) -> None:
+    compare(name, "gqa", "padding")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_every_head_layout_is_exact_in_float64(backend: str, name: str, layout: str) -> None:
+    if layout == "one" and CASES[name].attention == "differential":
+        with pytest.raises(ValueError, match="num_kv_heads must be even"):
+            make(CASES[name], layout)
+        return
+    compare(name, layout, "causal", backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("name", MAIN)
+def test_low_precision_is_as_good_as_eager(name: str, dtype: torch.dtype) -> None:
+    """Same weights and inputs, rounded to `dtype` first; the error of every item against float64.
+
+    The weights are small enough that no row is one-hot: gradients through those are all cancellation.
+    """
+    case, call = CASES[name], CALLS["padding"]
+    tensors = [rand(B, L, WIDTH, seed=1).to(dtype).double()]
+    eager, fused = (make(case, "gqa", dtype, backend, spread=0.4) for backend in ("eager", "sdpa"))
+    expected = run_oracle(case, "gqa", eager, call[2], tensors)
+    plain, found = (run_layer(module, dtype, call[1], tensors) for module in (eager, fused))
+    assert_within(found, expected, plain, dtype)
+    # Eager itself is no excuse: its own error stays near the rounding of its dtype.
+    assert relative_error(plain, expected) < 20 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("call", ["padding", "documents"])
+def test_flex_masks(call: str) -> None:
+    case = CASES["differential"]
+    module, eager = (make(case, "gqa", torch.float32, backend) for backend in ("flex", "eager"))
+    x = rand(B, L, WIDTH, seed=1)
+    expected, _ = layer(spec_of(case, "gqa"), weights_of(module), x.float().double(), **CALLS[call][2])
+    with torch.no_grad():
+        found, plain = (m(x.float(), **CALLS[call][1]).double() for m in (module, eager))
+    assert_within([found], [expected], [plain], torch.float32)
+
+
+@pytest.mark.parametrize("call", ["causal", "padding", "cross", "mask"])
+@pytest.mark.parametrize("name", MAIN)
+def test_effective_map_is_the_oracle_s(name: str, call: str) -> None:
+    case = CASES[name]
+    module = make(case, "gqa")
+    has_context, arguments, oracle_arguments = CALLS[call]
+    tensors = [rand(B, L, WIDTH, seed=1)] + ([rand(B, S, WIDTH, seed=2)] if has_context else [])
+    _, expected = layer(spec_of(case, "gqa"), weights_of(module), *tensors, **oracle_arguments)
+    assert distance(module.effective_map(*tensors, **arguments), expected) < 1e-10
+
+
+@pytest.mark.parametrize("chunks", [(1,) * L, (3, 1, 1), (2, 3)], ids=str)
+@pytest.mark.parametrize("name", MAIN)
+def test_a_cached_layer_is_the_uncached_one(name: str, chunks: tuple[int, ...]) -> None:
+    module, x, cache = make(CASES[name], "gqa"), rand(B, L, WIDTH), DynamicCache()
+    parts = [module(part, is_causal=True, cache=cache) for part in x.split(list(chunks), dim=1)]
+    assert distance(torch.cat(parts, 1), module(x, is_causal=True)) < 1e-12
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_shift_invariance(name: str) -> None:
+    """Moving every position by 1,000 changes nothing, except in CoCA as released ("slack")."""
+    for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
+        module, x = make(CASES[name], "gqa", dtype), rand(B, L, WIDTH, seed=1).to(dtype)
+        here = torch.arange(L)[None]
+        moved = distance(
+            module(x, is_causal=True, positions=here), module(x, is_causal=True, positions=here + 1000)
+        )
+        assert moved > 1e-2 if name == "collinear_slack" else moved < bound
+
+
+@pytest.mark.parametrize("layout", ["mha", "gqa"])
+def test_parameters_equal_the_twin_s(layout: str) -> None:
+    """V1 has 6·d more, V2 h·d·d_model + h·d_model, collinear none."""
+    heads, _ = LAYOUTS[layout]
+
+    def count(name: str) -> int:
+        return sum(p.numel() for p in make(CASES[name], layout).parameters())
+
+    twin = count("softmax")
+    assert count("differential") - twin == 6 * D
+    assert count("differential_bare") - twin == 4 * D
+    assert count("differential_v2") - twin == heads * D * WIDTH + heads * WIDTH
+    assert count("softmax_head_norm") - twin == D
+    assert count("collinear") == count("collinear_slack") == count("collinear_strict") == twin
+
+
+def test_a_context_may_have_its_own_width() -> None:
+    for name in MAIN:
+        module = make(CASES[name], "gqa", context_dim=6)
+        x, context = rand(B, L, WIDTH, seed=1), rand(B, S, 6, seed=2)
+        expected, _ = layer(spec_of(CASES[name], "gqa"), weights_of(module), x, context)
+        assert distance(module(x, context), expected) < 1e-10
