@@ -18,9 +18,10 @@ def command(
     ] = None,
 ) -> None:
     """Evaluate what was trained; results that are there already are measured again only when their options changed."""
-    from clearhead.train.single import evaluate_jobs, find_jobs
+    from clearhead.train.single import find_jobs
 
     jobs = find_jobs(subject)
+    from clearhead.evals.job import evaluate_job
+
     for job_dir in jobs:
-        say(f"evaluating {job_dir}")
-        evaluate_jobs([job_dir], suite or [])
+        evaluate_job(job_dir, suite or None, progress=say)

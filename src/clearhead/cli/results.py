@@ -1,7 +1,24 @@
-"""The results of a run as a table in the terminal."""
+"""The results of a run in the terminal: the report's table and its answers."""
 
+import json
 from pathlib import Path
 
 
 def print_results(run_dir: Path) -> None:
-    """Print what `summary.json` says."""
+    """Print what the report of `run_dir` wrote to `summary.json`, on standard output."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    console = Console(highlight=False)
+    table = Table(title=summary["name"], title_justify="left", box=box.SIMPLE_HEAD)
+    for index, header in enumerate(summary["table"]["headers"]):
+        table.add_column(header, justify="right" if index else "left")
+    for row in summary["table"]["rows"]:
+        table.add_row(*("–" if cell is None else cell for cell in row))
+    console.print(table)
+    console.print(summary["state"], markup=False)
+    for answer in summary["answers"]:
+        if answer["question"] and answer["arms"]:
+            console.print(f"\n{answer['question']}\n  {answer['answer']}", markup=False)

@@ -16,6 +16,7 @@ from clearhead.train.recipe_io import load_job
 from clearhead.train.rundir import cores
 from clearhead.train.status import Status, read_status, write_status, write_text
 
+WORKER = "clearhead.train.worker"
 POLL_SECONDS = 0.25
 STOP_SECONDS = 10.0
 
@@ -69,8 +70,10 @@ def place(task: Task) -> None:
     write_status(task.directory, replace(status, steps=task.job.train.steps))
 
 
-def run_tasks(tasks: Sequence[Task], watcher: Watcher) -> list[Row]:
+def run_tasks(tasks: Sequence[Task], watcher: Watcher, *, worker: str = WORKER) -> list[Row]:
     """Run all tasks that are not finished, several at a time; returns every task with its final status.
+
+    `worker` is the module that runs one job in its own process.
 
     A task that fails does not stop the others. When this call is interrupted the running ones are stopped; the next
     call goes on from their last checkpoints.
@@ -84,7 +87,7 @@ def run_tasks(tasks: Sequence[Task], watcher: Watcher) -> list[Row]:
         while waiting or running:
             while waiting and len(running) < workers:
                 task = waiting.pop(0)
-                running[task.directory] = (task, _start(task, threads))
+                running[task.directory] = (task, _start(task, threads, worker))
             watcher.update(_rows(tasks, running))
             time.sleep(POLL_SECONDS)
             for directory, (task, process) in list(running.items()):
@@ -112,7 +115,7 @@ def _rows(tasks: Sequence[Task], running: dict[Path, tuple[Task, subprocess.Pope
     return [Row(task, read_status(task.directory), task.directory in running) for task in tasks]
 
 
-def _start(task: Task, threads: int) -> subprocess.Popen[bytes]:
+def _start(task: Task, threads: int, worker: str) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -120,7 +123,7 @@ def _start(task: Task, threads: int) -> subprocess.Popen[bytes]:
         "PYTHONUNBUFFERED": "1",
     }
     command = [
-        *(sys.executable, "-m", "clearhead.train.worker", str(task.directory)),
+        *(sys.executable, "-m", worker, str(task.directory)),
         *("--threads", str(threads), "--parent", str(os.getpid())),
     ]
     with task.log.open("ab") as log:

@@ -35,7 +35,7 @@ def run_job(job: Job, job_dir: Path, *, evaluate: bool = True) -> None:
             write_status(job_dir, replace(read_status(job_dir), state="trained", trained=True, error=None))
     if evaluate and first and read_status(job_dir).state != "evaluated":
         if job.evaluate.suites:
-            from clearhead.evals.base import evaluate_job
+            from clearhead.evals.job import evaluate_job
 
             evaluate_job(job_dir)
         write_status(job_dir, replace(read_status(job_dir), state="evaluated", error=None))

@@ -1,0 +1,89 @@
+"""Many jobs side by side: what is finished is not run again, what fails does not stop the rest, Ctrl-C stops all."""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.cli.fake_worker import FAILS, FINE, HANGS, KILLED, SILENT
+
+from clearhead.train.compare import arm_tasks
+from clearhead.train.jobs import Row, Silent, Task, Watcher, parallelism, run_tasks
+from clearhead.train.recipe_io import parse_recipe
+from clearhead.train.status import read_status
+
+WORKER = "tests.cli.fake_worker"
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT)]))
+
+
+def tasks(directory: Path, seeds: Sequence[int], **train: Any) -> list[Task]:
+    raw = {"name": "t", "seeds": list(seeds), "arms": [{"name": "A"}], "train": {"workers": 2, **train}}
+    return arm_tasks(parse_recipe(raw, source="test"), directory)
+
+
+def calls(task: Task) -> int:
+    path = task.directory / "calls"
+    return len(path.read_text()) if path.exists() else 0
+
+
+def test_finished_jobs_are_not_run_again(tmp_path: Path) -> None:
+    jobs = tasks(tmp_path, [FINE, 10, 11])
+    for _ in range(2):
+        rows = run_tasks(jobs, Silent(), worker=WORKER)
+        assert [row.status.state for row in rows] == ["evaluated"] * 3
+    assert [calls(job) for job in jobs] == [1, 1, 1]
+    assert not any(row.running for row in rows)
+
+
+def test_a_failed_job_does_not_stop_the_others(tmp_path: Path) -> None:
+    jobs = tasks(tmp_path, [FAILS, KILLED, SILENT, FINE])
+    rows = run_tasks(jobs, Silent(), worker=WORKER)
+    assert [row.status.state for row in rows] == ["failed", "failed", "failed", "evaluated"]
+    assert rows[0].status.error == "the reason"
+    assert "killed by SIGKILL" in (rows[1].status.error or "")
+    assert "exit code 3" in (rows[2].status.error or "")
+    run_tasks(jobs, Silent(), worker=WORKER)
+    assert [calls(job) for job in jobs] == [2, 2, 2, 1]
+
+
+def test_other_evaluations_are_run_again_without_training(tmp_path: Path) -> None:
+    job = tasks(tmp_path, [FINE])[0]
+    run_tasks([job], Silent(), worker=WORKER)
+    evaluate = job.job.evaluate.model_copy(update={"suites": ["needles"]})
+    changed = Task(job.job.model_copy(update={"evaluate": evaluate}), job.directory, job.label)
+    run_tasks([changed], Silent(), worker=WORKER)
+    assert calls(changed) == 2
+
+
+class InterruptWhenRunning(Watcher):
+    def update(self, rows: Sequence[Row]) -> None:
+        if sum(row.running and row.status.state == "training" for row in rows) == 2:
+            raise KeyboardInterrupt
+
+
+def test_an_interruption_stops_every_worker(tmp_path: Path) -> None:
+    jobs = tasks(tmp_path, [HANGS, HANGS + 100])
+    raw = [Task(job.job.model_copy(update={"seed": HANGS}), job.directory, job.label) for job in jobs]
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks(raw, InterruptWhenRunning(), worker=WORKER)
+    assert time.monotonic() - start < 30
+    assert [read_status(job.directory).state for job in jobs] == ["training", "training"]
+    rest = [Task(job.job, job.directory, job.label) for job in tasks(tmp_path, [HANGS + 100])]
+    assert run_tasks(rest, Silent(), worker=WORKER)[0].status.state == "evaluated"
+
+
+def test_parallelism(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clearhead.train.jobs.cores", lambda: 8)
+    many = range(20, 40)
+    assert parallelism(tasks(tmp_path, many, workers=0)) == (8, 1)
+    assert parallelism(tasks(tmp_path, many, workers=0, threads=4)) == (2, 4)
+    assert parallelism(tasks(tmp_path, many, workers=2, threads=0)) == (2, 4)
+    assert parallelism(tasks(tmp_path, [20], workers=0, threads=0)) == (1, 8)
