@@ -1,17 +1,18 @@
 """The comparison: check, prepare the data once, sweep if asked, train and evaluate every arm with every seed."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from clearhead.registry import did_you_mean
-from clearhead.train.jobs import Row, Task, Watcher, run_tasks
+from clearhead.train.jobs import Row, Task, Watcher, is_trained, parallelism, run_tasks
 from clearhead.train.recipe import RESERVED_MODEL_KEYS, Recipe, RecipeError
 from clearhead.train.rundir import check_space, check_writable, exclusive, open_run, set_aside
 
-# Weights and two Adam moments in float32; the checkpoint kept, the one being written, and the final weights.
-BYTES_PER_PARAMETER = 4 * (3 * 2 + 1)
+FLOAT_BYTES = 4
+# Weights and two Adam moments in each checkpoint of a running job: two kept and the one being written.
+NUMBERS_PER_PARAMETER = 3 * 3
 # Logs, TensorBoard events and results of one job, and the tokenizer.
 BYTES_PER_JOB = 10_000_000
 
@@ -39,9 +40,6 @@ def run_comparison(
 
     Raises RunError or RecipeError before anything is trained; a job that fails later is in the outcome.
     """
-    from clearhead.data.packing import prepare
-    from clearhead.train.rows import data_spec
-
     if fresh:
         aside = set_aside(run_dir)
         if aside is not None:
@@ -52,11 +50,8 @@ def run_comparison(
         open_run(run_dir, recipe)
         tasks = arm_tasks(recipe, run_dir)
         sweep = _sweep_tasks(recipe, run_dir)
-        missing = [task for task in [*sweep, *tasks] if not (task.directory / "model").exists()]
-        check_space(
-            run_dir, sum(parameters[t.job.arm] * BYTES_PER_PARAMETER + BYTES_PER_JOB for t in missing)
-        )
-        prepare(data_spec(recipe), progress=say)
+        check_space(run_dir, bytes_needed([*sweep, *tasks], parameters))
+        _prepare(recipe, say)
         if sweep:
             say(f"choosing learning rates: {len(sweep)} runs")
             swept = Outcome(run_tasks(sweep, watcher))
@@ -68,6 +63,23 @@ def run_comparison(
             say("chosen: " + ", ".join(f"{arm} {rate:g}" for arm, rate in rates.items()))
             tasks = arm_tasks(recipe, run_dir, rates)
         return Outcome(run_tasks(tasks, watcher))
+
+
+def _prepare(recipe: Recipe, say: Say) -> None:
+    from clearhead.data.packing import prepare
+    from clearhead.train.rows import data_spec
+
+    prepare(data_spec(recipe), progress=say)
+
+
+def bytes_needed(tasks: Sequence[Task], parameters: Mapping[str, int]) -> int:
+    """Disk that the unfinished tasks will take, from the parameters of each arm by name."""
+    missing = [task for task in tasks if not is_trained(task.directory)]
+    if not missing:
+        return 0
+    models = sum(FLOAT_BYTES * parameters[task.job.arm] + BYTES_PER_JOB for task in missing)
+    largest = max(parameters[task.job.arm] for task in missing)
+    return models + parallelism(missing)[0] * FLOAT_BYTES * NUMBERS_PER_PARAMETER * largest
 
 
 def arm_tasks(recipe: Recipe, run_dir: Path, rates: Mapping[str, float] | None = None) -> list[Task]:

@@ -64,10 +64,15 @@ def place(task: Task) -> None:
     if path.exists() and status.state == "evaluated" and load_job(path).evaluate != task.job.evaluate:
         status = replace(status, state="trained")
     if status.state in ("failed", "training"):
-        # Not done yet: it goes on from its last checkpoint.
-        status = replace(status, state="trained" if status.trained else "queued", error=None)
+        # Not done yet: it goes on from its last checkpoint, or with its evaluation.
+        status = replace(status, state="trained" if is_trained(task.directory) else "queued", error=None)
     write_text(path, task.job.model_dump_json(indent=2) + "\n")
     write_status(task.directory, replace(status, steps=task.job.train.steps))
+
+
+def is_trained(job_dir: Path) -> bool:
+    """Whether training is complete: the model appears in one step when it is."""
+    return (job_dir / "model" / "config.json").exists()
 
 
 def run_tasks(tasks: Sequence[Task], watcher: Watcher, *, worker: str = WORKER) -> list[Row]:

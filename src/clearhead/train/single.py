@@ -5,8 +5,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from clearhead.train.compare import BYTES_PER_JOB, BYTES_PER_PARAMETER, check_models, job_directory
-from clearhead.train.jobs import Task, place
+from clearhead.train.compare import bytes_needed, check_models, job_directory
+from clearhead.train.jobs import Task, is_trained, place
 from clearhead.train.recipe import Recipe
 from clearhead.train.rundir import RunError, check_space, check_writable, exclusive, open_run, set_aside
 from clearhead.train.worker import run_job
@@ -19,9 +19,6 @@ def train_single(
 
     Raises RunError when the run directory cannot be used, ValueError or OSError from training.
     """
-    from clearhead.data.packing import prepare
-    from clearhead.train.rows import data_spec
-
     task = _task(recipe, run_dir, arm, seed)
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if fresh and distributed:
@@ -33,12 +30,10 @@ def train_single(
                 say(f"the earlier run is now in {aside}")
             check_writable(run_dir)
             held.enter_context(exclusive(run_dir, f"the run {str(run_dir)!r}"))
-            parameters = check_models(recipe)[task.job.arm]
+            parameters = check_models(recipe)
             open_run(run_dir, recipe)
-            if not (task.directory / "model").exists():
-                check_space(run_dir, parameters * BYTES_PER_PARAMETER + BYTES_PER_JOB)
+            check_space(run_dir, bytes_needed([task], parameters))
             place(task)
-        prepare(data_spec(recipe), progress=say)
         run_job(task.job, task.directory, evaluate=False)
     return task.directory
 
@@ -61,7 +56,7 @@ def find_jobs(path: Path) -> list[Path]:
         jobs = sorted(job.parent for job in path.glob("arms/*/seed-*/job.json"))
     else:
         raise RunError(f"{str(path)!r} is neither a run directory nor a trained model of one")
-    trained = [job for job in jobs if (job / "model" / "config.json").exists()]
+    trained = [job for job in jobs if is_trained(job)]
     if not trained:
         raise RunError(
             f"{str(path)!r} has no trained model yet; clearhead compare or clearhead train makes one"

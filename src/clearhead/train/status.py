@@ -11,7 +11,7 @@ State = Literal["queued", "training", "trained", "evaluated", "failed"]
 
 @dataclass(frozen=True)
 class Status:
-    """One job's progress; None is what is not known yet. `trained` stays true when an evaluation fails later."""
+    """One job's progress; None is what is not known yet."""
 
     state: State = "queued"
     step: int = 0
@@ -21,7 +21,6 @@ class Status:
     seconds_left: float | None = None
     loss: float | None = None
     error: str | None = None
-    trained: bool = False
 
 
 def read_status(job_dir: Path) -> Status:

@@ -25,19 +25,17 @@ def run_job(job: Job, job_dir: Path, *, evaluate: bool = True) -> None:
 
     Raises whatever training or evaluation raises; the job can be run again and goes on from its last checkpoint.
     """
+    from clearhead.train.trainer import train_job
+
     # Under torchrun every process trains and the first one does the rest.
     first = int(os.environ.get("RANK", "0")) == 0
-    if not read_status(job_dir).trained:
-        from clearhead.train.trainer import train_job
-
-        train_job(job, job_dir)
-        if first:
-            write_status(job_dir, replace(read_status(job_dir), state="trained", trained=True, error=None))
+    train_job(job, job_dir)
+    if first and read_status(job_dir).state != "evaluated":
+        write_status(job_dir, replace(read_status(job_dir), state="trained", seconds_left=0.0, error=None))
     if evaluate and first and read_status(job_dir).state != "evaluated":
-        if job.evaluate.suites:
-            from clearhead.evals.job import evaluate_job
+        from clearhead.evals.job import evaluate_job
 
-            evaluate_job(job_dir)
+        evaluate_job(job_dir)
         write_status(job_dir, replace(read_status(job_dir), state="evaluated", error=None))
 
 
