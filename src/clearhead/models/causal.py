@@ -212,6 +212,8 @@ class ClearheadModel(ClearheadPreTrainedModel):
 class ClearheadForCausalLM(ClearheadPreTrainedModel, GenerationMixin):
     """A causal language model with any attention variant; used like LLaMA's."""
 
+    # The loss divides by `num_items_in_batch`, so Trainer's gradient accumulation and averaging over devices are exact.
+    accepts_loss_kwargs = True
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: ClearheadConfig) -> None:

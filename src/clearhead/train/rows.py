@@ -31,6 +31,11 @@ def training_rows(job: Job, data: PreparedData) -> Mixture:
         seed=job.seed,
         needle_share=job.data.needle_share,
         copy_share=job.data.copy_share,
-        needles=NeedleRange(**job.data.needles.model_dump()),
+        needles=needle_range(job),
         document_masks=job.data.document_masks,
     )
+
+
+def needle_range(job: Job) -> NeedleRange:
+    """The retrieval documents of the job's mixture."""
+    return NeedleRange(**job.data.needles.model_dump())

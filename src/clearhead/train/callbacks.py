@@ -1,0 +1,152 @@
+"""What a training run tells the world: metrics.jsonl, status.json and probes of what it has learned."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from clearhead.train.status import read_status, write_status
+
+STATUS_SECONDS = 1.0
+
+
+class TrainingError(ValueError):
+    """Training cannot go on. The message is one sentence that names what to change."""
+
+
+class Journal:
+    """metrics.jsonl of one job. On resumption it forgets what was logged after the checkpoint and counts time on."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        self.path = path
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # a line that a killed process left half written
+                if record["step"] <= resumed_step:
+                    kept.append(record)
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        self._before = max((record["seconds"] for record in kept), default=0.0)
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, earlier sessions included."""
+        return float(self._before + time.monotonic() - self._started)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class Progress(TrainerCallback):
+    """Keeps status.json fresh and stops a run whose loss is no longer a number."""
+
+    def __init__(self, job_dir: Path, batch_tokens: int, steps: int) -> None:
+        self.job_dir = job_dir
+        self.batch_tokens = batch_tokens
+        self.steps = steps
+        self.loss: float | None = None
+        self._first_step = 0
+        self._started = 0.0
+        self._written = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._first_step = state.global_step
+        self._started = time.monotonic()
+        self._write(state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and time.monotonic() - self._written > STATUS_SECONDS:
+            self._write(state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {state.global_step}; lower train.learning_rate (now peaking at "
+                f"{args.learning_rate:g}) or train.grad_clip"
+            )
+        self.loss = loss
+
+    def _write(self, state: TrainerState) -> None:
+        if not state.is_world_process_zero:
+            return
+        self._written = time.monotonic()
+        done = state.global_step - self._first_step
+        seconds = self._written - self._started
+        write_status(
+            self.job_dir,
+            replace(
+                read_status(self.job_dir),
+                state="training",
+                step=state.global_step,
+                steps=self.steps,
+                tokens=state.global_step * self.batch_tokens,
+                tokens_per_second=done * self.batch_tokens / seconds if done else None,
+                seconds_left=(self.steps - state.global_step) * seconds / done if done else None,
+                loss=self.loss,
+                error=None,
+            ),
+        )
+
+
+class Probe(TrainerCallback):
+    """Measures the model every `every` steps and may end the run once it has mastered retrieval."""
+
+    def __init__(
+        self,
+        journal: Journal | None,
+        measure: Callable[[], dict[str, float]],
+        *,
+        every: int,
+        batch_tokens: int,
+        mastery: float,
+        stop_at_mastery: bool,
+    ) -> None:
+        self.journal = journal
+        self.measure = measure
+        self.every = every
+        self.batch_tokens = batch_tokens
+        self.mastery = mastery
+        self.stop_at_mastery = stop_at_mastery
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step % self.every and state.global_step != state.max_steps:
+            return
+        found = self.measure()
+        if self.journal is not None:
+            step = state.global_step
+            record = {
+                "step": step,
+                "tokens": step * self.batch_tokens,
+                "seconds": self.journal.seconds,
+                "probe": found,
+            }
+            self.journal.write(record)
+        if self.stop_at_mastery and found.get("needle_accuracy", 0.0) >= self.mastery:
+            control.should_training_stop = True

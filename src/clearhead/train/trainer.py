@@ -1,0 +1,359 @@
+"""Training one job: Hugging Face's Trainer with the same rows for every arm, exact resumption and honest logs."""
+
+import math
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.utils.logging import disable_progress_bar
+
+from clearhead.data.packing import PreparedData, prepare
+from clearhead.data.retrieval import Mixture
+from clearhead.models.causal import ClearheadForCausalLM
+from clearhead.models.config import ClearheadConfig
+from clearhead.models.cost import forward_flops_per_token, kv_bytes_per_token
+from clearhead.train.callbacks import Journal, Probe, Progress, TrainingError
+from clearhead.train.checkpoint import (
+    load_optimizer,
+    load_random,
+    mark_complete,
+    newest_complete,
+    save_optimizer,
+    save_random,
+)
+from clearhead.train.probe import make_probe
+from clearhead.train.recipe import Job, Train
+from clearhead.train.rows import data_spec, training_rows
+from clearhead.train.status import write_json
+
+IGNORE = -100
+KEEP_CHECKPOINTS = 2
+
+
+def train_job(job: Job, job_dir: Path) -> None:
+    """Train `job` in `job_dir` from its last complete checkpoint, or from the start, to a model in `job_dir / "model"`.
+
+    An interrupted run that is called again ends with the same weights as one that was not, bit for bit on CPU with
+    the same number of threads. Under torchrun every process calls this; each sees its share of every batch. Raises
+    TrainingError for a batch that cannot be shared and for a loss that is not a number.
+    """
+    if (job_dir / "model" / "config.json").exists():
+        return
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    first = int(os.environ.get("RANK", "0")) == 0
+    rows_per_step = job.train.batch_tokens // job.data.length
+    if rows_per_step % world:
+        raise TrainingError(
+            f"train.batch_tokens is {rows_per_step} rows a step, which {world} processes cannot share evenly; "
+            f"make it a multiple of {world * job.data.length}"
+        )
+    data = prepare(data_spec(job))
+    # Progress is told through status.json; the bars of saving and loading would only break its display.
+    disable_progress_bar()
+    set_seed(job.seed)
+    model = build_model(job, data)
+    resume = newest_complete(job_dir / "checkpoints")
+    resumed_step = 0 if resume is None else int(resume.name.rpartition("-")[2])
+    journal = Journal(job_dir / "metrics.jsonl", resumed_step) if first else None
+    progress = Progress(job_dir, job.train.batch_tokens, job.train.steps)
+    trainer = ComparisonTrainer(
+        model,
+        _arguments(job, job_dir, rows_per_step // world),
+        training_rows(job, data),
+        bytes_per_token=float(data.train.utf8_bytes.sum()) / data.train.num_tokens,
+        lambda_tokens=torch.from_numpy(data.validation.tokens[: job.data.length].astype("int64"))[None],
+        journal=journal,
+        train=job.train,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(progress)
+    if first:
+        trainer.add_callback(TensorBoardCallback(_writer(job_dir / "tensorboard", resumed_step)))
+    if job.train.probe_every:
+        trainer.add_callback(
+            Probe(
+                journal,
+                make_probe(job, data, model),
+                every=job.train.probe_every,
+                batch_tokens=job.train.batch_tokens,
+                mastery=job.train.mastery,
+                stop_at_mastery=job.train.stop_at_mastery,
+            )
+        )
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    if first and journal is not None:
+        _finish(job, job_dir, model, data, journal, trainer.state.global_step)
+
+
+def build_model(job: Job, data: PreparedData) -> ClearheadForCausalLM:
+    """The untrained model of a job; the seed of torch's generator decides its weights."""
+    tokenizer = data.tokenizer
+    config = ClearheadConfig(
+        **job.model,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return ClearheadForCausalLM(config)
+
+
+class ComparisonTrainer(Trainer):
+    """Hugging Face's Trainer, with rows in their given order, checkpoints without pickle, bits per byte of text alone.
+
+    Loss is the mean over the labels of the whole batch, over all processes too. Weight decay falls on matrices only:
+    norms and the λ vectors are left out.
+    """
+
+    def __init__(
+        self,
+        model: ClearheadForCausalLM,
+        arguments: TrainingArguments,
+        rows: Mixture,
+        *,
+        bytes_per_token: float,
+        lambda_tokens: Tensor,
+        journal: Journal | None,
+        train: Train,
+    ) -> None:
+        self.rows = _Rows(rows)
+        optimizer = _optimizer(model, train)
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=self.rows,
+            data_collator=_collate,
+            optimizers=(optimizer, LambdaLR(optimizer, _schedule(train))),
+        )
+        self.folder = Path(str(arguments.output_dir))
+        self.bytes_per_token = bytes_per_token
+        self.lambda_tokens = lambda_tokens
+        self.journal = journal
+        self.plan = train
+        self._text = torch.zeros(2, dtype=torch.float64)
+        self._logged = (0, 0.0)
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> SequentialSampler:
+        return SequentialSampler(self.rows)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        is_text = inputs.pop("is_text")
+        labels = inputs.pop("labels")
+        outputs = model(**inputs, use_cache=False)
+        targets = labels[:, 1:]
+        losses = nn.functional.cross_entropy(
+            outputs.logits[:, :-1].flatten(0, 1).float(),
+            targets.flatten(),
+            ignore_index=IGNORE,
+            reduction="none",
+        ).view_as(targets)
+        with torch.no_grad():
+            counted = (targets != IGNORE) & is_text[:, None]
+            self._text += torch.stack([(losses * counted).sum(), counted.sum()]).double().cpu()
+        # Trainer averages gradients over processes, so each divides by the labels of all of them and multiplies back.
+        total = (labels != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = (
+            losses.sum() / total * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+        )
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" not in logs:
+            return
+        text = self.accelerator.reduce(self._text.float().to(self.args.device), reduction="sum")
+        nats, count = text.tolist()
+        self._text.zero_()
+        bits = nats / count / math.log(2) / self.bytes_per_token if count else None
+        lambdas = self._lambdas()
+        step = self.state.global_step
+        tokens = step * self.plan.batch_tokens
+        record: dict[str, Any] = {
+            "step": step,
+            "tokens": tokens,
+            "loss": logs["loss"],
+            "bits_per_byte": bits,
+            "grad_norm": logs.get("grad_norm"),
+            "learning_rate": logs.get("learning_rate"),
+            "lambda": lambdas,
+        }
+        if self.journal is not None:
+            seconds = self.journal.seconds
+            before, then = self._logged
+            record["seconds"] = seconds
+            record["tokens_per_second"] = (tokens - before) / (seconds - then) if then else None
+            self._logged = (tokens, seconds)
+            self.journal.write(record)
+        extra = {f"lambda/layer_{layer}": value for layer, value in lambdas.items()}
+        if bits is not None:
+            extra["bits_per_byte"] = bits
+        super().log({**logs, **extra}, start_time)
+
+    def _lambdas(self) -> dict[str, float]:
+        model = self.accelerator.unwrap_model(self.model)
+        found = model.lambdas(self.lambda_tokens.to(self.args.device))
+        return {str(layer): round(value, 6) for layer, value in found.items()}
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            mark_complete(self.folder / f"checkpoint-{self.state.global_step}")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save and isinstance(self.model, PreTrainedModel):
+            self.model.save_pretrained(output_dir or str(self.folder), state_dict=state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            save_optimizer(Path(output_dir), _bare(self.optimizer), _bare(self.lr_scheduler))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimizer(Path(checkpoint), _bare(self.optimizer), _bare(self.lr_scheduler))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_random(Path(output_dir), self.args.process_index)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_random(Path(checkpoint), self.args.process_index)
+
+
+class _Rows(Dataset[dict[str, Any]]):
+    """The mixture with a flag that says which rows are text."""
+
+    def __init__(self, rows: Mixture) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.rows[index], "is_text": self.rows.kind(index) == "text"}
+
+
+def _collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    keys = ("input_ids", "labels", "position_ids")
+    batch = {key: torch.stack([torch.from_numpy(row[key]) for row in rows]) for key in keys}
+    batch["is_text"] = torch.tensor([row["is_text"] for row in rows])
+    return batch
+
+
+def _bare(wrapped: Any) -> Any:
+    """The optimiser or schedule inside Accelerate's wrapper, if there is one."""
+    from accelerate.optimizer import AcceleratedOptimizer
+    from accelerate.scheduler import AcceleratedScheduler
+
+    if isinstance(wrapped, AcceleratedOptimizer):
+        return wrapped.optimizer
+    return wrapped.scheduler if isinstance(wrapped, AcceleratedScheduler) else wrapped
+
+
+def _optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": train.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=True)
+
+
+def _schedule(train: Train) -> Callable[[int], float]:
+    warmup = max(1, round(train.warmup * train.steps))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if train.schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - warmup) / max(1, train.steps - warmup))
+        shape = 1.0 - done if train.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return train.min_lr_ratio + (1.0 - train.min_lr_ratio) * shape
+
+    return factor
+
+
+def _arguments(job: Job, job_dir: Path, rows_per_device: int) -> TrainingArguments:
+    cuda = torch.cuda.is_available()
+    # On CPU bfloat16 autocast was slower than float32 at every width measured, so "auto" keeps it for GPUs.
+    bf16 = job.train.precision == "bfloat16" or (
+        job.train.precision == "auto" and cuda and torch.cuda.is_bf16_supported()
+    )
+    return TrainingArguments(
+        output_dir=str(job_dir / "checkpoints"),
+        per_device_train_batch_size=rows_per_device,
+        max_steps=job.train.steps,
+        learning_rate=job.train.learning_rate,
+        max_grad_norm=job.train.grad_clip,
+        bf16=bf16,
+        use_cpu=not cuda,
+        ddp_backend="gloo" if not cuda and "WORLD_SIZE" in os.environ else None,
+        seed=job.seed,
+        logging_strategy="steps",
+        logging_steps=job.train.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=job.train.save_every,
+        save_total_limit=KEEP_CHECKPOINTS,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=cuda,
+    )
+
+
+def _writer(folder: Path, resumed_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=resumed_step or None)
+
+
+def _finish(
+    job: Job, job_dir: Path, model: ClearheadForCausalLM, data: PreparedData, journal: Journal, steps: int
+) -> None:
+    """Write the cost and, last and in one step, the model; then the checkpoints are not needed any more."""
+    tokens = steps * job.train.batch_tokens
+    write_json(
+        job_dir / "cost.json",
+        {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "flops_per_token": 3 * forward_flops_per_token(model.config, job.data.length),
+            "kv_bytes_per_token": kv_bytes_per_token(model.config, torch.float32),
+            "tokens": tokens,
+            "tokens_per_second": tokens / journal.seconds,
+            "peak_memory_bytes": _peak_memory(),
+            "seconds": journal.seconds,
+        },
+    )
+    part = job_dir / ".model.part"
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    data.tokenizer.save_pretrained(part)
+    part.replace(job_dir / "model")
+    shutil.rmtree(job_dir / "checkpoints", ignore_errors=True)
+
+
+def _peak_memory() -> int:
+    """Bytes: the GPU's peak allocation, or this process's peak resident set, libraries and data included."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
