@@ -1,0 +1,164 @@
+"""What an evaluation is: its options, how it measures a trained model, and its section of the report.
+
+One evaluation is one file with a subclass of :class:`Evaluation` and one line in ``registry.EVALUATIONS``. ``run``
+returns plain JSON values; ``section`` reads the values of all arms and seeds back from disk. The two never meet in
+memory, so a report can be made on another machine, long after, from the files alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from clearhead.evals.results import ArmResults, RunResults, SeedResults, load_run
+from clearhead.evals.sections import (
+    BarChart,
+    BarSeries,
+    Chart,
+    Headline,
+    HeatMap,
+    LineChart,
+    Panel,
+    Reference,
+    Section,
+    Series,
+    Table,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from clearhead.data.needles import Tokenizer
+    from clearhead.data.packing import PreparedData
+
+__all__ = [
+    "ArmResults",
+    "BarChart",
+    "BarSeries",
+    "Chart",
+    "Evaluation",
+    "EvaluationConfig",
+    "Headline",
+    "HeatMap",
+    "LineChart",
+    "Panel",
+    "Reference",
+    "RunResults",
+    "Section",
+    "SeedResults",
+    "Series",
+    "Subject",
+    "Table",
+    "load_run",
+]
+
+
+class EvaluationConfig(BaseModel):
+    """Base of an evaluation's options: unknown names are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+C = TypeVar("C", bound=EvaluationConfig)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained model and everything an evaluation may look at.
+
+    untrained: makes the same model freshly initialised, for levels that only a measurement tells.
+    seed: the seed of the training run. Samples are drawn from the evaluation's own seed, never from this one, so that
+    all arms and seeds are asked the same questions.
+    training_length: tokens per training row, ``None`` for a model that was not trained here.
+    key_tokens, value_tokens: of the needles in training.
+    metrics: the records of the run's ``metrics.jsonl``; budget: its training budget in tokens.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    data: PreparedData
+    device: torch.device
+    untrained: Callable[[], PreTrainedModel]
+    seed: int
+    training_length: int | None = None
+    key_tokens: int = 2
+    value_tokens: int = 2
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    budget: int | None = None
+
+    def too_long(self, length: int) -> str | None:
+        """Why the model cannot take ``length`` tokens, or ``None`` if it can."""
+        limit = self.model.config.to_dict().get("max_position_embeddings")
+        if limit is not None and length > limit:
+            return f"{length} tokens is more than the model takes (max_position_embeddings = {limit})"
+        return None
+
+
+class Evaluation(ABC, Generic[C]):
+    """One measurement. ``name`` is its key in the registry and in ``[evaluate.<name>]`` of a recipe."""
+
+    name: ClassVar[str]
+    Config: type[C]
+
+    @abstractmethod
+    def run(self, subject: Subject, config: C) -> dict[str, Any]:
+        """Measure one trained model. Returns JSON values; ``{"skipped": reason}`` when it cannot be measured."""
+
+    @abstractmethod
+    def section(self, run: RunResults) -> Section:
+        """The report's section from the values of all arms and seeds; missing ones are shown as missing."""
+
+    def missing(self, run: RunResults, title: str, question: str) -> Section:
+        """The section of an evaluation that has no values at all, with the reason when there is one."""
+        reasons = run.skipped(self.name)
+        answer = "Not measured: " + "; ".join(reasons) + "." if reasons else "No results yet."
+        return Section(self.name, title, question, answer, missing=True)
+
+
+@contextmanager
+def inference(model: PreTrainedModel, implementation: str | None = None) -> Iterator[None]:
+    """No gradients, eval mode, optionally another attention implementation; all restored afterwards."""
+    training = model.training
+    previous = str(model.config._attn_implementation)
+    model.eval()
+    if implementation is not None:
+        model.set_attn_implementation(implementation)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+        if implementation is not None:
+            model.set_attn_implementation(previous)
+
+
+def token_losses(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Negative log-likelihood in nats of every token given those before it: (B, L) -> (B, L - 1), float32."""
+    logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
+    return nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none"
+    ).view(input_ids.shape[0], -1)
+
+
+def to_batch(rows: list[NDArray[np.int64]], device: torch.device) -> Tensor:
+    """Rows of ids, padded with 0 on the right to the longest: under a causal mask that changes nothing before it."""
+    longest = max(len(row) for row in rows)
+    batch = np.zeros((len(rows), longest), dtype=np.int64)
+    for index, row in enumerate(rows):
+        batch[index, : len(row)] = row
+    return torch.from_numpy(batch).to(device)
+
+
+def batches(count: int, size: int) -> Iterator[range]:
+    """Index ranges of at most ``size`` that cover ``range(count)``."""
+    for start in range(0, count, max(1, size)):
+        yield range(start, min(start + max(1, size), count))

@@ -1,0 +1,359 @@
+"""Needle retrieval: can a model find a fact in its context, over length x depth x number of needles?
+
+A document hides ``needles`` facts (a key and a value) in real text; the asked one stands at a fixed depth, the others
+anywhere, and the document ends with the question. Exact match: every token of the value is the most likely one given
+those before it, which is exactly what greedy decoding would have to produce, so one forward pass is enough. Protocol
+after LWM and the Differential Transformer's multi-needle test; keys and values are the corpus's own tokens here.
+
+Three levels put a score into perspective: *chance* (a blind guess among all possible values, computed), *any needle*
+(copying the value of a random needle of the document: 1 / needles, computed) and *untrained* (the same model before
+training, measured).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from clearhead.data.needles import (
+    Haystack,
+    NeedleSample,
+    NeedleSpec,
+    Tokenizer,
+    chance_level,
+    minimum_length,
+    needle_document,
+)
+from clearhead.evals.base import (
+    Evaluation,
+    EvaluationConfig,
+    HeatMap,
+    LineChart,
+    Panel,
+    Reference,
+    RunResults,
+    Section,
+    Series,
+    Subject,
+    Table,
+    batches,
+    inference,
+)
+from clearhead.evals.compare import compare
+from clearhead.evals.statistics import Estimate, proportion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Cell = tuple[int, int, float]
+"""(number of needles, length, depth)."""
+
+
+class NeedlesConfig(EvaluationConfig):
+    """lengths: tokens of a document (default: training length, twice and four times it).
+
+    samples: documents per cell; untrained_samples: documents per cell for the untrained level (0 = not measured).
+    questions: asked needles per document, counted together; the depth is that of the first.
+    key_tokens, value_tokens: default as in training.
+    """
+
+    lengths: list[int] | None = Field(default=None, min_length=1)
+    depths: list[float] = Field(default=[0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)
+    needles: list[int] = Field(default=[1, 4], min_length=1)
+    questions: int = Field(default=1, ge=1)
+    key_tokens: int | None = Field(default=None, ge=1)
+    value_tokens: int | None = Field(default=None, ge=1)
+    samples: int = Field(default=40, ge=1)
+    untrained_samples: int = Field(default=10, ge=0)
+    batch_tokens: int = Field(default=8192, ge=1)
+    seed: int = 1000
+
+
+class Needles(Evaluation[NeedlesConfig]):
+    name = "needles"
+    Config = NeedlesConfig
+
+    def run(self, subject: Subject, config: NeedlesConfig) -> dict[str, Any]:
+        trained = subject.training_length or 256
+        lengths = config.lengths or [trained, 2 * trained, 4 * trained]
+        untrained = subject.untrained() if config.untrained_samples else None
+        cells: list[dict[str, Any]] = []
+        skipped: dict[str, str] = {}
+        for needles in config.needles:
+            for length in lengths:
+                spec = self._spec(subject, config, needles, length)
+                reason = subject.too_long(length) or too_short(spec, subject.tokenizer)
+                if reason:
+                    skipped[f"{needles} x {length}"] = reason
+                    continue
+                for depth in config.depths:
+                    samples = documents(subject, spec, depth, config.samples, config.seed)
+                    hits = exact_match(subject.model, samples, subject.device, config.batch_tokens)
+                    cell = {
+                        "needles": needles,
+                        "length": length,
+                        "depth": depth,
+                        "n": len(hits),
+                        "hits": sum(hits),
+                        "correct": "".join("01"[hit] for hit in hits),
+                    }
+                    if untrained is not None:
+                        few = samples[: config.untrained_samples]
+                        cell["untrained_n"] = len(few) * spec.questions
+                        cell["untrained_hits"] = sum(
+                            exact_match(untrained, few, subject.device, config.batch_tokens)
+                        )
+                    cells.append(cell)
+        if not cells:
+            return {"skipped": "; ".join(dict.fromkeys(skipped.values()))}
+        return {
+            "cells": cells,
+            "skipped_cells": skipped,
+            "chance": chance_level(self._spec(subject, config, 1, 1), subject.tokenizer, "validation"),
+            "n": sum(cell["n"] for cell in cells),
+        }
+
+    def _spec(self, subject: Subject, config: NeedlesConfig, needles: int, length: int) -> NeedleSpec:
+        return NeedleSpec(
+            length=length,
+            needles=needles,
+            questions=min(config.questions, needles),
+            key_tokens=config.key_tokens or subject.key_tokens,
+            value_tokens=config.value_tokens or subject.value_tokens,
+        )
+
+    def section(self, run: RunResults) -> Section:
+        title, question = "Needle retrieval", "Does it find a fact in its context?"
+        values = run.values(self.name)
+        if not values:
+            return self.missing(run, title, question)
+        first = next(iter(next(iter(values.values())).values()))
+        pairs = sorted({(cell["needles"], cell["length"]) for cell in first["cells"]})
+        needles, length = headline_cell(pairs, run.training_length)
+        samples = {
+            arm: {seed: _correct(v, needles, length) for seed, v in seeds.items()}
+            for arm, seeds in values.items()
+        }
+        result = compare(samples, "higher", proportions=True)
+        return Section(
+            self.name,
+            title,
+            question,
+            result.sentence(),
+            measure=f"exact match, {_label(needles)} in {length} tokens ↑",
+            headlines=result.headlines(),
+            charts=[*_length_charts(values, pairs, run.training_length), *_heat_maps(run, values, pairs)],
+            tables=[_table(run, values, pairs), PUBLISHED],
+            notes=[
+                f"Keys and values never occur in training. Chance: {first['chance']:.1e} (a blind guess). "
+                "With several needles, copying any one of them is right 1 time in that number. 'Untrained' is the same "
+                "model before training. Intervals: Wilson over documents or Student's t over seeds, the wider; "
+                "differences are paired by document and seed.",
+                *(f"{cell}: {why}" for cell, why in first["skipped_cells"].items()),
+                *run.skipped(self.name),
+            ],
+        )
+
+
+PUBLISHED = Table(
+    "The Differential Transformer paper's own figures (3B parameters, 4K context, for the direction only)",
+    ["needles, asked", "Transformer", "DIFF V1"],
+    [["1, 1", "1.00", "1.00"], ["2, 2", "0.85", "0.92"], ["4, 2", "0.62", "0.84"], ["6, 2", "0.55", "0.85"]],
+    "Another scale, corpus and needle format: not comparable number by number.",
+)
+
+
+def too_short(spec: NeedleSpec, tokenizer: Tokenizer) -> str | None:
+    """Why the needles of ``spec`` do not fit into its length, or ``None`` if they do."""
+    least = minimum_length(spec, tokenizer)
+    return (
+        None
+        if least <= spec.length
+        else f"{spec.needles} needles need at least {least} tokens, not {spec.length}"
+    )
+
+
+def documents(subject: Subject, spec: NeedleSpec, depth: float, count: int, seed: int) -> list[NeedleSample]:
+    """The validation documents of one cell: a function of the cell and the seed alone, so the same for every arm."""
+    cell_seed = int(
+        np.random.SeedSequence([seed, spec.length, spec.needles, round(depth * 1e6)]).generate_state(1)[0]
+    )
+    return [
+        needle_document(
+            spec,
+            seed=cell_seed,
+            index=index,
+            haystack=subject.data.validation,
+            split="validation",
+            tokenizer=subject.tokenizer,
+            depth=depth,
+        )
+        for index in range(count)
+    ]
+
+
+def exact_match(
+    model: PreTrainedModel, samples: Sequence[NeedleSample], device: torch.device, batch_tokens: int = 8192
+) -> list[bool]:
+    """For each answer of each sample, whether greedy decoding from its question would give it, token by token."""
+    hits: list[bool] = []
+    with inference(model):
+        for span in batches(len(samples), batch_tokens // len(samples[0].input_ids)):
+            part = [samples[i] for i in span]
+            ids = torch.from_numpy(np.stack([sample.input_ids for sample in part])).to(device)
+            guesses = model(input_ids=ids, use_cache=False).logits.argmax(dim=-1).cpu().numpy()
+            for sample, guess in zip(part, guesses, strict=True):
+                # The token at p is predicted at p - 1.
+                hits += [
+                    bool((guess[answer.start - 1 : answer.stop - 1] == sample.input_ids[answer]).all())
+                    for answer in sample.answers
+                ]
+    return hits
+
+
+def needle_probe(
+    model: PreTrainedModel,
+    haystack: Haystack,
+    tokenizer: Tokenizer,
+    spec: NeedleSpec,
+    *,
+    samples: int = 64,
+    seed: int = 2000,
+    batch_tokens: int = 8192,
+) -> float:
+    """Exact-match accuracy on ``samples`` validation documents at random depths: fast enough to use during training.
+
+    The model's device, mode and attention implementation are kept. The same seed gives the same documents.
+    """
+    made = [
+        needle_document(spec, seed=seed, index=i, haystack=haystack, split="validation", tokenizer=tokenizer)
+        for i in range(samples)
+    ]
+    return float(np.mean(exact_match(model, made, model.device, batch_tokens)))
+
+
+def headline_cell(pairs: Sequence[tuple[int, int]], trained: int | None) -> tuple[int, int]:
+    """The (needles, length) of the first screen: fewest needles, at the longest length within the training length."""
+    needles = min(pairs)[0]
+    lengths = [length for count, length in pairs if count == needles]
+    within = [length for length in lengths if trained is None or length <= trained]
+    return needles, max(within) if within else min(lengths)
+
+
+def _correct(values: dict[str, Any], needles: int, length: int) -> list[float]:
+    """All answers of one number of needles and length, over depths, as 0 and 1."""
+    cells = [c for c in values["cells"] if (c["needles"], c["length"]) == (needles, length)]
+    return [float(mark) for cell in cells for mark in cell["correct"]]
+
+
+def _estimate(seeds: dict[int, dict[str, Any]], needles: int, length: int) -> Estimate | None:
+    rows = [_correct(values, needles, length) for values in seeds.values()]
+    counts = [(int(sum(row)), len(row)) for row in rows if row]
+    return proportion(counts) if counts else None
+
+
+def _label(needles: int) -> str:
+    return "1 needle" if needles == 1 else f"{needles} needles"
+
+
+def _length_charts(
+    values: dict[str, dict[int, dict[str, Any]]], pairs: Sequence[tuple[int, int]], trained: int | None
+) -> list[LineChart]:
+    """Accuracy against length, one chart per number of needles."""
+    charts = []
+    for needles in sorted({count for count, _ in pairs}):
+        lengths = [length for count, length in pairs if count == needles]
+        series = []
+        for arm, seeds in values.items():
+            points = [_estimate(seeds, needles, length) for length in lengths]
+            y, low, high = (
+                [None if point is None else getattr(point, part) for point in points]
+                for part in ("value", "low", "high")
+            )
+            series.append(Series(arm, lengths, y, low, high, arm))
+        references = [] if needles == 1 else [Reference("any needle", 1 / needles)]
+        if trained is not None and min(lengths) < trained < max(lengths):
+            references.append(Reference("training length", trained, "x"))
+        charts.append(
+            LineChart(
+                f"needles-{needles}-by-length",
+                f"Exact match, {_label(needles)}",
+                "length of the document (tokens)",
+                "exact match",
+                series,
+                log_x=True,
+                markers=True,
+                y_range=(0.0, 1.0),
+                references=references,
+            )
+        )
+    return charts
+
+
+def _heat_maps(
+    run: RunResults, values: dict[str, dict[int, dict[str, Any]]], pairs: Sequence[tuple[int, int]]
+) -> list[HeatMap]:
+    """Accuracy over length x depth, one map per number of needles, one panel per arm; missing arms are empty panels."""
+    charts = []
+    for needles in sorted({count for count, _ in pairs}):
+        lengths = [length for count, length in pairs if count == needles]
+        depths = sorted({c["depth"] for seeds in values.values() for v in seeds.values() for c in v["cells"]})
+        panels = []
+        for arm in run.arms:
+            cells: dict[Cell, list[float]] = {}
+            for result in values.get(arm.name, {}).values():
+                for c in result["cells"]:
+                    cells.setdefault((c["needles"], c["length"], c["depth"]), []).append(c["hits"] / c["n"])
+            grid = [
+                [
+                    float(np.mean(cells[needles, length, depth]))
+                    if (needles, length, depth) in cells
+                    else None
+                    for length in lengths
+                ]
+                for depth in depths
+            ]
+            panels.append(
+                Panel(
+                    arm.name, [str(n) for n in lengths], [f"{depth:.0%}" for depth in depths], grid, arm.name
+                )
+            )
+        charts.append(
+            HeatMap(
+                f"needles-{needles}-heat",
+                f"Exact match by length and depth, {_label(needles)}",
+                "length (tokens)",
+                "depth",
+                panels,
+                "Mean over seeds. Depth: how far into the context the asked fact stands.",
+            )
+        )
+    return charts
+
+
+def _table(
+    run: RunResults, values: dict[str, dict[int, dict[str, Any]]], pairs: Sequence[tuple[int, int]]
+) -> Table:
+    """Accuracy with its interval for each number of needles and length, with the untrained level."""
+    rows: list[list[str | None]] = []
+    for needles, length in pairs:
+        row: list[str | None] = [f"{_label(needles)}, {length} tokens"]
+        for arm in run.arms:
+            estimate = _estimate(values.get(arm.name, {}), needles, length)
+            row.append(None if estimate is None else f"{estimate.value:.2f} ({estimate.interval()})")
+        counts = [
+            (c["untrained_hits"], c["untrained_n"])
+            for seeds in values.values()
+            for v in seeds.values()
+            for c in v["cells"]
+            if (c["needles"], c["length"]) == (needles, length) and "untrained_n" in c
+        ]
+        hits, trials = sum(k for k, _ in counts), sum(n for _, n in counts)
+        row.append(f"{hits / trials:.2f} (n={trials})" if trials else None)
+        rows.append(row)
+    headers = ["needles and length", *(arm.name for arm in run.arms), "untrained"]
+    return Table("Exact match over all depths", headers, rows)

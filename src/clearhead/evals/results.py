@@ -1,0 +1,141 @@
+"""Reading a run directory: what was asked, what was trained, what was measured, and what is missing.
+
+Nothing here computes or writes. Files that do not exist yet read as empty; a file that exists and is broken is an
+error that names it, except the last line of ``metrics.jsonl``, which a killed process may have left half written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SeedResults:
+    """One trained model: its log, its results by evaluation (whole records), its cost and its state."""
+
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
+    status: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ArmResults:
+    name: str
+    slug: str
+    attention: str
+    seeds: dict[int, SeedResults] = field(default_factory=dict)
+
+    def values(self, evaluation: str) -> dict[int, dict[str, Any]]:
+        """The values of an evaluation by seed, without the seeds that have none or skipped it."""
+        found = {
+            seed: run.results[evaluation]["values"]
+            for seed, run in self.seeds.items()
+            if evaluation in run.results
+        }
+        return {seed: values for seed, values in found.items() if "skipped" not in values}
+
+
+@dataclass(frozen=True)
+class RunResults:
+    recipe: dict[str, Any]
+    env: dict[str, Any]
+    arms: list[ArmResults]
+
+    @property
+    def baseline(self) -> ArmResults:
+        """The first arm of the recipe, against which the others are compared."""
+        return self.arms[0]
+
+    @property
+    def name(self) -> str:
+        return str(self.recipe.get("name", "run"))
+
+    @property
+    def training_length(self) -> int | None:
+        length = self.recipe.get("data", {}).get("length")
+        return None if length is None else int(length)
+
+    def values(self, evaluation: str) -> dict[str, dict[int, dict[str, Any]]]:
+        """Arm name -> seed -> values, in the recipe's order, arms without any result left out."""
+        found = {arm.name: arm.values(evaluation) for arm in self.arms}
+        return {name: seeds for name, seeds in found.items() if seeds}
+
+    def skipped(self, evaluation: str) -> list[str]:
+        """The distinct reasons for which an evaluation was skipped, with the arms they concern."""
+        reasons: dict[str, list[str]] = {}
+        for arm in self.arms:
+            for run in arm.seeds.values():
+                reason = run.results.get(evaluation, {}).get("values", {}).get("skipped")
+                if reason is not None and arm.name not in reasons.setdefault(str(reason), []):
+                    reasons[str(reason)].append(arm.name)
+        return [f"{', '.join(arms)}: {reason}" for reason, arms in reasons.items()]
+
+
+def slugify(name: str) -> str:
+    """``DIFF V1`` -> ``diff-v1``: the directory name of an arm."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "arm"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or ``{}`` if the file does not exist."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); delete it to have it made again") from error
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{path} holds {type(value).__name__}, expected an object; delete it to have it made again"
+        )
+    return value
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``, the last one for each step and kind: a resumed run repeats some steps."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records: dict[tuple[int, bool], dict[str, Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}, is not valid JSON ({error})") from error
+        records[int(record["step"]), "probe" in record] = record
+    return [records[key] for key in sorted(records)]
+
+
+def load_run(directory: str | Path) -> RunResults:
+    """Everything on disk about a run. Raises FileNotFoundError when the directory is not one of a run."""
+    root = Path(directory)
+    recipe_file = root / "recipe.toml"
+    if not recipe_file.exists():
+        raise FileNotFoundError(f"{root} is not a run directory: it has no recipe.toml")
+    recipe = tomllib.loads(recipe_file.read_text(encoding="utf-8"))
+    seeds = [int(seed) for seed in recipe.get("seeds", [0])]
+    arms = []
+    for arm in recipe.get("arms", []):
+        slug = slugify(arm["name"])
+        runs = {seed: _load_seed(root / "arms" / slug / f"seed-{seed}") for seed in seeds}
+        arms.append(ArmResults(arm["name"], slug, arm.get("attention", "softmax"), runs))
+    if not arms:
+        raise ValueError(f"{recipe_file} names no arms")
+    return RunResults(recipe, read_json(root / "env.json"), arms)
+
+
+def _load_seed(job: Path) -> SeedResults:
+    return SeedResults(
+        metrics=read_metrics(job / "metrics.jsonl"),
+        results={path.stem: read_json(path) for path in sorted((job / "results").glob("*.json"))},
+        cost=read_json(job / "cost.json"),
+        status=read_json(job / "status.json"),
+    )

@@ -1,0 +1,175 @@
+"""The report: a pure function of the files of a run directory, as one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from clearhead.evals.results import RunResults, load_run
+from clearhead.evals.sections import Headline, Section, Table
+from clearhead.evals.statistics import count, decimal
+from clearhead.registry import resolve
+from clearhead.report.charts import render
+from clearhead.report.palette import all_inks, arm_inks
+from clearhead.report.training import cost, lambdas, learning_curves
+from clearhead.train.status import write_json, write_text
+
+MISSING = "–"
+
+
+def build_report(run_dir: str | Path) -> Path:
+    """Write ``report.html``, ``summary.json`` and ``charts/*.{pdf,png}`` of a run directory; returns the page's path.
+
+    What has not been measured yet is shown as missing. Raises FileNotFoundError for a directory that is no run, and
+    ValueError that names the file when one of its files is broken.
+    """
+    root = Path(run_dir)
+    run = load_run(root)
+    questions = evaluation_sections(run)
+    sections = [section for section in (learning_curves(run), *questions, lambdas(run), cost(run)) if section]
+    inks = arm_inks([arm.name for arm in run.arms])
+    drawn = {
+        chart.slug: Markup(render(chart, inks, root / "charts"))
+        for section in sections
+        for chart in section.charts
+    }
+    _drop_stale(root / "charts", set(drawn))
+    environment = Environment(
+        loader=PackageLoader("clearhead.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html").render(
+        name=run.name,
+        description=run.recipe.get("description", ""),
+        state=state(run),
+        setting=setting(run),
+        questions=questions,
+        sections=sections,
+        charts=drawn,
+        arms={arm: ink.name for arm, ink in inks.items()},
+        inks=all_inks(),
+        number=headline_number,
+        recipe=(root / "recipe.toml").read_text(encoding="utf-8"),
+        environment=dict(_flat(run.env)),
+        missing=MISSING,
+    )
+    target = root / "report.html"
+    write_text(target, page)
+    write_json(root / "summary.json", summary(run, sections))
+    return target
+
+
+def evaluation_sections(run: RunResults) -> list[Section]:
+    """One section for each evaluation that the recipe asks for, in its order."""
+    return [
+        resolve("evaluations", name)().section(run)
+        for name in run.recipe.get("evaluate", {}).get("suites", [])
+    ]
+
+
+def _table(run: RunResults, questions: list[Section]) -> Table:
+    measured = [section for section in questions if section.measure]
+    rows: list[list[str | None]] = []
+    for arm in run.arms:
+        row: list[str | None] = [arm.name]
+        for section in measured:
+            found = [headline for headline in section.headlines if headline.arm == arm.name]
+            row.append(_cell(found[0], section.digits) if found else None)
+        rows.append(row)
+    return Table(run.name, ["arm", *(section.measure for section in measured)], rows, state(run))
+
+
+def headline_number(headline: Headline, digits: int) -> str:
+    """The number itself, without its interval."""
+    if headline.text or headline.estimate is None:
+        return headline.text or MISSING
+    return decimal(headline.estimate.value, digits)
+
+
+def _cell(headline: Headline, digits: int) -> str:
+    number = headline_number(headline, digits)
+    return (
+        f"{number} ({headline.estimate.interval(digits)})"
+        if headline.estimate and not headline.text
+        else number
+    )
+
+
+def summary(run: RunResults, sections: list[Section]) -> dict[str, Any]:
+    """``summary.json``: every answer with its numbers, for programs."""
+    table = _table(run, [section for section in sections if section.headlines])
+    return {
+        "name": run.name,
+        "state": state(run),
+        "answers": [
+            {
+                "section": section.slug,
+                "question": section.question,
+                "answer": section.answer,
+                "missing": section.missing,
+                "measure": section.measure,
+                "arms": [
+                    {
+                        "arm": headline.arm,
+                        "text": headline_number(headline, section.digits),
+                        "verdict": headline.verdict,
+                        **(asdict(headline.estimate) if headline.estimate else {}),
+                    }
+                    for headline in section.headlines
+                ],
+            }
+            for section in sections
+        ],
+        "table": {"headers": list(table.headers), "rows": [list(row) for row in table.rows]},
+    }
+
+
+def state(run: RunResults) -> str:
+    """One sentence on how much of the run is there."""
+    states = Counter(seed.status.get("state", "queued") for arm in run.arms for seed in arm.seeds.values())
+    total = states.total()
+    if states["evaluated"] == total:
+        return f"All {count(total, 'run')} trained and evaluated."
+    parts = [f"{number} {name}" for name, number in states.items() if name != "evaluated"]
+    done = f"{states['evaluated']} of {count(total, 'run')} evaluated"
+    return f"{done}; {', '.join(parts)}. What is missing is shown as missing."
+
+
+def setting(run: RunResults) -> str:
+    """One line: arms, seeds, budget, corpus."""
+    tokens = run.recipe.get("train", {}).get("tokens")
+    source = run.recipe.get("corpus", {}).get("source")
+    parts = [count(len(run.arms), "arm"), count(len(run.baseline.seeds), "seed")]
+    if tokens:
+        parts.append(f"{tokens / 1e6:.3g} million training tokens each")
+    if source:
+        parts.append(f"corpus {source}")
+    return " · ".join(parts)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested JSON as (dotted name, text) pairs."""
+    pairs = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            pairs += _flat(value, f"{name}.")
+        elif value not in (None, [], ""):
+            pairs.append((name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+    return pairs
+
+
+def _drop_stale(folder: Path, slugs: set[str]) -> None:
+    """Remove chart files of an earlier report that this one does not have."""
+    for path in folder.glob("*"):
+        if path.suffix in (".pdf", ".png") and path.stem not in slugs:
+            path.unlink()
