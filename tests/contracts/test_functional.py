@@ -167,10 +167,9 @@ def test_blind_rows_are_zero_and_their_gradients_finite(backend: str) -> None:
         assert all(bool(x.isfinite().all()) for x in found)
 
 
-@pytest.mark.parametrize(("form", "kind"), [("v1", "causal"), ("v2", "last")])
-def test_flex_forward_is_as_good_as_plain(form: str, kind: str) -> None:
-    mask = make_mask(kind, B, 4, L)
-    inputs, _ = differential_problem(4, 2, mask.keys_beyond_queries, *FORMS[form])
+def test_flex_forward_is_as_good_as_plain() -> None:
+    mask = make_mask("last", B, 4, L)
+    inputs, _ = differential_problem(4, 2, mask.keys_beyond_queries, *FORMS["v2"])
     narrow = [x.float() for x in inputs]
     expected = differential.differential_attention(*[x.double() for x in narrow], **mask.oracle)  # type: ignore[arg-type]
     plain = plain_differential(*narrow, **mask.op)

@@ -1,18 +1,22 @@
 """Whatever an engine cannot do, the rewritten calls compute the same: FlashDiffAttn_1, FlashDiffAttn_2 and the rest."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from clearhead.core.attend import attend, difference, prepare, problem_of, single
-from clearhead.core.dispatch import Caps
+from clearhead.core.dispatch import Caps, load_backend
 from clearhead.core.heads import Heads
 from clearhead.core.legalise import Call, WideValues
 from clearhead.core.masks import MaskSpec
 from clearhead.engines.eager import Eager
+from clearhead.functional import attention
 from tests.contracts.flash import stand_in
 from tests.contracts.support import HEADS, distance, make_mask, rand
 from tests.oracles import differential, softmax
@@ -170,12 +174,9 @@ def test_flash_attention_2_is_right_or_refuses(form: str, kind: str) -> None:
     q, k, v, lam = inputs[0][:, :, L - queries :], inputs[1], inputs[2], inputs[3][:, :, L - queries :]
     keys = (k[:, 0::2], k[:, 1::2]) if form == "v1" else (k,)
     heads, mask = Heads((q[:, 0::2], q[:, 1::2]), keys, v, lam), MaskSpec(**parts)
-    engine_name = "flash_attention_2"
     with stand_in() as recorder:
-        from clearhead.core.dispatch import load_backend
-
         problem = problem_of(heads, mask, difference)
-        backend = load_backend(engine_name)
+        backend = load_backend("flash_attention_2")
         if kind in REFUSED:
             with pytest.raises(ValueError, match=REFUSED[kind]):
                 prepare((backend,), problem, mask, automatic=False)
@@ -193,6 +194,40 @@ def test_flash_attention_2_is_right_or_refuses(form: str, kind: str) -> None:
         q_shape[-2] == (4 if form == "v1" else 8) and k_shape[-2] == 2
         for q_shape, k_shape, _ in recorder.calls
     )
+
+
+@pytest.fixture
+def registered_name() -> Iterator[str]:
+    """An attention function of somebody else's, with masks of queries against keys."""
+    name = "somebody_s_attention"
+    AttentionInterface.register(name, sdpa_attention_forward)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    yield name
+    del AttentionInterface._global_mapping[name], AttentionMaskInterface._global_mapping[name]
+
+
+@pytest.mark.parametrize("kind", FLASH_MASKS)
+def test_any_function_of_the_attention_interface_is_right(registered_name: str, kind: str) -> None:
+    queries, parts = FLASH_MASKS[kind]
+    (q, k, v, lam), _ = differential_inputs("gqa", True, 2 * D)
+    q, lam = q[:, :, L - queries :], lam[:, :, L - queries :]
+    heads, mask = Heads((q[:, 0::2], q[:, 1::2]), (k[:, 0::2], k[:, 1::2]), v, lam), MaskSpec(**parts)
+    problem = problem_of(heads, mask, difference)
+    out, _ = attend(
+        heads, prepare((load_backend(registered_name),), problem, mask, False), D**-0.5, difference
+    )
+    expected = differential.differential_attention(q, k, v, lam, allowed=may_see(queries, parts))
+    assert distance(out, expected) < EXACT
+
+
+def test_a_function_without_a_mask_function_is_refused() -> None:
+    name = "maskless_attention"
+    AttentionInterface.register(name, sdpa_attention_forward)
+    try:
+        with pytest.raises(ValueError, match="no mask function"):
+            attention(*(rand(1, 2, 3, 4) for _ in range(3)), backend=name)
+    finally:
+        del AttentionInterface._global_mapping[name]
 
 
 # What flash-attn's interface in Hugging Face cannot say, and a word of the reason.

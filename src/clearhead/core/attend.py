@@ -60,6 +60,7 @@ def problem_of(heads: Heads, mask: MaskSpec, mix: Mix, needs_maps: bool = False)
         dtype=q.dtype,
         device=q.device.type,
         mask=mask.features,
+        ends_aligned=mask.ends_aligned(q.shape[2], k.shape[2]),
         mixing=mixing_of(mix),
         needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
         needs_maps=needs_maps,

@@ -26,6 +26,7 @@ FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}
 class Problem:
     """One attention as the choice of a backend sees it.
 
+    `ends_aligned`: the last query is the last key, see `MaskSpec`.
     `mixing` is "single" (one stream), "difference" (o1 − gate·o2) or "other", which no fused kernel knows.
     """
 
@@ -40,6 +41,7 @@ class Problem:
     dtype: torch.dtype
     device: str
     mask: frozenset[str] = frozenset()
+    ends_aligned: bool = True
     mixing: str = "single"
     needs_grad: bool = False
     needs_maps: bool = False

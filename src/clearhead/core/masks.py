@@ -48,15 +48,16 @@ class MaskSpec:
 
     def is_plain_causal(self, queries: int, keys: int) -> bool:
         """Whether this is the square lower triangle and nothing else, which fused kernels know by a flag."""
-        return self.features == {"causal"} and queries == keys and self._ends_aligned(queries, keys)
+        return self.features == {"causal"} and queries == keys and self.ends_aligned(queries, keys)
 
     def is_open(self, queries: int, keys: int) -> bool:
         """Whether every query sees every key without looking at tensor values (a single decoded token, for one)."""
         if self.features - {"causal"}:
             return False
-        return not self.is_causal or (queries == 1 and self._ends_aligned(queries, keys))
+        return not self.is_causal or (queries == 1 and self.ends_aligned(queries, keys))
 
-    def _ends_aligned(self, queries: int, keys: int) -> bool:
+    def ends_aligned(self, queries: int, keys: int) -> bool:
+        """Whether the last query is known to be the last key, as in everything but caches of fixed size."""
         # A tensor's value is not looked at: it would stall a GPU and break a compiled graph.
         return self.offset is None or (isinstance(self.offset, int) and self.offset == keys - queries)
 

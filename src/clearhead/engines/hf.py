@@ -30,11 +30,16 @@ CAUTIOUS = Caps(wide_values="split", masks=_INDEXED)
 
 @dataclass(frozen=True, slots=True)
 class HfMask:
-    """A mask in the form of one attention function, with what it wants beside it."""
+    """A mask in the form of one attention function, with what it wants beside it.
+
+    bounds, longest: where the documents of the flattened batch of `rows` rows begin and end, and the longest of them.
+    """
 
     attention_mask: Any
     is_causal: bool
-    position_ids: Tensor | None
+    rows: int = 1
+    bounds: Tensor | None = None
+    longest: int = 0
 
 
 class _Site(nn.Module):
@@ -68,7 +73,13 @@ class HuggingFace(Engine):
             return (
                 "Hugging Face's AttentionMaskInterface has no mask function for it, so padding would be lost"
             )
-        return super().refusal(problem)
+        return super().refusal(problem) or (_unsayable(problem) if self._flash_like() else None)
+
+    def _flash_like(self) -> bool:
+        # Such a function never sees a mask of queries against keys: only lengths of sequences, or (B, S) padding.
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+
+        return ALL_MASK_ATTENTION_FUNCTIONS[self.name] is flash_attention_mask
 
     def prepare(self, mask: MaskSpec, problem: Problem, lowering: Lowering) -> HfMask:
         from transformers.masking_utils import (
@@ -80,10 +91,8 @@ class HuggingFace(Engine):
         )
 
         rule = causal_mask_function if mask.is_causal else bidirectional_mask_function
-        position_ids = None
         if mask.documents is not None:
             rule = and_masks(rule, packed_sequence_mask_function(mask.documents))
-            position_ids = _restarting_positions(mask.documents)[:, -problem.queries :]
         batches = [part.shape[0] for part in (mask.key_padding, mask.documents) if part is not None]
         native = ALL_MASK_ATTENTION_FUNCTIONS[self.name](
             batch_size=max(batches) if batches else 1,
@@ -99,20 +108,29 @@ class HuggingFace(Engine):
             use_vmap=False,
             device=torch.device(problem.device),
         )
-        return HfMask(native, mask.is_causal, position_ids)
+        if mask.documents is None or not self._flash_like():
+            return HfMask(native, mask.is_causal)
+        return HfMask(native, mask.is_causal, mask.documents.shape[0], *_document_bounds(mask.documents))
 
     def __call__(self, call: Call, mask: HfMask, scale: float) -> tuple[Tensor, Tensor | None]:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         self._site.num_key_value_groups = call.q.shape[1] // call.k.shape[1]
         self._site.is_causal = mask.is_causal
-        extra = {} if mask.position_ids is None else {"position_ids": mask.position_ids}
+        batch, native, extra = call.q.shape[0], mask.attention_mask, {}
+        if isinstance(native, Tensor) and native.ndim == 2:
+            native = native.expand(batch, -1)
+        if mask.bounds is not None:
+            # Positions that restart, Hugging Face's other way to say it, would be ignored for more than one row.
+            bounds = _tiled(mask.bounds, batch // mask.rows)
+            extra = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+            extra |= {"max_length_q": mask.longest, "max_length_k": mask.longest}
         out, _ = ALL_ATTENTION_FUNCTIONS[self.name](
             self._site,
             call.q,
             call.k,
             call.v,
-            mask.attention_mask,
+            native,
             dropout=0.0,
             scaling=scale,
             is_causal=mask.is_causal,
@@ -122,12 +140,33 @@ class HuggingFace(Engine):
         return out.transpose(1, 2), None
 
 
-def _restarting_positions(documents: Tensor) -> Tensor:
-    """(B, S) positions that restart where the document changes, Hugging Face's convention."""
-    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+def _unsayable(problem: Problem) -> str | None:
+    """What sequence lengths and (B, S) padding cannot say, and Hugging Face would silently leave out."""
+    if {"padding", "documents"} <= problem.mask:
+        return "it takes documents or padding, not both at once"
+    if "documents" in problem.mask and problem.queries != problem.keys:
+        return "it takes documents only with as many queries as keys"
+    if "padding" in problem.mask and "causal" not in problem.mask:
+        return "it also leaves out the queries at padded places, so it takes padding only under a causal mask"
+    if not problem.ends_aligned:
+        return "it takes the last query for the last key, which a cache of fixed size breaks"
+    return None
+
+
+def _document_bounds(documents: Tensor) -> tuple[Tensor, int]:
+    """(documents + 1,) int32 offsets into the flattened batch, and the length of the longest document."""
     starts = torch.ones_like(documents, dtype=torch.bool)
     starts[:, 1:] = documents.diff(dim=1) != 0
-    return index - index.masked_fill(~starts, 0).cummax(dim=1).values
+    end = torch.tensor([documents.numel()], device=documents.device)
+    bounds = torch.cat((starts.flatten().nonzero().flatten(), end))
+    return bounds.int(), int(bounds.diff().max())
+
+
+def _tiled(bounds: Tensor, repeats: int) -> Tensor:
+    # One row of document numbers may stand for the whole batch.
+    if repeats == 1:
+        return bounds
+    return torch.cat([bounds[:1], *(bounds[1:] + i * bounds[-1] for i in range(repeats))])
 
 
 def _from_interface(name: str) -> Backend | None:

@@ -87,9 +87,8 @@ class ClearheadModel(ClearheadPreTrainedModel):
 
         attention_mask: (B, S) with 1 for real tokens, or (B, 1 or H, L, S) bool or additive, which then says
             everything.
-        position_ids:   (B or 1, L). Without them they count real tokens. Given without mask and cache, positions
-            that restart mean
-            packed documents that cannot see each other.
+        position_ids:   (B or 1, L). Without them they count real tokens. Given without mask and past_key_values,
+            positions that restart mean packed documents that cannot see each other.
         output_attentions: effective maps (B, H, L, S) a layer, A1 − λ A2 for the differential variants; eager
             attention only.
         """
@@ -108,10 +107,12 @@ class ClearheadModel(ClearheadPreTrainedModel):
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
 
+        # Positions that restart say the same whether or not this call starts a cache.
+        packed_ok = past_key_values is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         mask, position_ids, keys = self._mask_and_positions(
-            inputs_embeds, attention_mask, position_ids, past_key_values, packed_ok=not use_cache
+            inputs_embeds, attention_mask, position_ids, past_key_values, packed_ok
         )
         prepared = self._prepare(inputs_embeds, mask, keys, output_attentions)
         rotation = self.position.rotation(position_ids)
@@ -156,11 +157,8 @@ class ClearheadModel(ClearheadPreTrainedModel):
             if position_ids is None:
                 position_ids = (torch.arange(queries, device=inputs_embeds.device) + past)[None]
             return MaskSpec(dense=attention_mask[..., :keys]), position_ids, keys
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; expected (batch, tokens) or 4 dimensions"
-            )
-
+        if attention_mask is not None:
+            _check_mask(attention_mask, batch, queries, past, keys)
         documents = None
         padding = None
         if attention_mask is not None and (tracing or not bool(attention_mask.all())):
@@ -192,6 +190,7 @@ class ClearheadModel(ClearheadPreTrainedModel):
             dtype=self._compute_dtype(inputs_embeds),
             device=inputs_embeds.device.type,
             mask=mask.features,
+            ends_aligned=mask.ends_aligned(inputs_embeds.shape[1], keys),
             mixing=mixing_of(variant.mix),
             needs_grad=torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()),
             needs_maps=output_attentions,
@@ -295,6 +294,16 @@ class ClearheadForCausalLM(ClearheadPreTrainedModel, GenerationMixin):
             if fixed is not None:
                 found[index] = fixed
         return found
+
+
+def _check_mask(mask: Tensor, batch: int, queries: int, past: int | Tensor, keys: int) -> None:
+    # How much of a cache of fixed size is written is on its device; asking would stall it.
+    least, most = (past + queries,) * 2 if isinstance(past, int) else (queries, keys)
+    if mask.ndim != 2 or mask.shape[0] not in (1, batch) or not least <= mask.shape[1] <= most:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; expected 4 dimensions or ({batch}, {most}), "
+            "one column for each token so far, those in the cache too"
+        )
 
 
 def _fit(mask: Tensor, batch: int, keys: int) -> Tensor:

@@ -1,0 +1,105 @@
+"""Small models of every variant, and the oracle of the same decoder."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clearhead.models import ClearheadConfig, ClearheadForCausalLM
+from tests.oracles.layers import LayerSpec
+from tests.oracles.models import decoder
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "softmax": ("softmax", {}),
+    "differential": ("differential", {}),
+    "differential_v2": ("differential_v2", {}),
+    "collinear": ("collinear", {"mode": "exact"}),
+    "collinear_slack": ("collinear", {"mode": "slack"}),
+    "collinear_strict": ("collinear", {"mode": "strict", "activation": "softplus"}),
+}
+# Heads and key-value heads of the twin; V1 pairs them, so its multi-query form has two.
+LAYOUTS = {"mha": (4, 4), "gqa": (8, 4), "mqa": (4, 1)}
+VOCABULARY, WIDTH, HEAD, LAYERS = 41, 24, 4, 2
+
+
+def layout_of(name: str, layout: str) -> tuple[int, int]:
+    heads, kv_heads = LAYOUTS[layout]
+    return heads, max(kv_heads, 2) if VARIANTS[name][0] == "differential" else kv_heads
+
+
+def make_config(name: str, layout: str = "gqa", **changes: Any) -> ClearheadConfig:
+    attention, options = VARIANTS[name]
+    heads, kv_heads = layout_of(name, layout)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": 32,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": HEAD,
+        "attention": attention,
+        "attention_options": options,
+        # Wide enough that tokens, not rounding, decide the logits.
+        "initializer_range": 0.25,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
+    return ClearheadConfig(**(settings | changes))
+
+
+def make_model(
+    name: str, layout: str = "gqa", dtype: torch.dtype = torch.float32, **changes: Any
+) -> ClearheadForCausalLM:
+    torch.manual_seed(11)
+    model = ClearheadForCausalLM(make_config(name, layout, **changes)).to(dtype).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            elif "lambda_" in key and "proj" not in key:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    """Token ids without the special ones."""
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows of different length as one batch padded on the left, and its attention mask."""
+    longest = max(len(row) for row in rows)
+    ids = torch.stack([torch.cat((row.new_zeros(longest - len(row)), row)) for row in rows])
+    mask = torch.stack([torch.arange(longest) >= longest - len(row) for row in rows]).long()
+    return ids, mask
+
+
+def oracle_of(name: str, layout: str, model: ClearheadForCausalLM, ids: Tensor, **arguments: Any) -> Any:
+    """Logits and effective maps of the oracle with this model's weights."""
+    attention, options = VARIANTS[name]
+    heads, kv_heads = layout_of(name, layout)
+    state = {key: value.double() for key, value in model.state_dict().items()}
+    blocks = []
+    for index in range(LAYERS):
+        prefix = f"model.layers.{index}."
+        block = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        attention_part = {
+            key.removeprefix("self_attn.").removeprefix("variant.").removesuffix(".weight"): value
+            for key, value in block.items()
+            if key.startswith("self_attn.")
+        }
+        rest = {
+            "attention_norm": block["input_layernorm.weight"],
+            "mlp_norm": block["post_attention_layernorm.weight"],
+            "gate": block["mlp.gate_proj.weight"],
+            "up": block["mlp.up_proj.weight"],
+            "down": block["mlp.down_proj.weight"],
+        }
+        blocks.append(attention_part | rest)
+    spec = LayerSpec(attention, heads, kv_heads, HEAD, options=options)
+    embedding, norm, head = (
+        state[key] for key in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+    )
+    return decoder(spec, embedding, blocks, norm, head, ids, **arguments)
