@@ -82,7 +82,8 @@ def test_set_aside_keeps_everything(tmp_path: Path) -> None:
 
 def test_lock(tmp_path: Path) -> None:
     with (
-        exclusive(tmp_path, "the run"), pytest.raises(RunError, match=rf"the run is in use .*pid {os.getpid()}"),
+        exclusive(tmp_path, "the run"),
+        pytest.raises(RunError, match=rf"the run is in use .*pid {os.getpid()}"),
         exclusive(tmp_path, "the run"),
     ):
         pass

@@ -32,11 +32,12 @@ def command(
 
     loaded = load_recipe(recipe, overrides or [])
     run_dir = out or Path("runs") / loaded.name
-    from clearhead.report.build import build_report
     from clearhead.train.compare import run_comparison
 
     with interruptible("interrupted: the same command goes on from the last checkpoints"), watcher() as watch:
         outcome = run_comparison(loaded, run_dir, watcher=watch, say=say, fresh=fresh)
+    from clearhead.report.build import build_report
+
     report = build_report(run_dir)
     print_results(run_dir)
     say(f"report: {report}")

@@ -21,7 +21,10 @@ def command(
     from clearhead.train.single import find_jobs
 
     jobs = find_jobs(subject)
+    from transformers.utils.logging import disable_progress_bar
+
     from clearhead.evals.job import evaluate_job
 
+    disable_progress_bar()
     for job_dir in jobs:
         evaluate_job(job_dir, suite or None, progress=say)

@@ -20,9 +20,11 @@ def model_directory(path: Path) -> Path:
 def load_model(path: Path) -> tuple[Any, Any]:
     """(model in evaluation mode, tokenizer)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     import clearhead.models  # noqa: F401  registers the family with the Auto classes
 
     directory = model_directory(path)
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(directory)
     return model.eval(), AutoTokenizer.from_pretrained(directory)

@@ -98,7 +98,7 @@ class PlainLines(Watcher):
         now = time.monotonic()
         for row in rows:
             key, word = str(row.task.directory), phase(row)
-            changed = self.phases.get(key, "waiting") != word
+            changed = word != "waiting" and self.phases.get(key) != word
             due = word == "training" and now - self.spoken.get(key, now) >= LINE_SECONDS
             if changed or due:
                 say(self._line(row, word, rows))

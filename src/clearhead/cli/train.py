@@ -1,5 +1,6 @@
 """`clearhead train`: one arm with one seed, in this process (or in each process of torchrun)."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -46,4 +47,5 @@ def command(
             fresh=fresh,
             say=say,
         )
-    say(f"model: {job_dir / 'model'}")
+    if int(os.environ.get("RANK", "0")) == 0:
+        say(f"model: {job_dir / 'model'}")

@@ -51,7 +51,7 @@ def run_comparison(
         tasks = arm_tasks(recipe, run_dir)
         sweep = _sweep_tasks(recipe, run_dir)
         check_space(run_dir, bytes_needed([*sweep, *tasks], parameters))
-        _prepare(recipe, say)
+        prepare_rows(recipe, say)
         if sweep:
             say(f"choosing learning rates: {len(sweep)} runs")
             swept = Outcome(run_tasks(sweep, watcher))
@@ -65,11 +65,16 @@ def run_comparison(
         return Outcome(run_tasks(tasks, watcher))
 
 
-def _prepare(recipe: Recipe, say: Say) -> None:
-    from clearhead.data.packing import prepare
-    from clearhead.train.rows import data_spec
+def prepare_rows(recipe: Recipe, say: Say) -> None:
+    """Make the corpus ready for all jobs and check the mixture of rows, before anything runs.
 
-    prepare(data_spec(recipe), progress=say)
+    Raises ValueError that names the key.
+    """
+    from clearhead.data.packing import prepare
+    from clearhead.train.rows import data_spec, training_rows
+
+    data = prepare(data_spec(recipe), progress=say)
+    training_rows(recipe.for_arm(recipe.arms[0].name, recipe.seeds[0]), data)
 
 
 def bytes_needed(tasks: Sequence[Task], parameters: Mapping[str, int]) -> int:

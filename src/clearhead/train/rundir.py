@@ -151,7 +151,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
-        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "platform": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": cores(),
         "accelerators": _accelerators(),

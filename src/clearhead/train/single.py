@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from clearhead.train.compare import bytes_needed, check_models, job_directory
+from clearhead.train.compare import bytes_needed, check_models, job_directory, prepare_rows
 from clearhead.train.jobs import Task, is_trained, place
 from clearhead.train.recipe import Recipe
 from clearhead.train.rundir import RunError, check_space, check_writable, exclusive, open_run, set_aside
@@ -33,6 +33,7 @@ def train_single(
             parameters = check_models(recipe)
             open_run(run_dir, recipe)
             check_space(run_dir, bytes_needed([task], parameters))
+            prepare_rows(recipe, say)
             place(task)
         run_job(task.job, task.directory, evaluate=False)
     return task.directory
