@@ -117,7 +117,8 @@ class HuggingFace(Engine):
 
         self._site.num_key_value_groups = call.q.shape[1] // call.k.shape[1]
         self._site.is_causal = mask.is_causal
-        batch, native, extra = call.q.shape[0], mask.attention_mask, {}
+        batch, native = call.q.shape[0], mask.attention_mask
+        extra: dict[str, Tensor | int] = {}
         if isinstance(native, Tensor) and native.ndim == 2:
             native = native.expand(batch, -1)
         if mask.bounds is not None:
