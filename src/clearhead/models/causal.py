@@ -22,6 +22,7 @@ from clearhead.core.norm import RMSNorm
 from clearhead.models.config import ClearheadConfig
 from clearhead.models.layers import ClearheadDecoderLayer
 from clearhead.positions.rope import Rope
+from clearhead.registry import names
 from clearhead.variants.base import Variant
 
 # Hugging Face's names for what this library runs itself.
@@ -48,6 +49,14 @@ class ClearheadPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _keep_in_fp32_modules_strict = ["lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"]  # noqa: RUF012
+
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        """Takes every registered engine and kernel by its name, besides what Hugging Face knows."""
+        if requested_attention in (*names("kernels"), *names("engines")):
+            return str(requested_attention)
+        return str(super().get_correct_attn_implementation(requested_attention, is_init_check))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

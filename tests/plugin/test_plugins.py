@@ -1,0 +1,324 @@
+"""A variant, a position, an engine, a kernel and an evaluation are each one new file and one registry line.
+
+Each test copies the package, adds exactly that to the copy, and uses the newcomer from a fresh process wherever a
+built-in one can be used. If something else had to change for it, the process fails.
+"""
+
+import difflib
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "src" / "clearhead"
+
+MODEL = """
+import torch
+from clearhead.models import ClearheadConfig, ClearheadForCausalLM
+
+def build(**choices):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    return ClearheadForCausalLM(ClearheadConfig(**sizes, **choices))
+
+ids = torch.randint(1, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+
+def check(model):
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    model.eval()
+    cached = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    plain = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0, use_cache=False)
+    assert torch.equal(cached, plain)
+"""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """The new file, its line in the registry, and a program that uses it by its name."""
+
+    table: str
+    file: str
+    target: str
+    text: str
+    use: str
+
+
+VARIANT = Plugin(
+    "VARIANTS",
+    "variants/toy.py",
+    "clearhead.variants.toy:Toy",
+    """
+from torch import Tensor
+from clearhead.core.heads import HeadShape
+from clearhead.variants.softmax import Softmax
+
+class Toy(Softmax):
+    def __init__(self, shape: HeadShape, *, factor: float = 1.0) -> None:
+        super().__init__(shape)
+        self.factor = factor
+
+    def finish(self, o: Tensor) -> Tensor:
+        return o * self.factor
+""",
+    MODEL
+    + """
+check(build(attention="toy", attention_options={"factor": 0.5}))
+same, half = build(attention="toy"), build(attention="toy", attention_options={"factor": 0.5})
+assert torch.equal(build()(ids).logits, same(ids).logits)
+assert not torch.equal(half(ids).logits, same(ids).logits)
+from clearhead.train.compare import check_models
+from clearhead.train.recipe_io import parse_recipe
+arm = {"name": "Toy", "attention": "toy", "attention_options": {"factor": 0.5}}
+recipe = parse_recipe({"name": "t", "arms": [arm]}, source="test")
+assert check_models(recipe)["Toy"] > 0
+from clearhead.models.cost import forward_flops_per_token, kv_bytes_per_token
+assert forward_flops_per_token(half.config, 8) > 0 and kv_bytes_per_token(half.config, torch.float32) > 0
+""",
+)
+
+POSITION = Plugin(
+    "POSITIONS",
+    "positions/toy.py",
+    "clearhead.positions.toy:Toy",
+    """
+from torch import Tensor
+from clearhead.positions.base import Rotation
+from clearhead.positions.rope import Rope
+
+class Toy(Rope):
+    def rotation(self, positions: Tensor, key_positions: Tensor | None = None) -> Rotation:
+        return super().rotation(2 * positions, None if key_positions is None else 2 * key_positions)
+""",
+    MODEL
+    + """
+for attention in ("softmax", "differential", "differential_v2", "collinear"):
+    check(build(position="toy", attention=attention))
+assert not torch.allclose(build(position="toy")(ids).logits, build()(ids).logits)
+twice = {"position_ids": 2 * torch.arange(9)[None], "attention_mask": torch.ones_like(ids)}
+assert torch.allclose(build(position="toy")(ids).logits, build()(ids, **twice).logits, atol=1e-6)
+""",
+)
+
+ENGINE = Plugin(
+    "ENGINES",
+    "engines/toy.py",
+    "clearhead.engines.toy:Toy",
+    """
+from clearhead.core.dispatch import Caps
+from clearhead.engines.eager import Eager
+
+class Toy(Eager):
+    name = "toy"
+    calls = 0
+
+    def caps(self, device: str) -> Caps:
+        return Caps(wide_values="split", maps=True)
+
+    def __call__(self, call, mask, scale):
+        Toy.calls += 1
+        assert call.v.shape[-1] == call.q.shape[-1]
+        return super().__call__(call, mask, scale)
+""",
+    MODEL
+    + """
+from clearhead.core.dispatch import load_backend
+from clearhead.functional import attention, differential_attention
+from clearhead.nn import DifferentialAttention
+q, k, v = (torch.randn(2, 4, 5, 8) for _ in range(3))
+assert torch.allclose(attention(q, k, v, backend="toy"), attention(q, k, v, backend="eager"))
+wide = torch.randn(2, 2, 5, 16)
+expected = differential_attention(q, k, wide, 0.3, is_causal=True, backend="eager")
+assert torch.allclose(differential_attention(q, k, wide, 0.3, is_causal=True, backend="toy"), expected, atol=1e-6)
+DifferentialAttention(32, 4, backend="toy")(torch.randn(1, 3, 32))
+before = type(load_backend("toy")).calls
+for attention in ("softmax", "differential", "differential_v2", "collinear"):
+    model = build(attention=attention)
+    plain = model(ids).logits
+    model.set_attn_implementation("toy")
+    assert torch.allclose(model(ids).logits, plain, atol=1e-5)
+    check(model)
+assert type(load_backend("toy")).calls > before
+""",
+)
+
+KERNEL = Plugin(
+    "KERNELS",
+    "kernels/toy.py",
+    "clearhead.kernels.toy:Toy",
+    """
+from torch import Tensor
+from clearhead.core.dispatch import Kernel, Problem
+from clearhead.core.heads import Heads, repeat_kv
+from clearhead.core.masks import MaskSpec
+
+class Toy(Kernel):
+    name = "toy"
+    runs = 0
+
+    def refusal(self, problem: Problem) -> str | None:
+        if problem.mixing != "difference" or problem.mask or problem.needs_maps:
+            return "it knows the difference of two streams without a mask"
+        return None
+
+    def run(self, heads: Heads, mask: MaskSpec, scale: float) -> Tensor:
+        Toy.runs += 1
+        count = heads.q[0].shape[1]
+        keys = heads.k * 2 if heads.shares_keys else heads.k
+        one, two = (
+            (q @ repeat_kv(k, count).mT * scale).softmax(-1) @ repeat_kv(heads.v, count)
+            for q, k in zip(heads.q, keys, strict=True)
+        )
+        return (one - heads.gate * two).to(one.dtype)
+""",
+    """
+import torch
+from clearhead.core.dispatch import load_backend
+from clearhead.functional import attention, differential_attention
+q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 16)
+expected = differential_attention(q, k, v, 0.3, backend="eager")
+toy = type(load_backend("toy"))
+for backend in ("toy", "auto"):
+    before = toy.runs
+    assert torch.allclose(differential_attention(q, k, v, 0.3, backend=backend), expected, atol=1e-6)
+    assert toy.runs == before + 1
+before = toy.runs
+differential_attention(q, k, v, 0.3, is_causal=True)
+assert toy.runs == before
+try:
+    differential_attention(q, k, v, 0.3, is_causal=True, backend="toy")
+except ValueError as error:
+    assert "it knows the difference of two streams without a mask" in str(error)
+else:
+    raise AssertionError("an explicit choice must not fall back")
+""",
+)
+
+EVALUATION = Plugin(
+    "EVALUATIONS",
+    "evals/toy.py",
+    "clearhead.evals.toy:Toy",
+    """
+from typing import Any
+from clearhead.evals.base import Evaluation, EvaluationConfig, RunResults, Section, Subject
+
+class ToyConfig(EvaluationConfig):
+    factor: float = 1.0
+
+class Toy(Evaluation[ToyConfig]):
+    name = "toy"
+    Config = ToyConfig
+
+    def run(self, subject: Subject, config: ToyConfig) -> dict[str, Any]:
+        return {"size": config.factor * sum(p.numel() for p in subject.model.parameters())}
+
+    def section(self, run: RunResults) -> Section:
+        sizes = {arm: [value["size"] for value in seeds.values()] for arm, seeds in run.values(self.name).items()}
+        return Section(self.name, "Toy", "How large is it?", f"The toy says {sizes}.")
+""",
+    """
+import json, os, pathlib
+import torch
+from clearhead.data.packing import prepare
+from clearhead.evals.job import evaluate_job
+from clearhead.report.build import build_report
+from clearhead.train.compare import arm_tasks
+from clearhead.train.jobs import place
+from clearhead.train.recipe import RecipeError
+from clearhead.train.recipe_io import parse_recipe
+from clearhead.train.rows import data_spec
+from clearhead.train.rundir import open_run
+from clearhead.train.trainer import build_model
+
+here = pathlib.Path.cwd()
+(here / "text").mkdir()
+for number in range(8):
+    (here / "text" / f"{number}.txt").write_text(f"document {number} " + "with some words in it " * 20)
+
+def recipe(**options):
+    return parse_recipe(
+        {
+            "name": "t",
+            "corpus": {"source": str(here / "text"), "validation_fraction": 0.4},
+            "tokenizer": {"vocab_size": 280},
+            "data": {"length": 32},
+            "model": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+            "train": {"batch_tokens": 64},
+            "evaluate": {"suites": ["toy"], "toy": options},
+            "arms": [{"name": "A"}],
+        },
+        source="test",
+    )
+
+try:
+    recipe(facter=2.0)
+except RecipeError as error:
+    assert "did you mean 'factor'?" in str(error), error
+else:
+    raise AssertionError("the option's name was not checked")
+chosen = recipe(factor=2.0)
+run = here / "run"
+run.mkdir()
+open_run(run, chosen)
+(task,) = arm_tasks(chosen, run)
+place(task)
+data = prepare(data_spec(task.job))
+model = build_model(task.job, data)
+model.save_pretrained(task.directory / "model")
+data.tokenizer.save_pretrained(task.directory / "model")
+assert evaluate_job(task.directory) == ["toy"]
+assert evaluate_job(task.directory) == []
+build_report(run)
+size = 2.0 * sum(p.numel() for p in model.parameters())
+(answer,) = [a for a in json.loads((run / "summary.json").read_text())["answers"] if a["section"] == "toy"]
+assert str(size) in answer["answer"]
+assert "How large is it?" in (run / "report.html").read_text()
+""",
+)
+
+PLUGINS = (VARIANT, POSITION, ENGINE, KERNEL, EVALUATION)
+
+
+def register(registry: str, plugin: Plugin) -> str:
+    """The registry's text with one line more in the plugin's table, or with its empty table's line filled."""
+    entry = f'"toy": "{plugin.target}"'
+    lines = registry.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(plugin.table))
+    if lines[start].endswith("{}"):
+        lines[start] = f"{lines[start][:-1]}{entry}}}"
+    else:
+        lines.insert(start + 1, f"    {entry},")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda plugin: plugin.table.lower())
+def test_one_file_and_one_line(plugin: Plugin, tmp_path: Path) -> None:
+    copy = tmp_path / "src" / "clearhead"
+    shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    original = (SOURCE / "registry.py").read_text(encoding="utf-8")
+    changed = register(original, plugin)
+    assert (
+        sum(line.startswith("+ ") for line in difflib.ndiff(original.splitlines(), changed.splitlines())) == 1
+    )
+    (copy / "registry.py").write_text(changed, encoding="utf-8")
+    assert not (copy / plugin.file).exists()
+    (copy / plugin.file).write_text(plugin.text, encoding="utf-8")
+
+    work = tmp_path / "work"
+    work.mkdir()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(copy.parent),
+        "CLEARHEAD_CACHE": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    program = f"import clearhead; assert clearhead.__file__.startswith({str(tmp_path)!r})\n{plugin.use}"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=work, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
