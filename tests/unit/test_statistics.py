@@ -81,6 +81,11 @@ def test_no_difference_is_said_when_the_interval_contains_zero() -> None:
     assert st.verdict(st.paired_difference(ours, theirs), "higher").startswith("no difference detected (−0.")
 
 
+def test_a_tiny_difference_never_reads_as_none() -> None:
+    tiny = st.Estimate(-0.00042, -0.0008, -0.00004, 50, 3)
+    assert st.verdict(tiny, "lower") == "better by 0.00042 (0.00004 to 0.00080)"
+
+
 def test_one_seed_is_named_as_one() -> None:
     assert st.paired_difference([[1.0] * 50], [[0.0] * 50]).seeds == 1
     assert "proves nothing" in st.seeds_clause(1)

@@ -96,9 +96,9 @@ class Mastery(Evaluation[MasteryConfig]):
                 Headline(
                     arm,
                     None,
-                    f"p = {adjusted[arm]:.2g} (log-rank, Holm)" if arm in adjusted else "",
+                    _verdict(adjusted.get(arm)),
                     _median(curve),
-                    f"{curve.events} of {curve.n} runs mastered it",
+                    f"{curve.events} of {curve.n} runs",
                 )
                 for arm, curve in curves.items()
             ],
@@ -120,19 +120,31 @@ def probe_curve(metrics: list[dict[str, Any]]) -> list[tuple[int, float]]:
     )
 
 
+def _verdict(p: float | None) -> str:
+    if p is None:
+        return ""
+    return f"{'different' if p < SIGNIFICANT else 'no difference detected'} (p = {p:.2g})"
+
+
 def _median(curve: Survival) -> str:
     return "not reached" if curve.median is None else f"{curve.median / 1e6:.2f} M"
 
 
 def _chart(curves: dict[str, Survival], threshold: float) -> LineChart:
-    # The share that HAS mastered rises, which reads more easily than survival: 1 - S, so the bounds swap.
+    # The share that HAS mastered rises, which reads more easily than survival: 1 - S, so the bounds swap. A curve stays
+    # where it is after its last run, up to the end of the longest one.
+    end = max(curve.times[-1] for curve in curves.values())
+
+    def rising(values: tuple[float, ...]) -> list[float]:
+        return [1 - value for value in (*values, values[-1])]
+
     series = [
         Series(
             arm,
-            [time / 1e6 for time in curve.times],
-            [1 - p for p in curve.probability],
-            [1 - p for p in curve.high],
-            [1 - p for p in curve.low],
+            [time / 1e6 for time in (*curve.times, end)],
+            rising(curve.probability),
+            rising(curve.high),
+            rising(curve.low),
             arm,
         )
         for arm, curve in curves.items()

@@ -128,8 +128,9 @@ class Headline:
 class Section:
     """One question of the report and everything that answers it.
 
-    ``answer`` is a plain sentence with its uncertainty; ``measure`` names the number in ``headlines`` (it is also
-    a column of the summary's table, with ↑ or ↓ for what is better), ``digits`` its decimals. ``missing`` marks a section without results.
+    ``answer`` is a plain sentence with its uncertainty; ``measure`` names the number in ``headlines``, with ↑ or ↓ for
+    what is better (it heads a column of the summary's table); ``digits`` are its decimals. ``missing`` marks a section
+    without results.
     """
 
     slug: str

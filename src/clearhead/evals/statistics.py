@@ -179,6 +179,8 @@ def verdict(difference: Estimate, better: Better, *, digits: int = 2) -> str:
         return f"no difference detected ({difference.interval(digits)})"
     wins = (difference.value > 0) == (better == "higher")
     low, high = sorted((abs(difference.low), abs(difference.high)))
+    # A bound that is not 0 must not read as 0.
+    digits = max(digits, min(6, math.ceil(-math.log10(low))))
     span = f"{low:.{digits}f} to {high:.{digits}f}"
     return f"{'better' if wins else 'worse'} by {abs(difference.value):.{digits}f} ({span})"
 

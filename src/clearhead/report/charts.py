@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -47,6 +48,8 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
+    # Whatever is drawn without a colour of its own (caps of error bars) is ink.
+    "axes.prop_cycle": cycler(color=[TEXT.light]),
     "grid.color": RULE.light,
     "grid.linewidth": 0.6,
     "text.color": TEXT.light,

@@ -1,0 +1,99 @@
+"""Bits per byte and loss by position on models whose losses are known exactly."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from clearhead.data.packing import PreparedData
+from clearhead.evals.language_modelling import LanguageModelling, LanguageModellingConfig, choose, cut
+from clearhead.evals.loss_by_position import LossByPosition, LossByPositionConfig, bucket_edges
+from tests.evals.conftest import Subjects
+from tests.evals.fakes import FakeModel, copier, costing, uniform
+
+V = 512
+
+
+@pytest.mark.parametrize("stride", [None, 1, 63, 100])
+def test_a_model_that_knows_nothing_pays_log2_v_for_every_token(
+    subject: Subjects, data: PreparedData, stride: int | None
+) -> None:
+    config = LanguageModellingConfig(length=128, stride=stride, max_tokens=300, max_documents=5)
+    values = LanguageModelling().run(subject(FakeModel(uniform(V))), config)
+    assert values["n"] == 5
+    assert values["bits_per_byte"] == pytest.approx(
+        values["tokens"] * math.log2(V) / sum(values["bytes"]), rel=1e-5
+    )
+    assert values["perplexity"] == pytest.approx(V, rel=1e-5)
+
+
+def test_a_whole_document_counts_its_own_bytes_and_a_cut_one_those_of_its_tokens(
+    subject: Subjects, data: PreparedData
+) -> None:
+    model = FakeModel(uniform(V))
+    whole = LanguageModelling().run(subject(model), LanguageModellingConfig(max_tokens=10**6))
+    assert whole["bytes"] == data.validation.utf8_bytes.tolist()
+    part = LanguageModelling().run(subject(model), LanguageModellingConfig(max_tokens=50))
+    text = data.tokenizer.decode(data.validation.document(0)[:50].tolist())
+    assert part["bytes"][0] == len(text.encode())
+
+
+def test_context_helps_a_model_that_uses_it(subject: Subjects) -> None:
+    model = FakeModel(copier(V))
+    config = {"length": 64, "max_tokens": 192, "max_documents": 3}
+    far = LanguageModelling().run(subject(model), LanguageModellingConfig(stride=63, **config))
+    near = LanguageModelling().run(subject(model), LanguageModellingConfig(stride=8, **config))
+    assert near["bits_per_byte"] < far["bits_per_byte"]
+
+
+def test_windows_count_every_token_once() -> None:
+    for total in (2, 7, 8, 9, 31):
+        tokens = np.arange(total)
+        counted = [row[first:] for row, first in cut(tokens, 8, 3)]
+        assert np.concatenate(counted).tolist() == list(range(1, total))
+        assert all(len(row) <= 8 for row, _ in cut(tokens, 8, 3))
+
+
+def test_documents_are_drawn_once_and_the_same_every_time() -> None:
+    assert choose(5, 9, 0) == [0, 1, 2, 3, 4]
+    drawn = choose(1000, 50, 3)
+    assert drawn == choose(1000, 50, 3) == sorted(set(drawn)) and drawn != choose(1000, 50, 4)
+
+
+def test_too_long_for_the_model_is_skipped_with_the_reason(subject: Subjects) -> None:
+    values = LanguageModelling().run(
+        subject(FakeModel(uniform(V), limit=64)), LanguageModellingConfig(length=128)
+    )
+    assert values == {"skipped": "128 tokens is more than the model takes (max_position_embeddings = 64)"}
+
+
+def test_loss_by_position_gives_back_the_known_curve(subject: Subjects) -> None:
+    def nats(position: int) -> float:
+        return 2.0 + 1.0 / position if position < 128 else 5.0
+
+    config = LossByPositionConfig(length=256, buckets=12, max_documents=6)
+    values = LossByPosition().run(subject(FakeModel(costing(V, nats))), config)
+    edges = [0, *values["positions"]]
+    truth = [nats(p) for p in range(1, 256)]
+    for index, (start, end) in enumerate(itertools.pairwise(edges)):
+        assert values["loss"]["mean"][index] == pytest.approx(np.mean(truth[start:end]), abs=1e-4)
+        assert values["cumulative"]["mean"][index] == pytest.approx(np.mean(truth[:end]), abs=1e-4)
+    assert values["n"] == 6
+    assert np.mean(values["within"]) == pytest.approx(np.mean(truth[:127]), abs=1e-4)
+    assert np.mean(values["beyond"]) == pytest.approx(5.0, abs=1e-4)
+
+
+def test_loss_by_position_needs_long_documents(subject: Subjects) -> None:
+    values = LossByPosition().run(
+        subject(FakeModel(uniform(V), limit=10**6)), LossByPositionConfig(length=10**6)
+    )
+    assert values["skipped"].startswith("only 0 validation documents have 1000000 tokens")
+
+
+def test_buckets_cover_every_position_once() -> None:
+    for positions, buckets in ((255, 32), (7, 32), (1, 2), (511, 2)):
+        edges = bucket_edges(positions, buckets)
+        assert edges[0] == 0 and edges[-1] == positions and edges == sorted(set(edges))
