@@ -30,8 +30,8 @@ def attention(
     """softmax(scale · q kᵀ + mask) v, grouped-query.
 
     q (B, H, L, D), k (B, G, S, D), v (B, G, S, E) -> (B, H, L, E); G divides H and head h reads group h // (H // G).
-    is_causal: with L < S the queries are the LAST L positions. attn_mask: broadcastable to (B, H, L, S), bool (True
-        = visible) or added.
+    is_causal: with L < S the queries are the LAST L positions.
+    attn_mask: (L, S) or (B, H, L, S), where a 1 stands for any size; bool (True = visible) or added.
     scale: 1/√D by default. backend: "auto", or the name of an engine or kernel, which runs it or raises ValueError
     with its reason. A query that sees no key gives zeros. Differs from
     `torch.nn.functional.scaled_dot_product_attention`: bottom-right causal alignment, GQA without a flag.
@@ -80,8 +80,8 @@ def _run(
     heads: Heads, mix: Mix, is_causal: bool, attn_mask: Tensor | None, scale: float | None, backend: str
 ) -> Tensor:
     mask = MaskSpec(is_causal=is_causal, dense=attn_mask)
-    batch, _, queries, width = heads.q[0].shape
-    mask.validate(batch, queries, heads.v.shape[2])
+    batch, count, queries, width = heads.q[0].shape
+    mask.validate(batch, count, queries, heads.v.shape[2])
     automatic = backend == "auto"
     backends = automatic_backends() if automatic else (load_backend(backend),)
     prepared = prepare(backends, problem_of(heads, mask, mix), mask, automatic)

@@ -151,8 +151,8 @@ class Attention(AttentionCore):
             ones.
         key_padding_mask:  (B, S) bool, True where a key is real; S counts cached keys too.
         documents:         (B, L) integers; tokens see their own document only. Not together with a cache.
-        attn_mask:         broadcastable to (B, H, L, S): bool, True = visible, or floating point, added to the
-            scaled logits.
+        attn_mask:         (L, S) or (B, H, L, S), where a 1 stands for any size: bool, True = visible, or floating
+            point, added to the scaled logits.
         positions:         (B or 1, L) integers, by default counted from 0 or from the cache's end; context_positions
             alike for S.
         cache:             a key-value cache in Hugging Face's protocol, updated in place.
@@ -199,6 +199,9 @@ class Attention(AttentionCore):
             positions = _counted(x, 0 if past is None or context is not None else past)
         if context is not None and context_positions is None:
             context_positions = _counted(source, 0 if past is None else past)
+        _check_positions("positions", positions, x)
+        if context_positions is not None:
+            _check_positions("context_positions", context_positions, source)
         heads = self.project(x, source, self.position.rotation(positions, context_positions), cache)
         mask = MaskSpec(
             is_causal=is_causal,
@@ -207,7 +210,7 @@ class Attention(AttentionCore):
             documents=documents,
             dense=attn_mask,
         )
-        mask.validate(x.shape[0], x.shape[1], heads.v.shape[2])
+        mask.validate(x.shape[0], self.variant.sizes.heads, x.shape[1], heads.v.shape[2])
         problem = problem_of(heads, mask, self.variant.mix, with_maps)
         return self.combine(heads, prepare(self.backends, problem, mask, self.automatic), with_maps)
 
@@ -334,6 +337,16 @@ def _position(name: str, head_dim: int, rope_theta: float) -> Position:
     if name == "nope":
         return Nope()
     raise ValueError(f'position must be "rope" or "nope", not {name!r}')
+
+
+def _check_positions(name: str, positions: Tensor, x: Tensor) -> None:
+    expected = (x.shape[0], x.shape[1])
+    if positions.ndim != 2 or positions.shape[0] not in (1, expected[0]) or positions.shape[1] != expected[1]:
+        raise ValueError(
+            f"{name} has shape {tuple(positions.shape)}; expected {expected} or (1, {expected[1]})"
+        )
+    if positions.dtype == torch.bool or positions.is_floating_point():
+        raise ValueError(f"{name} must hold integers, not {positions.dtype}")
 
 
 def _counted(x: Tensor, start: int | Tensor) -> Tensor:

@@ -167,4 +167,5 @@ def compare(name: str, layout: str, call: str, backend: str = "auto") -> None:
     tensors = [rand(B, L, WIDTH, seed=1)] + ([rand(B, S, WIDTH, seed=2)] if has_context else [])
     expected = run_oracle(case, layout, module, oracle_arguments, tensors)
     found = run_layer(module, torch.float64, arguments, tensors)
-    assert max(distances(found, expected)) < 1e-10
+    worst = max(distances(found, expected))
+    assert worst < 1e-10, f"the layer is {worst:.1e} off its oracle"

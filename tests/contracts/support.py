@@ -39,14 +39,14 @@ def make_mask(kind: str, batch: int, heads: int, queries: int, seed: int = 0) ->
     if kind == "last":
         return Mask({"is_causal": True}, {"causal": True}, keys_beyond_queries=3)
     if kind == "padding":
-        real = torch.ones(batch, 1, queries, dtype=torch.bool)
-        real[0, :, :2] = False
-        seen = real.expand(batch, queries, queries)
+        real = torch.ones(batch, 1, 1, queries, dtype=torch.bool)
+        real[0, ..., :2] = False
+        seen = real.expand(batch, 1, queries, queries)
         # Rows 0 and 1 of the first sequence then see nothing at all.
         return Mask({"is_causal": True, "attn_mask": seen}, {"causal": True, "allowed": seen})
     if kind == "documents":
         number = (torch.arange(queries) >= queries // 2).long().expand(batch, queries)
-        seen = number[:, :, None] == number[:, None, :]
+        seen = (number[:, :, None] == number[:, None, :])[:, None]
         return Mask({"is_causal": True, "attn_mask": seen}, {"causal": True, "allowed": seen})
     if kind == "dense":
         seen = torch.rand(queries, queries, generator=rng) < 0.6

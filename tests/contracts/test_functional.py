@@ -155,6 +155,18 @@ def test_any_shape(
 
 
 @pytest.mark.parametrize("backend", DIFFERENTIABLE)
+@pytest.mark.parametrize("shape", [(1, L), (L, 1), (B, 1, 1, L), (1, 4, 1, 1), (1, 1, L, L)], ids=str)
+def test_a_one_in_a_mask_stands_for_any_size(shape: tuple[int, ...], backend: str) -> None:
+    inputs, _ = differential_problem(4, 2, 0, True, 2)
+    full = (B, 4, L, L)
+    bias = rand(*shape, seed=8)
+    for mask, name in ((bias, "bias"), (bias < 0.5, "allowed")):
+        found = differential_attention(*inputs, is_causal=True, attn_mask=mask, backend=backend)
+        expected = differential.differential_attention(*inputs, causal=True, **{name: mask.expand(full)})  # type: ignore[arg-type]
+        assert distance(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize("backend", DIFFERENTIABLE)
 def test_blind_rows_are_zero_and_their_gradients_finite(backend: str) -> None:
     mask = make_mask("blind_rows", B, 4, L)
     for dtype in (torch.float32, torch.bfloat16):

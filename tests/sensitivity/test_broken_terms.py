@@ -346,5 +346,5 @@ def test_the_oracle_notices(broken: Callable[[Patch], None], name: str, call: st
     compare(name, "gqa", call, "eager")
     with pytest.MonkeyPatch.context() as patch:
         broken(patch)
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match="off its oracle"):
             compare(name, "gqa", call, "eager")

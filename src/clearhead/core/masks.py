@@ -19,8 +19,8 @@ class MaskSpec:
                  chunked prefill). A scalar tensor for caches of fixed size, whose last keys are not written yet.
     key_padding: (B, S) bool, True where the key is real.
     documents:   (B, S) integers; a query sees keys of its own document only.
-    dense:       anything broadcastable to (B, H, L, S): bool, True = visible, or floating point, added to the scaled
-        logits.
+    dense:       (L, S) or (B, H, L, S), where a 1 stands for any size: bool, True = visible, or floating point, added
+                 to the scaled logits.
     """
 
     is_causal: bool = False
@@ -83,7 +83,7 @@ class MaskSpec:
             return allowed
         return _as_four(self.dense).to(dtype).masked_fill(~allowed, float("-inf"))
 
-    def validate(self, batch: int, queries: int, keys: int) -> None:
+    def validate(self, batch: int, heads: int, queries: int, keys: int) -> None:
         """Raise ValueError, naming the argument, if a part does not fit the problem."""
         if self.is_causal and self.offset is None and queries > keys:
             raise ValueError(
@@ -100,25 +100,26 @@ class MaskSpec:
             raise ValueError(f"key_padding_mask must be bool (True = visible), not {self.key_padding.dtype}")
         if self.documents is not None and self.documents.is_floating_point():
             raise ValueError(f"documents must hold integers, not {self.documents.dtype}")
-        if self.dense is not None and not 2 <= self.dense.ndim <= 4:
-            raise ValueError(f"attn_mask must have 2 to 4 dimensions, not {self.dense.ndim}")
-        if self.dense is not None and (
-            self.dense.shape[-2] not in (1, queries) or self.dense.shape[-1] not in (1, keys)
-        ):
-            raise ValueError(
-                f"attn_mask ends in {tuple(self.dense.shape[-2:])}; expected ({queries}, {keys}) or 1"
-            )
-        if self.dense is not None and self.dense.dtype != torch.bool and not self.dense.is_floating_point():
-            raise ValueError(
-                f"attn_mask must be bool (True = visible) or floating point (added), not {self.dense.dtype}"
-            )
+        if self.dense is not None:
+            _check_dense(self.dense, (batch, heads, queries, keys))
+
+
+def _check_dense(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
+    # Three dimensions could be one mask a head or one a sequence, and nothing would tell which was meant.
+    if mask.ndim not in (2, 4) or any(
+        size not in (1, full) for size, full in zip(mask.shape, shape[-mask.ndim :], strict=True)
+    ):
+        raise ValueError(
+            f"attn_mask has shape {tuple(mask.shape)}; expected {shape[2:]} or {shape}, where 1 stands for any size"
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"attn_mask must be bool (True = visible) or floating point (added), not {mask.dtype}"
+        )
 
 
 def _as_four(mask: Tensor) -> Tensor:
-    # A 3-D mask is (B, L, S): one mask a sequence, the same for every head.
-    if mask.ndim == 2:
-        return mask[None, None]
-    return mask[:, None] if mask.ndim == 3 else mask
+    return mask[None, None] if mask.ndim == 2 else mask
 
 
 def packed_documents(position_ids: Tensor) -> Tensor:

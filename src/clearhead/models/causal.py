@@ -13,6 +13,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.loading_report import LoadStateDictInfo
 
 import clearhead.engines.hf  # noqa: F401  (registers Hugging Face's attention interface as backends)
 from clearhead.core.attend import Prepared, mixing_of, prepare
@@ -65,6 +66,21 @@ class ClearheadPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, Rope):
             init.copy_(module.inv_freq, module.frequencies())
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: LoadStateDictInfo) -> None:
+        # Hugging Face would start missing weights at random and drop the others with a warning. A missing head is
+        # what fine-tuning is for; layers that do not match are the checkpoint of another model.
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        for problem, keys in (
+            ("has no", loading_info.missing_keys),
+            ("has an unknown", loading_info.unexpected_keys),
+        ):
+            layers = sorted(key for key in keys if "layers." in key)
+            if layers:
+                raise ValueError(
+                    f"the checkpoint does not fit attention {self.config.attention!r} with "
+                    f"{self.config.attention_options}: it {problem} {layers[0]} ({len(layers)} such)"
+                )
 
 
 class ClearheadModel(ClearheadPreTrainedModel):
@@ -166,6 +182,10 @@ class ClearheadModel(ClearheadPreTrainedModel):
             if position_ids is None:
                 position_ids = (torch.arange(queries, device=inputs_embeds.device) + past)[None]
             return MaskSpec(dense=attention_mask[..., :keys]), position_ids, keys
+        if position_ids is not None and tuple(position_ids.shape) not in ((1, queries), (batch, queries)):
+            raise ValueError(
+                f"position_ids has shape {tuple(position_ids.shape)}; expected {(batch, queries)} or {(1, queries)}"
+            )
         if attention_mask is not None:
             _check_mask(attention_mask, batch, queries, past, keys)
         documents = None

@@ -67,9 +67,23 @@ class ClearheadConfig(PreTrainedConfig):
             self.attention_options = {}
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ClearheadConfig":
+        """As Hugging Face's, but another model's configuration is an error, not a warning."""
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f"this is the configuration of a {found!r} model, not of a {cls.model_type!r} one"
+            )
+        made: ClearheadConfig = super().from_dict(config_dict, **kwargs)
+        return made
+
     def validate_architecture(self) -> None:
         """Part of the strict validation: raises for what no model can be built from."""
-        self.make_variant(0)
+        try:
+            self.make_variant(0)
+        except ValueError as error:
+            raise ValueError(_in_our_terms(str(error))) from None
         self.make_position()
 
     def head_shape(self, layer_idx: int) -> HeadShape:
@@ -103,3 +117,14 @@ class ClearheadConfig(PreTrainedConfig):
         assert self.head_dim is not None
         made: Position = position.from_rope_parameters(self.head_dim, self.rope_parameters or {})
         return made
+
+
+def _in_our_terms(message: str) -> str:
+    """The layers' argument names as this configuration's keys."""
+    for theirs, ours in (
+        ("num_kv_heads", "num_key_value_heads"),
+        ("num_heads", "num_attention_heads"),
+        ("embed_dim", "hidden_size"),
+    ):
+        message = message.replace(theirs, ours)
+    return message
