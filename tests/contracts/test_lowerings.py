@@ -114,6 +114,24 @@ def test_v2_is_one_call_with_the_streams_as_heads(one_call: bool, layout: str, k
     assert distance(maps, differential.differential_map(q, k, v.shape[1], lam, **mask.oracle)) < EXACT  # type: ignore[arg-type]
 
 
+SHARED_NAMES = {
+    ("native", False): "grouped",
+    ("pad", True): "grouped padded",
+    ("split", False): "FlashDiffAttn_2",
+}
+SHARED_NAMES |= {("split", True): "stacked"}
+
+
+@pytest.mark.parametrize(("wide_values", "one_call"), SHARED_NAMES)
+def test_shared_keys_with_wide_values(wide_values: WideValues, one_call: bool) -> None:
+    inputs, heads = differential_inputs("gqa", False, 3 * D)
+    out, maps, name = run(Limited(wide_values, one_call), heads, MaskSpec(is_causal=True), difference)
+    q, k, v, lam = inputs
+    assert name == SHARED_NAMES[wide_values, one_call]
+    assert distance(out, differential.differential_attention(q, k, v, lam, causal=True)) < EXACT
+    assert distance(maps, differential.differential_map(q, k, v.shape[1], lam, causal=True)) < EXACT
+
+
 @pytest.mark.parametrize("layout", HEADS)
 def test_one_stream_is_one_call(layout: str) -> None:
     heads, groups = HEADS[layout]

@@ -284,7 +284,7 @@ def test_lora_on_the_projections_trains(name: str) -> None:
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
     after = {key.replace(".base_layer", ""): value for key, value in base.state_dict().items()}
     assert all(torch.equal(value, after[key]) for key, value in frozen.items())

@@ -4,7 +4,8 @@ A stream is softmax(q kᵀ) v with values as wide as the variant likes. What an 
 changing the maths:
 
     direct                  one stream, one call
-    grouped                 streams that share keys become extra query heads of the same group, one call (DIFF V2)
+    grouped                 streams that share keys become extra query heads of the same group, one call (DIFF V2);
+        "grouped padded" where the value is wider than the key
     FlashDiffAttn_1         one call a stream with the wide value, V read once a stream
     FlashDiffAttn_1 padded  the same with q and k zero-padded to the value's width (logits unchanged)
     FlashDiffAttn_2         one call a stream and slice of the value, each slice as wide as the key
@@ -71,10 +72,10 @@ def legalise(
     Returns the reason as a string where there is none.
     """
     narrow = value_width <= key_width or wide_values == "native"
-    if shares_keys and streams > 1:
-        if narrow:
-            return Lowering("grouped", streams, stack=True, shares_keys=True)
-        return "streams that share keys cannot be regrouped when the value is wider than the key"
+    if shares_keys and streams > 1 and narrow:
+        return Lowering("grouped", streams, stack=True, shares_keys=True)
+    if shares_keys and streams > 1 and wide_values == "pad":
+        return Lowering("grouped padded", streams, stack=True, pad=True, shares_keys=True)
     if streams == 1 and narrow:
         return Lowering("direct", 1, shares_keys=True)
     if streams == 1 and wide_values == "pad":
@@ -96,6 +97,8 @@ def legalise(
 def lower(heads: Heads, lowering: Lowering) -> list[Call]:
     """The calls that compute the streams of `heads`."""
     queries, keys = heads.q, heads.k
+    if heads.shares_keys and not lowering.shares_keys:
+        keys = keys * len(queries)
     if lowering.pad:
         extra = heads.v.shape[-1] - queries[0].shape[-1]
         queries = tuple(F.pad(q, (0, extra)) for q in queries)
