@@ -44,7 +44,13 @@ class FakeModel(nn.Module):
         self.config._attn_implementation = name
         self.implementations.append(name)
 
-    def forward(self, input_ids: Tensor, use_cache: bool = True, output_attentions: bool = False) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor,
+        use_cache: bool = True,
+        output_attentions: bool = False,
+        logits_to_keep: int = 0,
+    ) -> Any:
         assert not use_cache and not self.training and torch.is_inference_mode_enabled()
         self.calls.append(tuple(input_ids.shape))
         attentions = None
@@ -53,7 +59,7 @@ class FakeModel(nn.Module):
             attentions = tuple(
                 layer.expand(len(input_ids), -1, -1, -1) for layer in self.maps_of(input_ids.shape[1])
             )
-        return SimpleNamespace(logits=self.logits_of(input_ids), attentions=attentions)
+        return SimpleNamespace(logits=self.logits_of(input_ids)[:, -logits_to_keep:], attentions=attentions)
 
 
 def uniform(vocabulary: int) -> Logits:

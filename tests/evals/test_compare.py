@@ -51,3 +51,9 @@ def test_only_seeds_that_both_have_are_paired() -> None:
 
 def test_join() -> None:
     assert [join(["a"]), join(["a", "b"]), join(["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
+
+
+def test_a_share_stays_between_0_and_1() -> None:
+    rows = {"T": {0: [0.0, 0.02], 1: [0.1, 0.08]}}
+    assert compare(rows, "higher").estimates["T"].low < 0.0
+    assert compare(rows, "higher", shares=True).estimates["T"].low == 0.0

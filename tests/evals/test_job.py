@@ -74,6 +74,10 @@ def test_every_evaluation_runs_on_a_real_model_and_reads_back(run_dir: Path) -> 
         assert not section.missing and "One seed proves nothing" in section.answer, section.answer
     mastery = registry.resolve("evaluations", "mastery")().section(run)
     assert mastery.missing and "train.probe_every" in mastery.answer
+    assert (
+        "Hardly: asked for one of 2 facts in 64 tokens"
+        in registry.resolve("evaluations", "needles")().section(run).answer
+    )
     shares = {arm: seeds[0]["parts"] for arm, seeds in run.values("allocation").items()}
     rows = {arm: sum(np.mean(part) for part in parts.values()) for arm, parts in shares.items()}
     assert rows["Transformer"] == pytest.approx(1.0, abs=1e-4)

@@ -67,3 +67,9 @@ def test_one_seed_is_named_as_one() -> None:
 def test_nothing_measured_is_missing() -> None:
     section = Mastery().section(RunResults({"name": "x"}, {}, [ArmResults("a", "a", "softmax")]))
     assert section.missing and section.answer == "No results yet."
+
+
+def test_nothing_reached_is_said_and_not_compared() -> None:
+    section = section_of(a=[(10, False)] * 3, b=[(10, False)] * 3)
+    assert section.answer.startswith("No run of any arm reached 90% within the budget")
+    assert section.charts == []

@@ -104,6 +104,7 @@ def test_the_first_screen_answers_every_question_with_uncertainty_and_seeds(run:
         assert "3 seeds per arm." in answer["answer"]
         assert {arm["arm"] for arm in answer["arms"]} == set(ARMS)
     needles = next(answer for answer in asked if answer["section"] == "needles")
+    assert "Asked for a single fact in 256 tokens, DIFF V1 is right most often (0.9" in needles["answer"]
     assert needles["measure"] == "exact match, 1 needle in 256 tokens ↑"
     assert all(arm["low"] < arm["value"] < arm["high"] and arm["n"] == 200 for arm in needles["arms"])
 

@@ -57,6 +57,15 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
     assert differ.low < agree.low and differ.high == 1.0
 
 
+def test_seeds_that_disagree_widen_a_difference_until_nothing_is_detected() -> None:
+    hard = np.random.default_rng(2).normal(3.0, 0.5, 80)
+    theirs = [hard, hard, hard]
+    agree = st.paired_difference([hard - 0.1, hard - 0.11, hard - 0.09], theirs)
+    differ = st.paired_difference([hard - 0.5, hard + 0.3, hard - 0.1], theirs)
+    assert agree.value == pytest.approx(differ.value) and not agree.contains_zero and differ.contains_zero
+    assert (differ.low, differ.high) == pytest.approx(st.student_interval([-0.5, 0.3, -0.1]))
+
+
 def test_estimate_reads_as_a_sentence() -> None:
     assert st.Estimate(0.981, 0.9512, 0.993, 400, 3).text() == "0.98 (0.95 to 0.99, n=400, 3 seeds)"
     assert st.Estimate(0.5, 0.2, 0.8, 10).text().endswith("n=10, 1 seed)")

@@ -44,7 +44,7 @@ from clearhead.evals.base import (
     batches,
     inference,
 )
-from clearhead.evals.compare import compare
+from clearhead.evals.compare import Comparison, compare
 from clearhead.evals.needles import documents, too_short
 from clearhead.evals.statistics import Estimate
 
@@ -226,10 +226,10 @@ def _mean(seeds: dict[int, dict[str, Any]], *path: str) -> NDArray[np.float64]:
 
 def _compare(
     values: dict[str, dict[int, dict[str, Any]]], part: str, better: Literal["higher", "lower"]
-) -> Any:
-    return compare(
-        {arm: {s: v["parts"][part] for s, v in seeds.items()} for arm, seeds in values.items()}, better
-    )
+) -> Comparison:
+    samples = {arm: {seed: v["parts"][part] for seed, v in seeds.items()} for arm, seeds in values.items()}
+    normalisation = next(iter(next(iter(values.values())).values()))["normalisation"]
+    return compare(samples, better, shares=normalisation == "absolute")
 
 
 def _stacked(values: dict[str, dict[int, dict[str, Any]]]) -> BarChart:

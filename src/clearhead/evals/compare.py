@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -76,12 +76,13 @@ def compare(
     *,
     denominators: Floats | None = None,
     proportions: bool = False,
+    shares: bool = False,
     digits: int = 2,
 ) -> Comparison:
     """Compare every arm with the first one, sample by sample and seed by seed.
 
     ``denominators`` makes it a ratio of sums (bits over bytes); ``proportions`` says that the numbers are 0 or 1,
-    so that an arm's own interval is Wilson's.
+    so that an arm's own interval is Wilson's; ``shares`` that they lie in 0..1, and so does an arm's interval.
     """
     baseline = next(iter(samples))
     estimates: dict[str, Estimate] = {}
@@ -91,7 +92,10 @@ def compare(
         if proportions:
             estimates[name] = proportion([(int(row.sum()), row.size) for row in rows])
         else:
-            estimates[name] = ratio(rows, np.ones(rows[0].size) if denominators is None else denominators)
+            estimate = ratio(rows, np.ones(rows[0].size) if denominators is None else denominators)
+            if shares:
+                estimate = replace(estimate, low=max(0.0, estimate.low), high=min(1.0, estimate.high))
+            estimates[name] = estimate
         shared = [seed for seed in seeds if seed in samples[baseline]]
         if name != baseline and shared:
             ours, theirs = ([samples[arm][seed] for seed in shared] for arm in (name, baseline))

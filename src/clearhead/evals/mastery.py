@@ -69,28 +69,11 @@ class Mastery(Evaluation[MasteryConfig]):
         others = [arm for arm in values if arm != baseline]
         raw = [logrank(times[arm], events[arm], times[baseline], events[baseline]) for arm in others]
         adjusted = dict(zip(others, holm(raw), strict=True))
-        different = [arm for arm in others if adjusted[arm] < SIGNIFICANT]
-        unclear = [arm for arm in others if arm not in different]
-        parts = [
-            f"{arm} differs from {baseline} (log-rank, Holm-adjusted p = {adjusted[arm]:.2g})."
-            for arm in different
-        ]
-        if unclear:
-            against = "" if parts else f" from {baseline}"
-            parts.append(f"No difference{against} detected for {join(unclear)} (log-rank).")
-        reached = "; ".join(f"{arm} {curve.events} of {curve.n}" for arm, curve in curves.items())
-        fewest = min(curve.n for curve in curves.values())
         return Section(
             self.name,
             title,
             question,
-            " ".join(
-                [
-                    f"Runs that reached {threshold:.0%} within the budget: {reached}.",
-                    *parts,
-                    seeds_clause(fewest),
-                ]
-            ),
+            _answer(curves, adjusted, threshold),
             measure="median tokens until mastery ↓",
             headlines=[
                 Headline(
@@ -102,7 +85,7 @@ class Mastery(Evaluation[MasteryConfig]):
                 )
                 for arm, curve in curves.items()
             ],
-            charts=[_chart(curves, threshold)],
+            charts=[_chart(curves, threshold)] if any(curve.events for curve in curves.values()) else [],
             tables=[_table(run, values, curves, adjusted)],
             notes=[
                 f"Mastery is the first probe with an exact match of at least {threshold:.0%}; a run that never gets "
@@ -118,6 +101,25 @@ def probe_curve(metrics: list[dict[str, Any]]) -> list[tuple[int, float]]:
     return sorted(
         (int(m["tokens"]), float(m["probe"][PROBE])) for m in metrics if PROBE in m.get("probe", {})
     )
+
+
+def _answer(curves: dict[str, Survival], adjusted: dict[str, float], threshold: float) -> str:
+    seeds = seeds_clause(min(curve.n for curve in curves.values()))
+    if not any(curve.events for curve in curves.values()):
+        return f"No run of any arm reached {threshold:.0%} within the budget, so there is nothing to compare. {seeds}"
+    reached = "; ".join(f"{arm} {curve.events} of {curve.n}" for arm, curve in curves.items())
+    parts = [f"Runs that reached {threshold:.0%} within the budget: {reached}."]
+    baseline = next(iter(curves))
+    different = [arm for arm, p in adjusted.items() if p < SIGNIFICANT]
+    unclear = [arm for arm in adjusted if arm not in different]
+    parts += [
+        f"{arm} differs from {baseline} (log-rank, Holm-adjusted p = {adjusted[arm]:.2g})."
+        for arm in different
+    ]
+    if unclear:
+        against = "" if different else f" from {baseline}"
+        parts.append(f"No difference{against} detected for {join(unclear)} (log-rank).")
+    return " ".join([*parts, seeds])
 
 
 def _verdict(p: float | None) -> str:

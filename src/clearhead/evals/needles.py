@@ -49,6 +49,8 @@ from clearhead.evals.statistics import Estimate, proportion
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+HARDLY = 0.1
+"""Below this share of right answers, differences between arms are not what a reader should take away first."""
 Cell = tuple[int, int, float]
 """(number of needles, length, depth)."""
 
@@ -68,7 +70,7 @@ class NeedlesConfig(EvaluationConfig):
     key_tokens: int | None = Field(default=None, ge=1)
     value_tokens: int | None = Field(default=None, ge=1)
     samples: int = Field(default=40, ge=1)
-    untrained_samples: int = Field(default=10, ge=0)
+    untrained_samples: int = Field(default=4, ge=0)
     batch_tokens: int = Field(default=8192, ge=1)
     seed: int = 1000
 
@@ -139,11 +141,17 @@ class Needles(Evaluation[NeedlesConfig]):
             for arm, seeds in values.items()
         }
         result = compare(samples, "higher", proportions=True)
+        best = max(result.estimates, key=lambda arm: result.estimates[arm].value)
+        level = f"{result.estimates[best].value:.2f}"
+        asked = "a single fact" if needles == 1 else f"one of {needles} facts"
+        lead = f"Asked for {asked} in {length} tokens, {best} is right most often ({level})."
+        if result.estimates[best].value < HARDLY:
+            lead = f"Hardly: asked for {asked} in {length} tokens, no arm is right more often than {level}."
         return Section(
             self.name,
             title,
             question,
-            result.sentence(),
+            f"{lead} {result.sentence()}" if result.differences else result.sentence(),
             measure=f"exact match, {_label(needles)} in {length} tokens ↑",
             headlines=result.headlines(),
             charts=[*_length_charts(values, pairs, run.training_length), *_heat_maps(run, values, pairs)],
@@ -205,13 +213,14 @@ def exact_match(
         for span in batches(len(samples), batch_tokens // len(samples[0].input_ids)):
             part = [samples[i] for i in span]
             ids = torch.from_numpy(np.stack([sample.input_ids for sample in part])).to(device)
-            guesses = model(input_ids=ids, use_cache=False).logits.argmax(dim=-1).cpu().numpy()
+            # The token at p is predicted at p - 1. Questions stand at the end: logits before the first are not needed.
+            first = min(sample.answers[0].start for sample in part) - 1
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - first).logits
+            guesses = logits.argmax(dim=-1).cpu().numpy()
             for sample, guess in zip(part, guesses, strict=True):
-                # The token at p is predicted at p - 1.
-                hits += [
-                    bool((guess[answer.start - 1 : answer.stop - 1] == sample.input_ids[answer]).all())
-                    for answer in sample.answers
-                ]
+                for answer in sample.answers:
+                    said = guess[answer.start - 1 - first : answer.stop - 1 - first]
+                    hits.append(bool((said == sample.input_ids[answer]).all()))
     return hits
 
 
