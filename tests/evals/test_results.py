@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from clearhead.evals.results import load_run, read_metrics, slugify
+from clearhead.evals.results import ArmResults, RunResults, SeedResults, load_run, read_metrics, slugify
 from clearhead.train.recipe import Arm
 
 
@@ -38,3 +38,23 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["Transformer", "DIFF V1", "CoCA (exact)", "softmax + head norm"])
 def test_directories_are_named_as_the_recipe_names_them(name: str) -> None:
     assert slugify(name) == Arm(name=name).slug
+
+
+def test_only_results_with_the_same_options_are_compared() -> None:
+    def seed(samples: int, **values: object) -> SeedResults:
+        return SeedResults(
+            results={"x": {"config": {"samples": samples}, "values": {"n": samples, **values}}}
+        )
+
+    arms = [
+        ArmResults("A", "a", "softmax", {0: seed(20), 1: seed(10)}),
+        ArmResults("B", "b", "softmax", {0: seed(10), 1: seed(10, skipped="too long")}),
+        ArmResults("C", "c", "softmax", {0: SeedResults()}),
+    ]
+    run = RunResults({}, {}, arms)
+    assert run.values("x") == {"A": {1: {"n": 10}}, "B": {0: {"n": 10}}}
+    assert run.skipped("x") == [
+        "A: measured with other options than the rest; clearhead evaluate measures it again",
+        "B: too long",
+    ]
+    assert run.values("y") == {} and run.skipped("y") == []

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from clearhead.report.build import build_report
-from tests.report.example_run import make_run
-
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
 FLAGS = [
@@ -52,14 +49,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_report(make_run(tmp_path_factory.mktemp("browser") / "demo"))
-
-
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_report_renders(report: Path, width: int, tmp_path: Path) -> None:
-    (tmp_path / "page.html").write_text(report.read_text().replace("</body>", MEASURE + "</body>"))
+def test_the_report_renders(run: Path, width: int, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(
+        (run / "report.html").read_text().replace("</body>", MEASURE + "</body>")
+    )
     frame = tmp_path / "frame.html"
     frame.write_text(FRAME.format(width=width))
     profile = f"--user-data-dir={tmp_path / 'profile'}"

@@ -31,14 +31,11 @@ class ArmResults:
     attention: str
     seeds: dict[int, SeedResults] = field(default_factory=dict)
 
-    def values(self, evaluation: str) -> dict[int, dict[str, Any]]:
-        """The values of an evaluation by seed, without the seeds that have none or skipped it."""
-        found = {
-            seed: run.results[evaluation]["values"]
-            for seed, run in self.seeds.items()
-            if evaluation in run.results
+    def records(self, evaluation: str) -> dict[int, dict[str, Any]]:
+        """The whole records of an evaluation by seed."""
+        return {
+            seed: run.results[evaluation] for seed, run in self.seeds.items() if evaluation in run.results
         }
-        return {seed: values for seed, values in found.items() if "skipped" not in values}
 
 
 @dataclass(frozen=True)
@@ -62,19 +59,38 @@ class RunResults:
         return None if length is None else int(length)
 
     def values(self, evaluation: str) -> dict[str, dict[int, dict[str, Any]]]:
-        """Arm name -> seed -> values, in the recipe's order, arms without any result left out."""
-        found = {arm.name: arm.values(evaluation) for arm in self.arms}
-        return {name: seeds for name, seeds in found.items() if seeds}
+        """Arm name -> seed -> values, in the recipe's order, arms without any result left out.
+
+        Only what was measured with the same options can be compared: with the options that most records have. Others,
+        left by an interrupted re-evaluation, count as missing, as do skipped ones.
+        """
+        options = self._options(evaluation)
+        found: dict[str, dict[int, dict[str, Any]]] = {}
+        for arm in self.arms:
+            for seed, record in arm.records(evaluation).items():
+                if record.get("config") == options and "skipped" not in record["values"]:
+                    found.setdefault(arm.name, {})[seed] = record["values"]
+        return found
 
     def skipped(self, evaluation: str) -> list[str]:
-        """The distinct reasons for which an evaluation was skipped, with the arms they concern."""
+        """Why results are not there, one entry a reason, with the arms that it concerns."""
+        options = self._options(evaluation)
         reasons: dict[str, list[str]] = {}
         for arm in self.arms:
-            for run in arm.seeds.values():
-                reason = run.results.get(evaluation, {}).get("values", {}).get("skipped")
+            for record in arm.records(evaluation).values():
+                reason = record["values"].get("skipped")
+                if record.get("config") != options:
+                    reason = "measured with other options than the rest; clearhead evaluate measures it again"
                 if reason is not None and arm.name not in reasons.setdefault(str(reason), []):
                     reasons[str(reason)].append(arm.name)
         return [f"{', '.join(arms)}: {reason}" for reason, arms in reasons.items()]
+
+    def _options(self, evaluation: str) -> dict[str, Any] | None:
+        """The options that most records of an evaluation were measured with, the first ones if it is a tie."""
+        all_options = [
+            record.get("config") for arm in self.arms for record in arm.records(evaluation).values()
+        ]
+        return max(all_options, key=all_options.count, default=None)
 
 
 def slugify(name: str) -> str:

@@ -62,7 +62,7 @@ def learning_curves(run: RunResults) -> Section:
     if not charts:
         return Section(slug, title, question, "No training log yet.", missing=True)
     trained = [float(m[-1]["tokens"]) for arm in run.arms for m in [_log(arm)] if m]
-    seeds = min(sum(bool(seed.metrics) for seed in arm.seeds.values()) for arm in run.arms)
+    seeds = max(sum(bool(seed.metrics) for seed in arm.seeds.values()) for arm in run.arms)
     budget = f"{max(trained) / 1e6:.2f} million tokens"
     answer = f"Every arm saw up to {budget}, the same in the same order; {count(seeds, 'seed')}."
     return Section(slug, title, question, answer, charts=charts)
@@ -177,7 +177,7 @@ def cost(run: RunResults) -> Section:
             if value is None:
                 cells.append(None)
             elif reference and arm is not run.baseline and key != "seconds":
-                cells.append(f"{show(value)} (×{value / reference:.3g})")
+                cells.append(f"{show(value)} (×{value / reference:.2f})")
             else:
                 cells.append(show(value))
         rows.append(cells)
