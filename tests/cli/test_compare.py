@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from clearhead.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -46,6 +49,8 @@ name = "DIFF V1"
 attention = "differential"
 """
 JOBS = ("transformer/seed-0", "diff-v1/seed-0")
+# Seconds until a test gives up on a step: a machine may be busy with other things.
+PATIENCE = 300
 
 
 @pytest.fixture
@@ -78,6 +83,13 @@ def start(project: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+def verb(*arguments: str) -> str:
+    """Run a verb in this process, which has everything loaded; returns what it printed."""
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    return done.stdout
+
+
 def states(run: Path) -> Iterator[dict[str, object]]:
     for job in JOBS:
         path = run / "arms" / job / "status.json"
@@ -98,7 +110,7 @@ def checkpoint_steps(run: Path) -> list[int]:
 def wait_for_checkpoints(process: subprocess.Popen[str], run: Path) -> None:
     """Until both jobs have a complete checkpoint beyond those they have now."""
     before = checkpoint_steps(run)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         if all(new > old for new, old in zip(checkpoint_steps(run), before, strict=True)):
@@ -121,14 +133,16 @@ def workers_of(run: Path) -> list[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
-def test_killed_and_interrupted_it_ends_with_the_same_weights(project: Path) -> None:
+def test_killed_and_interrupted_it_ends_with_the_same_weights(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = project / "run"
     command = ("compare", "small.toml", "--out", str(run))
 
     process = start(project, *command)
     wait_for_checkpoints(process, run)
     second = start(project, *command)
-    _, errors = second.communicate(timeout=60)
+    _, errors = second.communicate(timeout=PATIENCE)
     assert second.returncode == 2
     assert "in use by another clearhead process" in errors
     process.kill()
@@ -141,7 +155,7 @@ def test_killed_and_interrupted_it_ends_with_the_same_weights(project: Path) -> 
     process = start(project, *command)
     wait_for_checkpoints(process, run)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert (
         errors.strip().splitlines()[-1] == "interrupted: the same command goes on from the last checkpoints"
@@ -149,15 +163,24 @@ def test_killed_and_interrupted_it_ends_with_the_same_weights(project: Path) -> 
     assert workers_of(run) == []
 
     process = start(project, *command)
-    output, errors = process.communicate(timeout=240)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
-    assert [status["state"] for status in states(run)] == ["evaluated", "evaluated"]
+    assert [(status["state"], status["step"]) for status in states(run)] == [("evaluated", 400)] * 2
     assert "All 2 runs trained and evaluated." in output
     assert (run / "report.html").exists()
 
+    model = run / "arms" / JOBS[1]
+    assert verb("generate", str(model), "word", "--max-new-tokens", "3").startswith("word")
+    assert "FlashDiffAttn_1" in verb("explain", str(model))
+    monkeypatch.setenv("CLEARHEAD_CACHE", str(project / "cache"))
+    monkeypatch.chdir(project)
+    verb("evaluate", str(model), "--suite", "loss_by_position")
+    assert (model / "results" / "loss_by_position.json").exists()
+    verb("report", str(run))
+
     other = project / "uninterrupted"
     process = start(project, "train", "small.toml", "--arm", "DIFF V1", "--out", str(other))
-    process.communicate(timeout=240)
+    process.communicate(timeout=PATIENCE)
     weights = Path("arms") / JOBS[1] / "model" / "model.safetensors"
     assert (run / weights).read_bytes() == (other / weights).read_bytes()
 
@@ -173,14 +196,10 @@ def test_a_failing_job_is_reported_and_the_rest_is_finished(project: Path) -> No
         "arms.1.train.learning_rate=1e30",
     )
     process = start(project, *command)
-    output, errors = process.communicate(timeout=240)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     last = errors.strip().splitlines()[-1]
     assert last.startswith("1 of 2 jobs failed; DIFF V1, seed 0: the loss is")
     assert last.endswith("arms/diff-v1/seed-0/log.txt")
     assert [status["state"] for status in states(run)] == ["evaluated", "failed"]
     assert "Transformer" in output
-    process = start(project, *command[:4], "train.tokens=640")
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "arms.DIFF V1.train.learning_rate: 1e+30 -> not set" in errors

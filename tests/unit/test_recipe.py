@@ -9,7 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clearhead.train.recipe import Job, Recipe, RecipeError
+from clearhead.train.recipe import (
+    Arm,
+    Corpus,
+    Data,
+    Evaluate,
+    Job,
+    NeedleRows,
+    Recipe,
+    RecipeError,
+    Sweep,
+    Tokenizer,
+    Train,
+)
 from clearhead.train.recipe_io import differences, dump_toml, load_recipe, parse_recipe
 
 TEXT = """
@@ -236,6 +248,22 @@ def test_shipped_recipes_are_valid(shipped: Path) -> None:
     assert recipe.name == shipped.stem
     assert recipe.description
     assert all(count > 0 for count in check_models(recipe).values())
+
+
+def test_the_documented_recipe_is_complete_and_true() -> None:
+    """docs/recipes.md shows every key there is, and the defaults it shows are the defaults."""
+    text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    raw = tomllib.loads(text.partition("```toml")[2].partition("```")[0])
+    shown = parse_recipe(raw, source="docs/recipes.md")
+    for table, model in (("corpus", Corpus), ("tokenizer", Tokenizer), ("data", Data), ("train", Train)):
+        assert set(raw[table]) == set(model.model_fields)
+        expected = model().model_copy(update={"max_bytes": 4_000_000}) if model is Corpus else model()
+        assert getattr(shown, table) == expected
+    assert set(raw["data"]["needles"]) == set(NeedleRows.model_fields)
+    assert set(raw["sweep"]) == set(Sweep.model_fields)
+    assert set(raw["arms"][0]) == set(Arm.model_fields)
+    assert set(raw) == set(Recipe.model_fields)
+    assert shown.evaluate.suites == Evaluate().suites
 
 
 def test_differences_name_the_key() -> None:

@@ -30,6 +30,7 @@ def command(
     """Print parameters, FLOPs and cache bytes per token, and how each engine would run the attention, or why not."""
     import torch
     from rich.console import Console
+    from rich.markup import escape
 
     floats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in floats:
@@ -39,7 +40,7 @@ def command(
     console = Console(highlight=False, soft_wrap=True)
     console.print(_costs(models, length, floats[dtype]))
     for name, config in models.items():
-        console.print(f"\n[bold]{name}[/bold]: {config.attention} {config.attention_options or ''}")
+        console.print(f"\n[bold]{escape(name)}[/bold]: {config.attention} {config.attention_options or ''}")
         for situation, problem in _problems(config, length, device, floats[dtype]).items():
             console.print(f"  {situation}, {dtype} on {device}")
             for line in _plans(problem):
@@ -73,6 +74,7 @@ def _models(subject: Path, overrides: list[str], arm: str | None) -> "tuple[dict
 
 def _costs(models: "dict[str, ClearheadConfig]", length: int, dtype: object) -> object:
     import torch
+    from rich.markup import escape
     from rich.table import Table
 
     from clearhead.models.cost import forward_flops_per_token, kv_bytes_per_token, parameters
@@ -91,7 +93,7 @@ def _costs(models: "dict[str, ClearheadConfig]", length: int, dtype: object) -> 
     first = next(iter(counts.values()))
     for name, config in models.items():
         table.add_row(
-            name,
+            escape(name),
             f"{counts[name]:,}",
             f"{counts[name] - first:+,}",
             f"{forward_flops_per_token(config, length):,}",
@@ -136,6 +138,8 @@ def _problems(config: "ClearheadConfig", length: int, device: str, dtype: object
 
 def _plans(problem: "Problem") -> list[str]:
     """One line a backend: how it would run the problem, or its reason not to; the one `auto` takes is marked."""
+    from rich.markup import escape
+
     from clearhead.core.dispatch import plan
     from clearhead.registry import names
 
@@ -147,6 +151,6 @@ def _plans(problem: "Problem") -> list[str]:
         except ValueError as error:
             # The reason, without the sentence around it.
             reason = str(error).partition(f"({name}: ")[2].removesuffix(")")
-            text = f"[dim]refused: {reason or error}[/dim]"
+            text = f"[dim]refused: {escape(reason or str(error))}[/dim]"
         lines.append(f"{name:18} {text}{' [green]<- auto[/green]' if name == chosen else ''}")
     return lines

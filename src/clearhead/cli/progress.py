@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from clearhead.cli.console import duration, say, seconds_left
@@ -61,7 +62,7 @@ class LiveTable(Watcher):
             status, word = row.status, phase(row)
             speed = f"{status.tokens_per_second:,.0f}" if status.tokens_per_second else "–"
             table.add_row(
-                row.task.label,
+                escape(row.task.label),
                 str(row.task.job.seed),
                 f"{status.step}/{status.steps}",
                 "–" if status.loss is None else f"{status.loss:.3f}",

@@ -8,15 +8,16 @@ def print_results(run_dir: Path) -> None:
     """Print what the report of `run_dir` wrote to `summary.json`, on standard output."""
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     console = Console(highlight=False)
-    table = Table(title=summary["name"], title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=escape(summary["name"]), title_justify="left", box=box.SIMPLE_HEAD)
     for index, header in enumerate(summary["table"]["headers"]):
-        table.add_column(header, justify="right" if index else "left")
+        table.add_column(escape(header), justify="right" if index else "left")
     for row in summary["table"]["rows"]:
-        table.add_row(*("–" if cell is None else cell for cell in row))
+        table.add_row(*("–" if cell is None else escape(cell) for cell in row))
     console.print(table)
     console.print(summary["state"], markup=False)
     for answer in summary["answers"]:

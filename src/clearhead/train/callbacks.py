@@ -73,6 +73,11 @@ class Progress(TrainerCallback):
         if state.is_world_process_zero and time.monotonic() - self._written > STATUS_SECONDS:
             self._write(state)
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._write(state)
+
     def on_log(
         self,
         args: TrainingArguments,
