@@ -12,6 +12,7 @@ from tests.cli.fake_worker import FAILS, FINE, HANGS, KILLED, SILENT
 from clearhead.train.compare import arm_tasks
 from clearhead.train.jobs import Row, Silent, Task, Watcher, parallelism, run_tasks
 from clearhead.train.recipe_io import parse_recipe
+from clearhead.train.rundir import RunError
 from clearhead.train.status import read_status
 
 WORKER = "tests.cli.fake_worker"
@@ -62,6 +63,16 @@ def test_other_evaluations_are_run_again_without_training(tmp_path: Path) -> Non
     assert calls(changed) == 2
 
 
+def test_another_training_in_the_same_place_is_refused(tmp_path: Path) -> None:
+    (job,) = tasks(tmp_path, [FINE])
+    run_tasks([job], Silent(), worker=WORKER)
+    (other,) = tasks(tmp_path, [FINE], learning_rate=0.5)
+    with pytest.raises(RunError, match=r"train\.learning_rate: 0\.001 -> 0\.5"):
+        run_tasks([other], Silent(), worker=WORKER)
+    run_tasks(tasks(tmp_path, [FINE], workers=1, save_every=7), Silent(), worker=WORKER)
+    assert calls(job) == 1
+
+
 class InterruptWhenRunning(Watcher):
     def update(self, rows: Sequence[Row]) -> None:
         if sum(row.running and row.status.state == "training" for row in rows) == 2:
@@ -69,15 +80,17 @@ class InterruptWhenRunning(Watcher):
 
 
 def test_an_interruption_stops_every_worker(tmp_path: Path) -> None:
-    jobs = tasks(tmp_path, [HANGS, HANGS + 100])
-    raw = [Task(job.job.model_copy(update={"seed": HANGS}), job.directory, job.label) for job in jobs]
+    raw = {"name": "t", "seeds": [HANGS], "arms": [{"name": "A"}, {"name": "B"}], "train": {"workers": 2}}
+    jobs = arm_tasks(parse_recipe(raw, source="test"), tmp_path)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run_tasks(raw, InterruptWhenRunning(), worker=WORKER)
-    assert time.monotonic() - start < 30
+        run_tasks(jobs, InterruptWhenRunning(), worker=WORKER)
+    assert time.monotonic() - start < 50
     assert [read_status(job.directory).state for job in jobs] == ["training", "training"]
-    rest = [Task(job.job, job.directory, job.label) for job in tasks(tmp_path, [HANGS + 100])]
-    assert run_tasks(rest, Silent(), worker=WORKER)[0].status.state == "evaluated"
+    assert [row.status.state for row in run_tasks(jobs, Silent(), worker=WORKER)] == [
+        "evaluated",
+        "evaluated",
+    ]
 
 
 def test_parallelism(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from clearhead.train.rundir import (
     check_writable,
     environment,
     exclusive,
+    keep_data,
     open_run,
     set_aside,
 )
@@ -72,12 +73,30 @@ def test_a_broken_recipe_of_the_run_is_refused(tmp_path: Path) -> None:
 
 def test_set_aside_keeps_everything(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert set_aside(run) is None
+    said: list[str] = []
+    set_aside(run, said.append)
+    assert said == []
     for number in (1, 2):
         run.mkdir()
         (run / "file").write_text(str(number))
-        assert set_aside(run) == tmp_path / f"run.old-{number}"
+        set_aside(run, said.append)
+        assert said[-1].endswith(f"run.old-{number}")
+        assert not run.exists()
     assert (tmp_path / "run.old-1" / "file").read_text() == "1"
+
+
+def test_a_run_in_use_is_not_set_aside(tmp_path: Path) -> None:
+    with exclusive(tmp_path / "run", "the run"), pytest.raises(RunError, match="in use"):
+        set_aside(tmp_path / "run", print)
+    assert (tmp_path / "run").exists()
+
+
+def test_changed_text_is_refused(tmp_path: Path) -> None:
+    identity = {"corpus": {"source": "text", "sha256": "a"}, "tokenizer_files": None, "vocab_size": 512}
+    keep_data(tmp_path, identity)
+    keep_data(tmp_path, {**identity, "vocab_size": 513})
+    with pytest.raises(RunError, match=r'corpus\.sha256: "a" -> "b"'):
+        keep_data(tmp_path, {**identity, "corpus": {"source": "text", "sha256": "b"}})
 
 
 def test_lock(tmp_path: Path) -> None:

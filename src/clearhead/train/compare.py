@@ -8,7 +8,7 @@ from pathlib import Path
 from clearhead.registry import did_you_mean
 from clearhead.train.jobs import Row, Task, Watcher, is_trained, parallelism, run_tasks
 from clearhead.train.recipe import RESERVED_MODEL_KEYS, Recipe, RecipeError
-from clearhead.train.rundir import check_space, check_writable, exclusive, open_run, set_aside
+from clearhead.train.rundir import check_space, check_writable, exclusive, keep_data, open_run, set_aside
 
 FLOAT_BYTES = 4
 # Weights and two Adam moments in each checkpoint of a running job: two kept and the one being written.
@@ -41,9 +41,7 @@ def run_comparison(
     Raises RunError or RecipeError before anything is trained; a job that fails later is in the outcome.
     """
     if fresh:
-        aside = set_aside(run_dir)
-        if aside is not None:
-            say(f"the earlier run is now in {aside}")
+        set_aside(run_dir, say)
     check_writable(run_dir)
     with exclusive(run_dir, f"the run {str(run_dir)!r}"):
         parameters = check_models(recipe)
@@ -51,7 +49,7 @@ def run_comparison(
         tasks = arm_tasks(recipe, run_dir)
         sweep = _sweep_tasks(recipe, run_dir)
         check_space(run_dir, bytes_needed([*sweep, *tasks], parameters))
-        prepare_rows(recipe, say)
+        prepare_rows(recipe, run_dir, say)
         if sweep:
             say(f"choosing learning rates: {len(sweep)} runs")
             swept = Outcome(run_tasks(sweep, watcher))
@@ -65,15 +63,16 @@ def run_comparison(
         return Outcome(run_tasks(tasks, watcher))
 
 
-def prepare_rows(recipe: Recipe, say: Say) -> None:
+def prepare_rows(recipe: Recipe, run_dir: Path, say: Say) -> None:
     """Make the corpus ready for all jobs and check the mixture of rows, before anything runs.
 
-    Raises ValueError that names the key.
+    Raises RunError when the run began with other text, ValueError that names the key when rows cannot be made.
     """
     from clearhead.data.packing import prepare
     from clearhead.train.rows import data_spec, training_rows
 
     data = prepare(data_spec(recipe), progress=say)
+    keep_data(run_dir, data.identity)
     training_rows(recipe.for_arm(recipe.arms[0].name, recipe.seeds[0]), data)
 
 

@@ -10,10 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from clearhead.train.recipe import Job
-from clearhead.train.recipe_io import load_job
-from clearhead.train.rundir import cores
+from clearhead.train.recipe_io import differences, load_job
+from clearhead.train.rundir import FREE_TRAIN_KEYS, RunError, cores
 from clearhead.train.status import Status, read_status, write_status, write_text
 
 WORKER = "clearhead.train.worker"
@@ -57,17 +58,35 @@ class Silent(Watcher):
 
 
 def place(task: Task) -> None:
-    """Write the task's `job.json`. A finished job whose evaluations are asked for differently is evaluated again."""
+    """Write the task's `job.json`. A finished job whose evaluations are asked for differently is evaluated again.
+
+    Raises RunError when the directory holds a different training.
+    """
     task.directory.mkdir(parents=True, exist_ok=True)
     path = task.directory / "job.json"
     status = read_status(task.directory)
-    if path.exists() and status.state == "evaluated" and load_job(path).evaluate != task.job.evaluate:
-        status = replace(status, state="trained")
+    if path.exists():
+        before = load_job(path)
+        changed = differences(_training(before), _training(task.job))
+        if changed and status.state != "queued":
+            raise RunError(
+                f"{str(task.directory)!r} holds another training ({'; '.join(changed[:5])}); move it away"
+            )
+        if status.state == "evaluated" and before.evaluate != task.job.evaluate:
+            status = replace(status, state="trained")
     if status.state in ("failed", "training"):
         # Not done yet: it goes on from its last checkpoint, or with its evaluation.
         status = replace(status, state="trained" if is_trained(task.directory) else "queued", error=None)
     write_text(path, task.job.model_dump_json(indent=2) + "\n")
     write_status(task.directory, replace(status, steps=task.job.train.steps))
+
+
+def _training(job: Job) -> dict[str, Any]:
+    """What decides the trained model."""
+    plain = job.model_dump(mode="json", exclude={"evaluate"})
+    for key in FREE_TRAIN_KEYS:
+        del plain["train"][key]
+    return plain
 
 
 def is_trained(job_dir: Path) -> bool:

@@ -1,6 +1,7 @@
 """The run directory: who may write to it, whether it belongs to this recipe, and whether it will fit on the disk."""
 
 import fcntl
+import json
 import os
 import platform
 import shutil
@@ -8,7 +9,7 @@ import subprocess
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -114,14 +115,34 @@ def open_run(directory: Path, recipe: Recipe) -> None:
         write_json(directory / "env.json", environment())
 
 
-def set_aside(directory: Path) -> Path | None:
-    """Rename an existing run directory to the first free `NAME.old-N`; None when there is nothing to rename."""
+def keep_data(directory: Path, identity: Mapping[str, Any]) -> None:
+    """Record in `data.json` what the run trains on; RunError when it began with something else."""
+    path = directory / "data.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [
+            line
+            for key in ("corpus", "tokenizer_files")
+            for line in differences({key: before[key]}, {key: identity[key]})
+        ]
+        if changed:
+            raise RunError(
+                f"the text has changed since {str(directory)!r} was begun ({'; '.join(changed[:3])}); put it back, "
+                "choose another --out, or --fresh to set the old run aside and begin again"
+            )
+    write_json(path, identity)
+
+
+def set_aside(directory: Path, say: Callable[[str], None]) -> None:
+    """Rename an existing run directory to the first free `NAME.old-N`; RunError while another process uses it."""
     if not directory.exists() or not any(directory.iterdir()):
-        return None
-    number = 1
-    while (target := directory.with_name(f"{directory.name}.old-{number}")).exists():
-        number += 1
-    return directory.rename(target)
+        return
+    with exclusive(directory, f"the run {str(directory)!r}"):
+        number = 1
+        while (target := directory.with_name(f"{directory.name}.old-{number}")).exists():
+            number += 1
+        directory.rename(target)
+    say(f"the earlier run is now in {target}")
 
 
 def _changes(written: Path, recipe: Recipe) -> list[str]:

@@ -26,14 +26,14 @@ def train_single(
     with ExitStack() as held:
         # Under torchrun the first process keeps the books for all.
         if int(os.environ.get("RANK", "0")) == 0:
-            if fresh and (aside := set_aside(run_dir)) is not None:
-                say(f"the earlier run is now in {aside}")
+            if fresh:
+                set_aside(run_dir, say)
             check_writable(run_dir)
             held.enter_context(exclusive(run_dir, f"the run {str(run_dir)!r}"))
             parameters = check_models(recipe)
             open_run(run_dir, recipe)
             check_space(run_dir, bytes_needed([task], parameters))
-            prepare_rows(recipe, say)
+            prepare_rows(recipe, run_dir, say)
             place(task)
         run_job(task.job, task.directory, evaluate=False)
     return task.directory
@@ -41,7 +41,18 @@ def train_single(
 
 def _task(recipe: Recipe, run_dir: Path, arm: str, seed: int) -> Task:
     found = recipe.arm(arm)
-    return Task(recipe.for_arm(arm, seed), job_directory(run_dir, found.slug, seed), found.name)
+    rate = None
+    if recipe.sweep is not None:
+        from clearhead.train.sweep import chosen_rates
+
+        rate = chosen_rates(run_dir).get(found.name)
+        if rate is None:
+            raise RunError(
+                f"the recipe sweeps the learning rate and {str(run_dir)!r} has no result of it for {found.name!r} yet; "
+                "clearhead compare makes it"
+            )
+    job = recipe.for_arm(arm, seed, learning_rate=rate)
+    return Task(job, job_directory(run_dir, found.slug, seed), found.name)
 
 
 def find_jobs(path: Path) -> list[Path]:

@@ -56,6 +56,15 @@ def choose(recipe: Recipe, tasks: Sequence[Task], run_dir: Path) -> dict[str, fl
     return chosen
 
 
+def chosen_rates(run_dir: Path) -> dict[str, float]:
+    """The learning rate of each arm by name from `sweep.json`; empty when there is none."""
+    path = run_dir / "sweep.json"
+    if not path.exists():
+        return {}
+    arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
+    return {name: float(arm["learning_rate"]) for name, arm in arms.items()}
+
+
 def outcome(task: Task) -> dict[str, Any]:
     """Tokens at the first probe that reached mastery (None if none did), the budget, and the final loss."""
     mastered_at = None
