@@ -64,6 +64,10 @@ class ClearheadPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Variant):
             module.reset_parameters()
+        elif isinstance(module, nn.Embedding) and self.config.embedding_initializer_range is not None:
+            init.normal_(module.weight, std=self.config.embedding_initializer_range)
+            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, Rope):
             init.copy_(module.inv_freq, module.frequencies())
 

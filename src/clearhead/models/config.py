@@ -24,6 +24,9 @@ class ClearheadConfig(PreTrainedConfig):
     position:           a registered position: rope, nope.
     rope_parameters:    {"rope_type": "default", "rope_theta": 10000.0} as in transformers.
     intermediate_size:  by default 8/3 · hidden_size rounded up to a multiple of 64.
+    initializer_range:  standard deviation of all matrices at the start; embedding_initializer_range: of the token
+        embedding, by default the same. A small model learns to look things up far sooner when its (untied) embedding
+        starts large beside what the layers add to it.
     num_key_value_heads, head_dim: by default num_attention_heads and hidden_size / num_attention_heads.
     Raises ValueError for an unknown name or option and for sizes that do not fit, naming the key.
     """
@@ -45,6 +48,7 @@ class ClearheadConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
+    embedding_initializer_range: float | None = None
     tie_word_embeddings: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None
