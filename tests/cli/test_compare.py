@@ -25,7 +25,7 @@ vocab_size = 512
 [data]
 length = 32
 needle_share = 0.3
-copy_share = 0.3
+pair_share = 0.3
 [data.needles]
 lengths = [24, 32]
 needles = [1, 2]

@@ -31,7 +31,7 @@ seeds = [0, 1]
 [data]
 length = 64
 needle_share = 0.4
-copy_share = 0.2
+pair_share = 0.2
 
 [model]
 hidden_size = 32
@@ -143,7 +143,7 @@ def test_override_of_an_arm_by_number_and_by_name(path: Path) -> None:
         ("train.learning_rate=nan", ["train.learning_rate"]),
         ("train.schedule=cosin", ["train.schedule", "'cosine'"]),
         ("train.stop_at_mastery=true", ["stop_at_mastery needs probe_every"]),
-        ("data.needle_share=0.9", ["needle_share + copy_share is 1.1"]),
+        ("data.needle_share=0.9", ["needle_share + pair_share is 1.1"]),
         ("data.needles.lengths=[64, 32]", ["[smallest, largest]", "[64, 32]"]),
         ("data.needles.lengths=[100, 200]", ["longer than a row"]),
         ("train.batch_tokens=500", ["train.batch_tokens = 500", "data.length = 64", "512"]),

@@ -19,10 +19,10 @@ from clearhead.data.retrieval import (
     NeedleRange,
     NeedleSpec,
     chance_level,
-    copy_document,
     in_validation,
     minimum_length,
     needle_document,
+    pair_document,
 )
 
 SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>"]
@@ -200,19 +200,29 @@ def test_chance_level_counts_the_values_of_the_split(tokens: int, split: str) ->
     assert abs(hits - 1 / count) < 5 * np.sqrt(1 / count / 4000)
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.integers(3, 200), st.integers(0, 2**31), st.integers(0, 2**31))
-def test_what_is_labelled_in_a_copy_document_is_a_repetition(length: int, seed: int, index: int) -> None:
-    example = copy_document(length, seed=seed, index=index, split="train", tokenizer=tokenizer())
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 8), st.integers(2, 3), st.sampled_from(["train", "validation"]), st.integers(0, 99))
+def test_a_pair_document_asks_about_every_fact(pairs: int, size: int, split: str, index: int) -> None:
+    spec = NeedleSpec(999, pairs, pairs, size, size)
+    example = pair_document(spec, seed=1, index=index, split=split, tokenizer=tokenizer())
     ids, labels = example["input_ids"], example["labels"]
-    assert ids.shape == labels.shape == example["position_ids"].shape == (length,)
-    assert ids[0] == 1 and not np.isin(ids[1:], tokenizer().all_special_ids).any()
-    learned = np.flatnonzero(labels != IGNORE)
-    first = learned[0] if len(learned) else length
-    assert np.array_equal(labels[first:], ids[first:])
-    period = first - 2
-    assert 2 * period <= length
-    assert np.array_equal(ids[1 + period :], ids[1 : length - period])
+    assert ids.shape == labels.shape == example["position_ids"].shape
+    facts, asked = ids[1:].reshape(2, pairs, -1)
+    marker = facts.shape[1] - 2 * size
+    assert sorted(map(tuple, facts)) == sorted(map(tuple, asked)), (
+        "the question is the fact in the same words"
+    )
+    keys, values = facts[:, marker : marker + size], facts[:, marker + size :]
+    assert len({tuple(key) for key in keys}) == pairs, "keys are distinct"
+    assert (in_validation(keys, "key") == (split == "validation")).all()
+    assert (in_validation(values, "value") == (split == "validation")).all()
+    learned = labels[1:].reshape(2, pairs, -1)
+    assert (
+        (labels[0] == IGNORE)
+        and (learned[0] == IGNORE).all()
+        and (learned[1, :, : marker + size] == IGNORE).all()
+    )
+    assert np.array_equal(learned[1, :, marker + size :], asked[:, marker + size :])
 
 
 def mixture(**changes) -> Mixture:
@@ -221,7 +231,7 @@ def mixture(**changes) -> Mixture:
     seed = changes.pop("seed", 3)
     arguments = {
         "needle_share": 0.35,
-        "copy_share": 0.2,
+        "pair_share": 0.2,
         "needles": NeedleRange((24, 60), (1, 4), questions=2),
     } | changes
     text = pack_text(store(), length, seed, document_masks=masks)
@@ -237,7 +247,7 @@ def test_mixture_rows_have_the_exact_length_and_share() -> None:
         assert (row["labels"] != IGNORE).any()
         assert np.isin(row["labels"], [IGNORE, *row["input_ids"]]).all()
     kinds = np.array([data.kind(i) for i in range(400)])
-    for kind, share in (("text", 0.45), ("needles", 0.35), ("copy", 0.2)):
+    for kind, share in (("text", 0.45), ("needles", 0.35), ("pairs", 0.2)):
         counts = np.cumsum(kinds == kind)
         assert np.abs(counts - share * np.arange(1, 401)).max() < 2
 
@@ -253,8 +263,10 @@ def test_mixture_positions_restart_at_each_document() -> None:
         )
         if data.kind(i) != "text":
             lengths = np.diff([*starts, 96])
-            assert all(24 <= length <= 60 for length in lengths)
-            assert (row["input_ids"][starts] == 1).all()
+            if data.kind(i) == "needles":
+                assert all(24 <= length <= 60 for length in lengths)
+            # What is left of a row of pairs is filled with text.
+            assert (row["input_ids"][starts[: None if data.kind(i) == "needles" else -1]] == 1).all()
     assert np.array_equal(mixture(document_masks=False)[1]["position_ids"], np.arange(96))
 
 
@@ -280,21 +292,31 @@ def test_mixture_is_a_function_of_seed_and_index() -> None:
     ("lengths", "length"), [((40, 40), 96), ((96, 96), 96), ((50, 60), 96), ((24, 500), 96)]
 )
 def test_mixture_fills_rows_that_documents_do_not_divide(lengths: tuple[int, int], length: int) -> None:
-    data = mixture(length=length, needles=NeedleRange(lengths, (1, 2)), needle_share=0.5, copy_share=0.5)
+    data = mixture(length=length, needles=NeedleRange(lengths, (1, 2)), needle_share=0.5, pair_share=0.5)
     for i in range(30):
         row = data[i]
         assert row["input_ids"].shape == (length,)
         starts = np.flatnonzero(row["position_ids"] == 0)
         rest = np.diff([*starts, length])[-1]
-        if rest < lengths[0]:
+        if data.kind(i) == "needles" and rest < lengths[0]:
             assert (row["labels"][starts[-1] :] == IGNORE).all(), "a filler is not learned"
 
 
 def test_shares_at_their_limits() -> None:
-    assert {mixture(needle_share=0.0, copy_share=0.0).kind(i) for i in range(50)} == {"text"}
-    assert {mixture(needle_share=1.0, copy_share=0.0).kind(i) for i in range(50)} == {"needles"}
-    assert {mixture(needle_share=0.0, copy_share=1.0).kind(i) for i in range(50)} == {"copy"}
-    assert {mixture(needle_share=0.1, copy_share=0.9).kind(i) for i in range(50)} == {"needles", "copy"}
+    assert {mixture(needle_share=0.0, pair_share=0.0).kind(i) for i in range(50)} == {"text"}
+    assert {mixture(needle_share=1.0, pair_share=0.0).kind(i) for i in range(50)} == {"needles"}
+    assert {mixture(needle_share=0.0, pair_share=1.0).kind(i) for i in range(50)} == {"pairs"}
+    assert {mixture(needle_share=0.1, pair_share=0.9).kind(i) for i in range(50)} == {"needles", "pairs"}
+
+
+def test_pairs_first_delays_the_mixture_and_repeats_nothing() -> None:
+    data, plain = mixture(pairs_first=0.1), mixture()
+    assert {data.kind(i) for i in range(100)} == {"pairs"}
+    assert [data.kind(100 + i) for i in range(200)] == [plain.kind(i) for i in range(200)]
+    text = [i for i in range(200) if plain.kind(i) == "text"]
+    assert all(np.array_equal(data[100 + i]["input_ids"], plain[i]["input_ids"]) for i in text)
+    pairs = [tuple(data[i]["input_ids"]) for i in range(300) if data.kind(i) == "pairs"]
+    assert len(set(pairs)) == len(pairs)
 
 
 def test_needles_give_way_when_a_document_is_short() -> None:
@@ -317,11 +339,8 @@ def test_needles_give_way_when_a_document_is_short() -> None:
         (lambda: document(NeedleSpec(20, needles=4)), "raise the length or lower needles"),
         (lambda: document(NeedleSpec(64), depth=1.5), "depth must lie in 0..1"),
         (lambda: document(NeedleSpec(800, needles=60, key_tokens=1)), "distinct keys"),
-        (
-            lambda: copy_document(2, seed=0, index=0, split="train", tokenizer=tokenizer()),
-            "at least 3 tokens",
-        ),
-        (lambda: mixture(needle_share=0.9), "needle_share + copy_share"),
+        (lambda: NeedleRange(pairs=(0, 2)), "pairs must be"),
+        (lambda: mixture(needle_share=0.9), "needle_share + pair_share"),
         (lambda: mixture(needles=NeedleRange((8, 60))), "data.needles.lengths"),
         (lambda: mixture(needles=NeedleRange((97, 97))), "data.needles.lengths starts at 97"),
         (lambda: mixture()[-1], "rows are numbered from 0"),

@@ -49,7 +49,7 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
-    def decode(self, token_ids: list[int]) -> str: ...
+    def decode(self, token_ids: list[int]) -> str | list[str]: ...
 
 
 class Haystack(Protocol):
@@ -117,7 +117,7 @@ class NeedleSample:
 
 
 @dataclass(frozen=True)
-class _Sentence:
+class Sentence:
     """A template in tokens: ``before key between value after``."""
 
     before: Ids
@@ -139,11 +139,10 @@ class _Sentence:
 
 @dataclass(frozen=True)
 class Words:
-    """What a tokenizer offers for retrieval documents: bos, its word tokens, and all that are not special."""
+    """What a tokenizer offers for retrieval documents: its bos and its word tokens."""
 
     bos: int
     words: Ids
-    ordinary: Ids
 
 
 def _parts(name: str, template: str) -> tuple[str, str, str]:
@@ -155,10 +154,10 @@ def _parts(name: str, template: str) -> tuple[str, str, str]:
 
 
 @lru_cache(maxsize=32)
-def _sentence(tokenizer: Tokenizer, name: str, template: str) -> _Sentence:
+def _sentence(tokenizer: Tokenizer, name: str, template: str) -> Sentence:
     ids = [np.array(tokenizer.encode(part, add_special_tokens=False) if part else [], dtype=np.int64)
            for part in _parts(name, template)]  # fmt: skip
-    return _Sentence(*ids)
+    return Sentence(*ids)
 
 
 @lru_cache(maxsize=8)
@@ -171,12 +170,12 @@ def vocabulary(tokenizer: Tokenizer) -> Words:
         raise ValueError("the tokenizer has no bos token to begin a document with; set tokenizer.bos_token")
     special = set(tokenizer.all_special_ids)
     ordinary = [i for i in range(len(tokenizer)) if i not in special]
-    words = [i for i in ordinary if len(word := tokenizer.decode([i]).strip()) >= 2 and word.isalpha()]
+    words = [i for i in ordinary if len(word := str(tokenizer.decode([i])).strip()) >= 2 and word.isalpha()]
     if len(words) < FEWEST_WORDS:
         raise ValueError(
             f"the tokenizer has {len(words)} tokens that are words, too few for needles; raise tokenizer.vocab_size"
         )
-    return Words(tokenizer.bos_token_id, np.array(words), np.array(ordinary))
+    return Words(tokenizer.bos_token_id, np.array(words))
 
 
 def in_validation(tuples: Ids, role: Literal["key", "value"]) -> NDArray[np.bool_]:
@@ -191,10 +190,14 @@ def in_validation(tuples: Ids, role: Literal["key", "value"]) -> NDArray[np.bool
     return state % np.uint64(VALIDATION_SHARE.denominator) < np.uint64(VALIDATION_SHARE.numerator)
 
 
+def sentences(spec: NeedleSpec, tokenizer: Tokenizer) -> tuple[Sentence, Sentence]:
+    """The template of a needle and that of a question, in tokens."""
+    return _sentence(tokenizer, "template", spec.template), _sentence(tokenizer, "question", spec.question)
+
+
 def minimum_length(spec: NeedleSpec, tokenizer: Tokenizer) -> int:
     """Fewest tokens in which the needles, at any depth, and the questions of ``spec`` have room."""
-    needle = _sentence(tokenizer, "template", spec.template).size(spec)
-    question = _sentence(tokenizer, "question", spec.question).size(spec)
+    needle, question = (sentence.size(spec) for sentence in sentences(spec, tokenizer))
     # One needle's worth of text lets the asked needle stand at any token offset between the others.
     return 1 + (spec.needles + 1) * needle + spec.questions * question
 
@@ -214,7 +217,7 @@ def chance_level(spec: NeedleSpec, tokenizer: Tokenizer, split: Split = "validat
     return 1.0 / max(count, 1)
 
 
-def _draw(
+def draw(
     rng: np.random.Generator, words: Ids, count: int, size: int, role: Literal["key", "value"], split: Split
 ) -> Ids:
     """``count`` distinct tuples of ``size`` words that belong to the split -> (count, size)"""
@@ -255,10 +258,7 @@ def needle_document(
     the other needles, or all of them when ``None``, stand at random places. Needles never overlap.
     Raises ValueError when the length has no room (see ``minimum_length``) or depth is outside 0..1.
     """
-    needle, question = (
-        _sentence(tokenizer, "template", spec.template),
-        _sentence(tokenizer, "question", spec.question),
-    )
+    needle, question = sentences(spec, tokenizer)
     language = vocabulary(tokenizer)
     size, value_at = needle.size(spec), needle.value_start(spec)
     if (least := minimum_length(spec, tokenizer)) > spec.length:
@@ -267,8 +267,8 @@ def needle_document(
             f"not {spec.length}; raise the length or lower needles or questions"
         )
     rng = np.random.default_rng((seed, index, _STREAM[split]))
-    keys = _draw(rng, language.words, spec.needles, spec.key_tokens, "key", split)
-    values = _draw(rng, language.words, spec.needles, spec.value_tokens, "value", split)
+    keys = draw(rng, language.words, spec.needles, spec.key_tokens, "key", split)
+    values = draw(rng, language.words, spec.needles, spec.value_tokens, "value", split)
     context = spec.length - 1 - spec.questions * question.size(spec)
     text = text_run(rng, haystack, context - spec.needles * size)
     # Needle 0 is the first one asked; `order` is how the needles follow one another in the context.

@@ -1,4 +1,4 @@
-"""Retrieval training data: needle documents, repeated segments, and their mixture with packed text.
+"""Retrieval training data: needle documents, shuffled pairs, and their mixture with packed text.
 
 Everything here is a pure function of ``(seed, index)``: the same pair gives the same tokens in every process and in any
 order, which is what makes a resumed run see what an uninterrupted one would have seen.
@@ -24,9 +24,11 @@ from clearhead.data.needles import (
     Split,
     Tokenizer,
     chance_level,
+    draw,
     in_validation,
     minimum_length,
     needle_document,
+    sentences,
     text_run,
     vocabulary,
 )
@@ -39,19 +41,18 @@ __all__ = [
     "NeedleSpec",
     "Split",
     "chance_level",
-    "copy_document",
     "in_validation",
     "minimum_length",
     "needle_document",
+    "pair_document",
 ]
 
-Kind = Literal["text", "copy", "needles"]
+Kind = Literal["text", "pairs", "needles"]
 Example = dict[str, NDArray[np.int64]]
 
-SHORTEST_SEGMENT = 4
 # Last word of the seed of a random stream: 0 and 1 are the needle documents'.
-_COPIES = {"train": 2, "validation": 3}
-_ROWS = {"needles": 4, "copy": 5}
+_PAIRS = {"train": 2, "validation": 3}
+_ROWS = {"needles": 4, "pairs": 5}
 
 
 class TextRows(Protocol):
@@ -60,34 +61,42 @@ class TextRows(Protocol):
     def __getitem__(self, index: int, /) -> Example: ...
 
 
-def copy_document(length: int, *, seed: int, index: int, split: Split, tokenizer: Tokenizer) -> Example:
-    """A random segment of ordinary tokens, repeated until ``length`` tokens are full.
+def pair_document(spec: NeedleSpec, *, seed: int, index: int, split: Split, tokenizer: Tokenizer) -> Example:
+    """Retrieval with no text around it: bos, the needles of ``spec``, then a question about each of them, shuffled.
 
-    The segment has 4 to half of the document's tokens. Only what is predictable is labelled: the repetition from its
-    second token on (where the segment ends is not announced).
+    Labels on the answers. A large part of the tokens teaches, and with few needles the right one is a large part of
+    what is seen: the mechanism forms here first. ``spec.length`` and ``spec.questions`` do not matter.
     """
+    needle, question = sentences(spec, tokenizer)
     language = vocabulary(tokenizer)
-    longest = (length - 1) // 2
-    if longest < 1:
-        raise ValueError(f"a repeated segment needs at least 3 tokens, not {length}")
-    rng = np.random.default_rng((seed, index, _COPIES[split]))
-    period = int(rng.integers(min(SHORTEST_SEGMENT, longest), longest + 1))
-    segment = language.ordinary[rng.integers(len(language.ordinary), size=period)]
-    ids = np.concatenate([[language.bos], np.resize(segment, length - 1)])
-    labels = ids.copy()
-    labels[: 1 + period + 1] = IGNORE
-    return {"input_ids": ids, "labels": labels, "position_ids": np.arange(length)}
+    rng = np.random.default_rng((seed, index, _PAIRS[split]))
+    keys = draw(rng, language.words, spec.needles, spec.key_tokens, "key", split)
+    values = draw(rng, language.words, spec.needles, spec.value_tokens, "value", split)
+    order = rng.permutation(spec.needles)
+    asked = question.write(keys[order], values[order])
+    labels = np.full(asked.shape, IGNORE)
+    labels[:, -spec.value_tokens :] = asked[:, -spec.value_tokens :]
+    facts = np.concatenate([[language.bos], needle.write(keys, values).ravel()])
+    ids = np.concatenate([facts, asked.ravel()])
+    return {
+        "input_ids": ids,
+        "labels": np.concatenate([np.full(len(facts), IGNORE), labels.ravel()]),
+        "position_ids": np.arange(len(ids)),
+    }
 
 
 @dataclass(frozen=True)
 class NeedleRange:
-    """Needle (and copy) documents of a training mixture: each draws its length and its number of needles uniformly.
+    """Needle and pair documents of a training mixture: each draws its length and its number of needles.
 
-    lengths, needles: (fewest, most). A document too short for its needles or questions gets as many as have room.
+    lengths, needles, pairs: (fewest, most); pairs are those of a pair document. Lengths are log-uniform: retrieval is
+    learned on short documents first; counts are uniform. A document too short for its needles or questions gets as
+    many as have room.
     """
 
     lengths: tuple[int, int] = (32, 128)
     needles: tuple[int, int] = (1, 16)
+    pairs: tuple[int, int] = (1, 4)
     questions: int = 4
     key_tokens: int = 2
     value_tokens: int = 2
@@ -96,7 +105,11 @@ class NeedleRange:
     learn_context: bool = False
 
     def __post_init__(self) -> None:
-        for name, (low, high) in (("lengths", self.lengths), ("needles", self.needles)):
+        for name, (low, high) in (
+            ("lengths", self.lengths),
+            ("needles", self.needles),
+            ("pairs", self.pairs),
+        ):
             if not 1 <= low <= high:
                 raise ValueError(
                     f"needles: {name} must be [fewest, most] with 1 <= fewest <= most, not [{low}, {high}]"
@@ -128,12 +141,13 @@ class NeedleRange:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Training rows of exactly ``length`` tokens: text, needle documents and copy documents by shares of rows.
+    """Training rows of exactly ``length`` tokens: text, needle documents and pair documents by shares of rows.
 
     ``[i]`` is a pure function of ``(seed, i)`` for every ``i >= 0``: ``{"input_ids", "labels", "position_ids"}``.
     Labels are unshifted, -100 where nothing is to be learned; position_ids restart at each document when
     ``document_masks``. A row is of one kind, ``kind(i)``; text rows are used in order, each once per epoch of the text.
-    In the first n rows each kind's share is exact to less than two rows, for every n.
+    The first ``pairs_first`` of the rows are pair documents only: retrieval forms sooner when nothing else pulls at the
+    weights. In any n rows after them each kind has its share, exact to less than two rows.
     """
 
     text: TextRows
@@ -143,17 +157,20 @@ class Mixture:
     rows: int
     seed: int
     needle_share: float = 0.0
-    copy_share: float = 0.0
+    pair_share: float = 0.0
+    pairs_first: float = 0.0
     needles: NeedleRange = field(default_factory=NeedleRange)
     document_masks: bool = True
     split: Split = "train"
 
     def __post_init__(self) -> None:
-        shares = (self.needle_share, self.copy_share)
+        shares = (self.needle_share, self.pair_share)
         if min(shares) < 0 or sum(shares) > 1:
             raise ValueError(
-                f"data: needle_share + copy_share must lie in 0..1, not {self.needle_share} + {self.copy_share}"
+                f"data: needle_share + pair_share must lie in 0..1, not {self.needle_share} + {self.pair_share}"
             )
+        if not 0 <= self.pairs_first < 1:
+            raise ValueError(f"data.pairs_first must be at least 0 and below 1, not {self.pairs_first}")
         if sum(shares) > 0 and self.needles.lengths[0] > self.length:
             raise ValueError(
                 f"data.needles.lengths starts at {self.needles.lengths[0]}, but a row has {self.length} tokens; "
@@ -167,19 +184,23 @@ class Mixture:
 
     def _number(self, index: int) -> tuple[Kind, int]:
         """Kind of row ``index`` and its number among the rows of that kind, without looking at the rows before."""
-        needle, copy = (
-            Fraction(share).limit_denominator(1000) for share in (self.needle_share, self.copy_share)
+        lead = round(self.rows * self.pairs_first)
+        if index < lead:
+            return "pairs", index
+        index -= lead
+        needle, pair = (
+            Fraction(share).limit_denominator(1000) for share in (self.needle_share, self.pair_share)
         )
-        made = math.floor(index * (needle + copy))
-        if math.floor((index + 1) * (needle + copy)) == made:
+        made = math.floor(index * (needle + pair))
+        if math.floor((index + 1) * (needle + pair)) == made:
             return "text", index - made
-        copied = math.floor(made * copy / (needle + copy))
-        if math.floor((made + 1) * copy / (needle + copy)) == copied:
-            return "needles", made - copied
-        return "copy", copied
+        paired = math.floor(made * pair / (needle + pair))
+        if math.floor((made + 1) * pair / (needle + pair)) == paired:
+            return "needles", made - paired
+        return "pairs", lead + paired
 
     def kind(self, index: int) -> Kind:
-        """ "text", "copy" or "needles": what row ``index`` holds."""
+        """ "text", "pairs" or "needles": what row ``index`` holds."""
         return self._number(index)[0]
 
     def __getitem__(self, index: int) -> Example:
@@ -190,45 +211,59 @@ class Mixture:
             return self.text[number]
         return self._row(kind, number)
 
-    def _row(self, kind: Literal["copy", "needles"], number: int) -> Example:
+    def _row(self, kind: Literal["pairs", "needles"], number: int) -> Example:
         rng = np.random.default_rng((self.seed, number, _ROWS[kind]))
-        lengths = _cut(rng, self.length, self.needles.lengths)
-        pieces = [
-            self._document(kind, rng, number * self.length + place, length)
-            for place, length in enumerate(lengths)
-        ]
+        pieces = self._pairs(rng, number) if kind == "pairs" else self._needles(rng, number)
+        if missing := self.length - sum(len(piece["input_ids"]) for piece in pieces):
+            filler = text_run(rng, self.haystack, missing)
+            pieces.append(
+                {"input_ids": filler, "labels": np.full(missing, IGNORE), "position_ids": np.arange(missing)}
+            )
         row = {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
-        missing = self.length - len(row["input_ids"])
-        if missing:
-            row["input_ids"] = np.concatenate([row["input_ids"], text_run(rng, self.haystack, missing)])
-            row["labels"] = np.concatenate([row["labels"], np.full(missing, IGNORE)])
-            row["position_ids"] = np.concatenate([row["position_ids"], np.arange(missing)])
         if not self.document_masks:
             row["position_ids"] = np.arange(self.length)
         return row
 
-    def _document(
-        self, kind: Literal["copy", "needles"], rng: np.random.Generator, index: int, length: int
-    ) -> Example:
-        if kind == "copy":
-            return copy_document(
-                length, seed=self.seed, index=index, split=self.split, tokenizer=self.tokenizer
+    def _needles(self, rng: np.random.Generator, number: int) -> list[Example]:
+        pieces: list[Example] = []
+        for place, length in enumerate(_cut(rng, self.length, self.needles.lengths)):
+            wanted = int(rng.integers(self.needles.needles[0], self.needles.needles[1] + 1))
+            sample = needle_document(
+                self.needles.fitting(length, wanted, self.tokenizer),
+                seed=self.seed,
+                index=number * self.length + place,
+                haystack=self.haystack,
+                split=self.split,
+                tokenizer=self.tokenizer,
             )
-        low, high = self.needles.needles
-        spec = self.needles.fitting(length, int(rng.integers(low, high + 1)), self.tokenizer)
-        sample = needle_document(
-            spec,
-            seed=self.seed,
-            index=index,
-            haystack=self.haystack,
-            split=self.split,
-            tokenizer=self.tokenizer,
-        )
-        return {"input_ids": sample.input_ids, "labels": sample.labels, "position_ids": np.arange(length)}
+            pieces.append(
+                {"input_ids": sample.input_ids, "labels": sample.labels, "position_ids": np.arange(length)}
+            )
+        return pieces
+
+    def _pairs(self, rng: np.random.Generator, number: int) -> list[Example]:
+        pieces: list[Example] = []
+        spec = self.needles.spec(self.length, 1, 1)
+        needle, question = sentences(spec, self.tokenizer)
+        fact = needle.size(spec) + question.size(spec)
+        left = self.length
+        while (room := (left - 1) // fact) > 0:
+            wanted = min(room, int(rng.integers(self.needles.pairs[0], self.needles.pairs[1] + 1)))
+            pieces.append(
+                pair_document(
+                    self.needles.spec(self.length, wanted, wanted),
+                    seed=self.seed,
+                    index=number * self.length + len(pieces),
+                    split=self.split,
+                    tokenizer=self.tokenizer,
+                )
+            )
+            left -= 1 + wanted * fact
+        return pieces
 
 
 def _cut(rng: np.random.Generator, total: int, lengths: tuple[int, int]) -> list[int]:
-    """Cut ``total`` tokens into documents of low..high tokens; what is left over is always shorter than low."""
+    """Cut ``total`` tokens into documents of low..high tokens, log-uniformly; what is left over is shorter than low."""
     low, high = lengths
     cuts: list[int] = []
     while total >= low:
@@ -237,6 +272,11 @@ def _cut(rng: np.random.Generator, total: int, lengths: tuple[int, int]) -> list
             break
         # Leave room for another document when the lengths allow it.
         most = min(high, total - low)
-        cuts.append(int(rng.integers(low, most + 1)) if most >= low else high)
+        cuts.append(_log_uniform(rng, low, most) if most >= low else high)
         total -= cuts[-1]
     return cuts
+
+
+def _log_uniform(rng: np.random.Generator, low: int, high: int) -> int:
+    """A whole number in low..high, as likely to lie in one octave as in the next."""
+    return min(high, int(low * ((high + 1) / low) ** rng.random()))

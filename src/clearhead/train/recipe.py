@@ -72,11 +72,12 @@ class Tokenizer(Table):
 class NeedleRows(Table):
     """The retrieval documents in training; see `clearhead.data.retrieval.NeedleRange`.
 
-    A range is [smallest, largest], drawn uniformly. Copied segments have the same lengths.
+    A range is [smallest, largest]; lengths are drawn log-uniformly, counts uniformly.
     """
 
     lengths: Range = (32, 128)
     needles: Range = (1, 16)
+    pairs: Range = (1, 4)  # facts of a pair document
     questions: Positive = 4
     key_tokens: Positive = 2
     value_tokens: Positive = 2
@@ -88,26 +89,30 @@ class NeedleRows(Table):
     def _check(self) -> Self:
         _ordered(self.lengths, "lengths")
         _ordered(self.needles, "needles")
+        _ordered(self.pairs, "pairs")
         return self
 
 
 class Data(Table):
-    """What a row of `length` tokens is: text, retrieval documents or copied segments, by share of the rows."""
+    """What a row of `length` tokens is: text, retrieval documents or shuffled pairs, by share of the rows."""
 
     length: Annotated[int, Field(ge=8)] = 256
     document_masks: bool = True
     needle_share: Share = 0.0
-    copy_share: Share = 0.0
+    pair_share: Share = 0.0
+    pairs_first: Annotated[float, Field(ge=0, lt=1)] = (
+        0.0  # of the rows: at first only pairs, then the shares
+    )
     needles: NeedleRows = NeedleRows()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.needle_share + self.copy_share > 1:
+        if self.needle_share + self.pair_share > 1:
             raise ValueError(
-                f"needle_share + copy_share is {self.needle_share + self.copy_share:g}; they are shares of the rows "
+                f"needle_share + pair_share is {self.needle_share + self.pair_share:g}; they are shares of the rows "
                 "and cannot exceed 1"
             )
-        if self.needle_share + self.copy_share > 0 and self.needles.lengths[0] > self.length:
+        if self.needle_share + self.pair_share > 0 and self.needles.lengths[0] > self.length:
             raise ValueError(
                 f"needles.lengths starts at {self.needles.lengths[0]}, longer than a row (length = {self.length})"
             )

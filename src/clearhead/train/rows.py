@@ -30,7 +30,8 @@ def training_rows(job: Job, data: PreparedData) -> Mixture:
         rows=job.train.steps * (job.train.batch_tokens // length),
         seed=job.seed,
         needle_share=job.data.needle_share,
-        copy_share=job.data.copy_share,
+        pair_share=job.data.pair_share,
+        pairs_first=job.data.pairs_first,
         needles=needle_range(job),
         document_masks=job.data.document_masks,
     )

@@ -111,8 +111,8 @@ def build_model(job: Job, data: PreparedData) -> ClearheadForCausalLM:
 class ComparisonTrainer(Trainer):
     """Hugging Face's Trainer, with rows in their given order, checkpoints without pickle, bits per byte of text alone.
 
-    Loss is the mean over the labels of the whole batch, over all processes too. Weight decay falls on matrices only:
-    norms and the λ vectors are left out.
+    The loss is the mean over a batch's rows, over all processes too, of each row's mean over its labels. Weight decay
+    falls on matrices only: norms and the λ vectors are left out.
     """
 
     def __init__(
@@ -156,21 +156,16 @@ class ComparisonTrainer(Trainer):
         is_text = inputs.pop("is_text")
         labels = inputs.pop("labels")
         outputs = model(**inputs, use_cache=False)
-        targets = labels[:, 1:]
+        # The labels are shifted, not the logits: cutting the last logit off would copy all of them.
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
         losses = nn.functional.cross_entropy(
-            outputs.logits[:, :-1].flatten(0, 1).float(),
-            targets.flatten(),
-            ignore_index=IGNORE,
-            reduction="none",
+            outputs.logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
         ).view_as(targets)
         with torch.no_grad():
             counted = (targets != IGNORE) & is_text[:, None]
             self._text += torch.stack([(losses * counted).sum(), counted.sum()]).double().cpu()
-        # Trainer averages gradients over processes, so each divides by the labels of all of them and multiplies back.
-        total = (labels != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = (
-            losses.sum() / total * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
-        )
+        # A retrieval row has a dozen labels, a text row hundreds: by rows, the recipe's shares are shares of the loss.
+        loss = (losses.sum(dim=1) / (targets != IGNORE).sum(dim=1).clamp(min=1)).mean()
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
