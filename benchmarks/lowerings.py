@@ -1,4 +1,4 @@
-"""The ways to run DIFF V1's attention on PyTorch's CPU kernels, forward and backward, against the twin's softmax attention."""
+"""The ways to run DIFF V1's attention on PyTorch's CPU kernels, forward and backward, against its twin's."""
 
 import argparse
 from collections.abc import Callable
@@ -6,8 +6,7 @@ from collections.abc import Callable
 import torch
 from common import interleaved, record, summary
 
-from clearhead.core.attend import attend, difference, problem_of, single
-from clearhead.core.attend import Prepared
+from clearhead.core.attend import Prepared, attend, difference, problem_of, single
 from clearhead.core.dispatch import Plan, load_backend
 from clearhead.core.heads import Heads
 from clearhead.core.legalise import Lowering

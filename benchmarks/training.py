@@ -1,4 +1,4 @@
-"""Whole training steps (forward, backward, AdamW) of every variant against its Transformer twin, and of DiffLlama at the same shape."""
+"""Whole training steps (forward, backward, AdamW) of every variant against its twin, and of DiffLlama at the shape."""
 
 import argparse
 from collections.abc import Callable
