@@ -66,6 +66,14 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Children take Ctrl-C, even when whoever started the tests in the background had it ignored."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier)
+
+
 def start(project: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
