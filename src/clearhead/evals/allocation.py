@@ -21,6 +21,7 @@ Shares are averaged over heads, layers and documents with equal weight. *Negativ
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from clearhead.data.needles import NeedleSample, NeedleSpec
+from clearhead.data.needles import NeedleSample
 from clearhead.evals.base import (
     BarChart,
     BarSeries,
@@ -91,11 +92,10 @@ class Allocation(Evaluation[AllocationConfig]):
 
     def run(self, subject: Subject, config: AllocationConfig) -> dict[str, Any]:
         length = config.length or subject.training_length or 256
-        spec = NeedleSpec(
-            length=length,
-            needles=config.needles,
-            key_tokens=config.key_tokens or subject.key_tokens,
-            value_tokens=config.value_tokens or subject.value_tokens,
+        spec = replace(
+            subject.needles.spec(length, config.needles, 1),
+            key_tokens=config.key_tokens or subject.needles.key_tokens,
+            value_tokens=config.value_tokens or subject.needles.value_tokens,
         )
         if reason := subject.too_long(length) or too_short(spec, subject.tokenizer):
             return {"skipped": reason}

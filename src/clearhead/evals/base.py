@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from clearhead.data.retrieval import NeedleRange
 from clearhead.evals.results import ArmResults, RunResults, SeedResults, load_run
 from clearhead.evals.sections import (
     BarChart,
@@ -79,7 +80,7 @@ class Subject:
     seed: the seed of the training run. Samples are drawn from the evaluation's own seed, never from this one, so that
     all arms and seeds are asked the same questions.
     training_length: tokens per training row, ``None`` for a model that was not trained here.
-    key_tokens, value_tokens: of the needles in training.
+    needles: the retrieval documents of training, whose sentences and sizes of keys and values questions keep to.
     metrics: the records of the run's ``metrics.jsonl``; budget: its training budget in tokens.
     """
 
@@ -90,8 +91,7 @@ class Subject:
     untrained: Callable[[], PreTrainedModel]
     seed: int
     training_length: int | None = None
-    key_tokens: int = 2
-    value_tokens: int = 2
+    needles: NeedleRange = field(default_factory=NeedleRange)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     budget: int | None = None
 

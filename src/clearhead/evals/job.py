@@ -84,7 +84,7 @@ class _Loader:
 
         import clearhead.models  # noqa: F401  registers the model family with the Auto classes
         from clearhead.data.packing import prepare
-        from clearhead.train.rows import data_spec
+        from clearhead.train.rows import data_spec, needle_range
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         data = prepare(data_spec(self.job))
@@ -105,8 +105,7 @@ class _Loader:
             untrained=untrained,
             seed=self.job.seed,
             training_length=self.job.data.length,
-            key_tokens=self.job.data.needles.key_tokens,
-            value_tokens=self.job.data.needles.value_tokens,
+            needles=needle_range(self.job),
             metrics=read_metrics(self.job_dir / "metrics.jsonl"),
             budget=self.job.train.tokens,
         )

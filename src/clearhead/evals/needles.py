@@ -13,6 +13,7 @@ training, measured).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,12 +121,10 @@ class Needles(Evaluation[NeedlesConfig]):
         }
 
     def _spec(self, subject: Subject, config: NeedlesConfig, needles: int, length: int) -> NeedleSpec:
-        return NeedleSpec(
-            length=length,
-            needles=needles,
-            questions=min(config.questions, needles),
-            key_tokens=config.key_tokens or subject.key_tokens,
-            value_tokens=config.value_tokens or subject.value_tokens,
+        return replace(
+            subject.needles.spec(length, needles, min(config.questions, needles)),
+            key_tokens=config.key_tokens or subject.needles.key_tokens,
+            value_tokens=config.value_tokens or subject.needles.value_tokens,
         )
 
     def section(self, run: RunResults) -> Section:
