@@ -19,16 +19,18 @@ def make_probe(job: Job, data: PreparedData, model: ClearheadForCausalLM) -> Cal
     """A function that measures `model` now.
 
     needle_accuracy: exact match on 64 validation documents as long and as crowded as training ever makes them.
-    validation_loss, validation_bits_per_byte: the first windows of the validation text, nats a token and bits a byte.
+    validation_loss, validation_bits_per_byte: the first windows of the validation text, nats a token and bits a byte;
+        not measured for a job that learns no text.
     """
     length = min(job.data.length, job.data.needles.lengths[1])
     spec = needle_range(job).fitting(length, job.data.needles.needles[1], data.tokenizer)
+    learns_text = job.data.needle_share + job.data.pair_share < 1
     full = (
         ids
         for _, ids, _ in validation_windows(data.validation, job.data.length)
         if len(ids) == job.data.length
     )
-    windows = list(islice(full, TEXT_WINDOWS))
+    windows = list(islice(full, TEXT_WINDOWS)) if learns_text else []
     bytes_per_token = float(data.validation.utf8_bytes.sum()) / data.validation.num_tokens
 
     def measure() -> dict[str, float]:
