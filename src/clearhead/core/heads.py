@@ -57,6 +57,23 @@ class Widths:
     value_width: int
 
 
+def twin_widths(shape: HeadShape) -> Widths:
+    """What the Transformer twin itself asks for: one stream, keys and values of width head_dim."""
+    heads, groups, width = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    return Widths(
+        q=heads * width,
+        k=groups * width,
+        v=groups * width,
+        o=heads * width,
+        heads=heads,
+        kv_heads=groups,
+        query_streams=1,
+        key_streams=1,
+        key_width=width,
+        value_width=width,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Heads:
     """Streams of one layer: ordinary grouped-query softmax problems over the same key-value heads.

@@ -34,13 +34,13 @@ class Variant(nn.Module, ABC):
     def widths(cls, shape: HeadShape) -> Widths:
         """Projection widths and streams for a twin of this shape; ValueError where the variant has none."""
 
-    @abstractmethod
     def split_queries(self, q: Tensor) -> tuple[Tensor, ...]:
-        """(B, L, widths.q) -> one (B, H, L, D) a stream."""
+        """(B, L, widths.q) -> one (B, H, L, D) a stream; by default a single one."""
+        return (split_heads(q, self.sizes.heads),)
 
-    @abstractmethod
     def split_keys(self, k: Tensor) -> tuple[Tensor, ...]:
-        """(B, S, widths.k) -> one (B, G, S, D) a stream, or one that all share."""
+        """(B, S, widths.k) -> one (B, G, S, D) a stream, or one that all share; by default a single one."""
+        return (split_heads(k, self.sizes.kv_heads),)
 
     def split(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Heads:
         """Projections, and the layer's input x (B, L, embed_dim), to streams."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clearhead.core.heads import HeadShape, Widths, split_heads
+from clearhead.core.heads import HeadShape, Widths, twin_widths
 from clearhead.positions.base import Rotation
 from clearhead.variants.base import Variant
 
@@ -55,25 +55,7 @@ class Collinear(Variant):
 
     @classmethod
     def widths(cls, shape: HeadShape) -> Widths:
-        heads, groups, width = shape.num_heads, shape.num_kv_heads, shape.head_dim
-        return Widths(
-            q=heads * width,
-            k=groups * width,
-            v=groups * width,
-            o=heads * width,
-            heads=heads,
-            kv_heads=groups,
-            query_streams=1,
-            key_streams=1,
-            key_width=width,
-            value_width=width,
-        )
-
-    def split_queries(self, q: Tensor) -> tuple[Tensor, ...]:
-        return (split_heads(q, self.sizes.heads),)
-
-    def split_keys(self, k: Tensor) -> tuple[Tensor, ...]:
-        return (split_heads(k, self.sizes.kv_heads),)
+        return twin_widths(shape)
 
     def place_query(self, q: Tensor, rotation: Rotation) -> Tensor:
         wide = _wide(q)

@@ -1,10 +1,12 @@
 """Differential attention, V2."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from clearhead.core.attend import Mix, difference
-from clearhead.core.heads import HeadShape, Widths, split_heads
+from clearhead.core.heads import HeadShape, Widths, split_heads, twin_widths
 from clearhead.variants.base import Variant
 
 
@@ -27,25 +29,11 @@ class DifferentialV2(Variant):
 
     @classmethod
     def widths(cls, shape: HeadShape) -> Widths:
-        heads, groups, width = shape.num_heads, shape.num_kv_heads, shape.head_dim
-        return Widths(
-            q=2 * heads * width,
-            k=groups * width,
-            v=groups * width,
-            o=heads * width,
-            heads=heads,
-            kv_heads=groups,
-            query_streams=2,
-            key_streams=1,
-            key_width=width,
-            value_width=width,
-        )
+        twin = twin_widths(shape)
+        return replace(twin, q=2 * twin.q, query_streams=2)
 
     def split_queries(self, q: Tensor) -> tuple[Tensor, ...]:
         return split_heads(q, self.sizes.heads).chunk(2, dim=-1)
-
-    def split_keys(self, k: Tensor) -> tuple[Tensor, ...]:
-        return (split_heads(k, self.sizes.kv_heads),)
 
     def gate(self, x: Tensor) -> Tensor:
         # (B, L, H) -> (B, H, L, 1)
