@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from clearhead.functional import attention, differential_attention
-from clearhead.models import ClearheadForCausalLM
+from clearhead.models import ClearheadConfig, ClearheadForCausalLM
 from clearhead.nn import Attention, CollinearAttention, DifferentialAttention, DifferentialAttentionV2
 from tests.contracts.model_cases import make_config, make_model, tokens
 
@@ -147,3 +147,17 @@ def test_a_broken_configuration_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"attention": "sofmax"}))
     with pytest.raises(Exception, match="did you mean 'softmax'"):
         ClearheadForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, not 0"),
+        ({"intermediate_size": 0}, "intermediate_size must be at least 1"),
+        ({"vocab_size": -5}, "vocab_size must be at least 1"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps must be positive"),
+    ],
+)
+def test_sizes_that_make_no_model_are_refused_by_name(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        ClearheadConfig(**{"hidden_size": 64, "num_attention_heads": 4, **changes})

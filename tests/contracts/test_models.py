@@ -336,8 +336,16 @@ def test_vocabulary_is_the_one_asked_for() -> None:
 def test_the_embedding_may_start_larger_than_the_rest() -> None:
     from clearhead.models import ClearheadConfig, ClearheadForCausalLM
 
-    sizes = {"vocab_size": 500, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0}
-    model = ClearheadForCausalLM(ClearheadConfig(**sizes, initializer_range=0.1, embedding_initializer_range=0.5))
+    sizes = {
+        "vocab_size": 500,
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "pad_token_id": 0,
+    }
+    model = ClearheadForCausalLM(
+        ClearheadConfig(**sizes, initializer_range=0.1, embedding_initializer_range=0.5)
+    )
     embedding = model.model.embed_tokens.weight
     assert (embedding[0] == 0).all(), "the padding row stays zero"
     assert abs(float(embedding[1:].std()) - 0.5) < 0.02

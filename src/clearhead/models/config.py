@@ -84,6 +84,11 @@ class ClearheadConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Part of the strict validation: raises for what no model can be built from."""
+        for name in ("vocab_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not self.rms_norm_eps > 0:
+            raise ValueError(f"rms_norm_eps must be positive, not {self.rms_norm_eps}")
         try:
             self.make_variant(0)
         except ValueError as error:
