@@ -315,17 +315,20 @@ class ClearheadForCausalLM(ClearheadPreTrainedModel, GenerationMixin):
 
         Layers without λ, and V2 layers when no tokens are given, are left out.
         """
-        found: dict[int, float] = {}
-        states = None
-        if input_ids is not None:
-            states = self.model(input_ids=input_ids, use_cache=False, output_hidden_states=True).hidden_states
-        for index, layer in enumerate(self.model._decoder_layers()):
-            fixed = layer.self_attn.variant.mean_lambda()
-            if fixed is None and states is not None:
-                gate = layer.self_attn.variant.gate(layer.input_layernorm(states[index]))
-                fixed = None if gate is None else float(gate.mean())
-            if fixed is not None:
-                found[index] = fixed
+        layers = self.model._decoder_layers()
+        fixed = {index: layer.self_attn.variant.mean_lambda() for index, layer in enumerate(layers)}
+        found = {index: value for index, value in fixed.items() if value is not None}
+        if (
+            input_ids is None
+            or mixing_of(layers[0].self_attn.variant.mix) == "single"
+            or len(found) == len(layers)
+        ):
+            return found
+        states = self.model(input_ids=input_ids, use_cache=False, output_hidden_states=True).hidden_states
+        for index, layer in enumerate(layers):
+            gate = layer.self_attn.variant.gate(layer.input_layernorm(states[index]))
+            if index not in found and gate is not None:
+                found[index] = float(gate.mean())
         return found
 
 
