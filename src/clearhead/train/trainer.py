@@ -287,7 +287,8 @@ def _schedule(train: Train) -> Callable[[int], float]:
 
 def _arguments(job: Job, job_dir: Path, rows_per_device: int) -> TrainingArguments:
     cuda = torch.cuda.is_available()
-    # On CPU bfloat16 autocast was slower than float32 at every width measured, so "auto" keeps it for GPUs.
+    # On CPU bfloat16 autocast took 1.25 times float32's time at width 64 and 0.63 at width 256 (AVX-512 with BF16);
+    # "auto" stays in float32 there, which every processor computes.
     bf16 = job.train.precision == "bfloat16" or (
         job.train.precision == "auto" and cuda and torch.cuda.is_bf16_supported()
     )
