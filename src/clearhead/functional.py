@@ -23,6 +23,9 @@ def attention(
     v: Tensor,
     *,
     is_causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    documents: Tensor | None = None,
+    window: int | None = None,
     attn_mask: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
@@ -30,14 +33,26 @@ def attention(
     """softmax(scale · q kᵀ + mask) v, grouped-query.
 
     q (B, H, L, D), k (B, G, S, D), v (B, G, S, E) -> (B, H, L, E); G divides H and head h reads group h // (H // G).
-    is_causal: with L < S the queries are the LAST L positions.
-    attn_mask: (L, S) or (B, H, L, S), where a 1 stands for any size; bool (True = visible) or added.
+    is_causal:        a query sees keys up to its own position; with L < S the queries are the LAST L positions.
+    key_padding_mask: (B or 1, S) bool, True where a key is real.
+    documents:        (B or 1, S) integers; a query sees keys of its own document only.
+    window:           a query sees keys fewer than this many positions away: under is_causal the last `window`, its own
+        among them, otherwise as many to either side.
+    attn_mask:        (L, S) or (B, H, L, S), where a 1 stands for any size; bool (True = visible) or added.
+    Masks combine by "and"; a query that sees no key gives zeros.
     scale: 1/√D by default. backend: "auto", or the name of an engine or kernel, which runs it or raises ValueError
-    with its reason. A query that sees no key gives zeros. Differs from
+    with its reason. Raises ValueError, naming the argument, for what does not fit. Differs from
     `torch.nn.functional.scaled_dot_product_attention`: bottom-right causal alignment, GQA without a flag.
     """
     _check(q, k, v, 1, 1)
-    return _run(Heads((q,), (k,), v), single, is_causal, attn_mask, scale, backend)
+    mask = MaskSpec(
+        is_causal=is_causal,
+        window=window,
+        key_padding=key_padding_mask,
+        documents=documents,
+        dense=attn_mask,
+    )
+    return _run(Heads((q,), (k,), v), single, mask, scale, backend)
 
 
 def differential_attention(
@@ -47,6 +62,9 @@ def differential_attention(
     lam: float | Tensor,
     *,
     is_causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    documents: Tensor | None = None,
+    window: int | None = None,
     attn_mask: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
@@ -57,7 +75,7 @@ def differential_attention(
     k    (B, 2G, S, D): own keys for each stream, adjacent pairs again (V1), or (B, G, S, D): shared keys (V2).
     v    (B, G, S, E): G divides H, head i reads group i // (H // G).
     lam  a number or a tensor broadcastable to (B, H, L, 1): per call, per head or per token, with its gradient.
-    Returns (B, H, L, E), without V1's norm and factor. The rest as for `attention`.
+    Returns (B, H, L, E), without V1's norm and factor. Both streams see the same keys; the rest as for `attention`.
 
     Source: arXiv 2410.05258, equation 1; V2: Microsoft 2026. Differs from the released naive code, which pairs keys
         wrongly under GQA.
@@ -73,13 +91,17 @@ def differential_attention(
         raise ValueError(
             f"lam has shape {tuple(lam.shape) if isinstance(lam, Tensor) else ()}; it must broadcast to {expected}"
         )
-    return _run(Heads(tuple(streams), tuple(keys), v, gate), difference, is_causal, attn_mask, scale, backend)
+    mask = MaskSpec(
+        is_causal=is_causal,
+        window=window,
+        key_padding=key_padding_mask,
+        documents=documents,
+        dense=attn_mask,
+    )
+    return _run(Heads(tuple(streams), tuple(keys), v, gate), difference, mask, scale, backend)
 
 
-def _run(
-    heads: Heads, mix: Mix, is_causal: bool, attn_mask: Tensor | None, scale: float | None, backend: str
-) -> Tensor:
-    mask = MaskSpec(is_causal=is_causal, dense=attn_mask)
+def _run(heads: Heads, mix: Mix, mask: MaskSpec, scale: float | None, backend: str) -> Tensor:
     batch, count, queries, width = heads.q[0].shape
     mask.validate(batch, count, queries, heads.v.shape[2])
     automatic = backend == "auto"

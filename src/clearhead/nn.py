@@ -139,6 +139,7 @@ class Attention(AttentionCore):
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
         documents: Tensor | None = None,
+        window: int | None = None,
         attn_mask: Tensor | None = None,
         positions: Tensor | None = None,
         context_positions: Tensor | None = None,
@@ -151,6 +152,8 @@ class Attention(AttentionCore):
             ones.
         key_padding_mask:  (B, S) bool, True where a key is real; S counts cached keys too.
         documents:         (B, L) integers; tokens see their own document only. Not together with a cache.
+        window:            a query sees keys fewer than this many tokens away, whatever `positions` say: under is_causal
+            the last `window`, its own among them, otherwise as many to either side.
         attn_mask:         (L, S) or (B, H, L, S), where a 1 stands for any size: bool, True = visible, or floating
             point, added to the scaled logits.
         positions:         (B or 1, L) integers, by default counted from 0 or from the cache's end; context_positions
@@ -158,8 +161,8 @@ class Attention(AttentionCore):
         cache:             a key-value cache in Hugging Face's protocol, updated in place.
         A query that sees no key gets zeros from the attention. Raises ValueError for masks that do not fit.
         """
-        arguments = (is_causal, key_padding_mask, documents, attn_mask, positions, context_positions, cache)
-        return self._run(x, context, *arguments, with_maps=False)[0]
+        masks = (is_causal, key_padding_mask, documents, window, attn_mask)
+        return self._run(x, context, *masks, positions, context_positions, cache, with_maps=False)[0]
 
     def effective_map(
         self,
@@ -169,13 +172,14 @@ class Attention(AttentionCore):
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
         documents: Tensor | None = None,
+        window: int | None = None,
         attn_mask: Tensor | None = None,
         positions: Tensor | None = None,
         context_positions: Tensor | None = None,
     ) -> Tensor:
         """(B, H, L, S): what each query takes of each value, A1 − λ A2 for DIFF. Arguments as for `forward`."""
-        arguments = (is_causal, key_padding_mask, documents, attn_mask, positions, context_positions, None)
-        maps = self._run(x, context, *arguments, with_maps=True)[1]
+        masks = (is_causal, key_padding_mask, documents, window, attn_mask)
+        maps = self._run(x, context, *masks, positions, context_positions, None, with_maps=True)[1]
         assert maps is not None
         return maps
 
@@ -186,6 +190,7 @@ class Attention(AttentionCore):
         is_causal: bool,
         key_padding_mask: Tensor | None,
         documents: Tensor | None,
+        window: int | None,
         attn_mask: Tensor | None,
         positions: Tensor | None,
         context_positions: Tensor | None,
@@ -206,6 +211,7 @@ class Attention(AttentionCore):
         mask = MaskSpec(
             is_causal=is_causal,
             offset=past if context is None else None,
+            window=window,
             key_padding=key_padding_mask,
             documents=documents,
             dense=attn_mask,

@@ -26,10 +26,18 @@ class Recorder:
     calls: list[tuple[torch.Size, torch.Size, torch.Size]] = field(default_factory=list)
     variable_length: list[bool] = field(default_factory=list)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-        """(B, L, H, D) layout, causality aligned to the last key as in flash-attn >= 2.1."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: tuple[int, int]
+    ) -> Tensor:
+        """(B, L, H, D) layout, causality and window aligned to the last key as in flash-attn >= 2.1.
+
+        `window` is how many keys to the left and to the right are seen beside a query's own, -1 for all.
+        """
+        assert window[0] == window[1], "Hugging Face only passes windows of two equal sides"
+        sides = None if window[0] < 0 else window[0] + 1
+        seen = softmax.visible(q.shape[0], q.shape[1], k.shape[1], causal=causal, window=sides)[:, None]
         parts = [x.transpose(1, 2).double() for x in (q, k, v)]
-        return softmax.attention(*parts, causal=causal, scale=scale).transpose(1, 2).to(q.dtype)
+        return softmax.attention(*parts, allowed=seen, scale=scale).transpose(1, 2).to(q.dtype)
 
     def note(self, q: Tensor, k: Tensor, v: Tensor, variable_length: bool) -> None:
         assert q.shape[-1] == k.shape[-1] == v.shape[-1], "flash-attn takes values as wide as keys"
@@ -46,11 +54,12 @@ class Recorder:
         dropout_p: float = 0.0,
         softmax_scale: float = 0.0,
         causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
         deterministic: bool = False,
     ) -> Tensor:
         self.note(q, k, v, False)
         assert dropout_p == 0.0
-        return self.attend(q, k, v, causal, softmax_scale)
+        return self.attend(q, k, v, causal, softmax_scale, window_size)
 
     def flash_attn_varlen_func(
         self,
@@ -64,6 +73,7 @@ class Recorder:
         dropout_p: float = 0.0,
         softmax_scale: float = 0.0,
         causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
         deterministic: bool = False,
     ) -> Tensor:
         self.note(q, k, v, True)
@@ -74,7 +84,8 @@ class Recorder:
         assert int(cu_seqlens_k.diff().max()) <= int(max_seqlen_k)
         pieces = []
         for (a, b), (c, d) in zip(_spans(cu_seqlens_q), _spans(cu_seqlens_k), strict=True):
-            pieces.append(self.attend(q[None, a:b], k[None, c:d], v[None, c:d], causal, softmax_scale)[0])
+            one = (q[None, a:b], k[None, c:d], v[None, c:d])
+            pieces.append(self.attend(*one, causal, softmax_scale, window_size)[0])
         return torch.cat(pieces)
 
 

@@ -150,7 +150,14 @@ CALLS: dict[str, tuple[bool, dict[str, Any], dict[str, Any]]] = {
         {"is_causal": True, "positions": torch.tensor([[3, 4, 9, 10, 17]])},
         {"causal": True, "positions": torch.tensor([[3, 4, 9, 10, 17]])},
     ),
+    "window": (False, {"is_causal": True, "window": 2}, {"causal": True, "window": 2}),
+    "window_both_ways": (
+        False,
+        {"window": 2, "key_padding_mask": PADDING, "documents": DOCUMENTS},
+        {"window": 2, "key_padding": PADDING, "documents": DOCUMENTS},
+    ),
     "cross": (True, {}, {}),
+    "cross_window": (True, {"window": 3}, {"window": 3}),
     "cross_padding": (True, {"key_padding_mask": CONTEXT_PADDING}, {"key_padding": CONTEXT_PADDING}),
     "cross_causal": (
         True,

@@ -7,9 +7,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tests.oracles.softmax import visible
+
 # Query heads (of the output) and key-value groups.
 HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
 MASKS = ("none", "causal", "last", "padding", "documents", "dense", "per_head", "bias", "blind_rows")
+MASKS += ("window", "window_of_one", "window_last", "window_both_ways", "window_of_real_documents")
+# Masks without an (L, S) part, which fused kernels and FlexAttention take.
+INDEXED = (
+    "causal",
+    "last",
+    "padding",
+    "documents",
+    "window",
+    "window_last",
+    "window_both_ways",
+    "window_of_real_documents",
+)
 
 
 @dataclass(frozen=True)
@@ -39,15 +53,17 @@ def make_mask(kind: str, batch: int, heads: int, queries: int, seed: int = 0) ->
     if kind == "last":
         return Mask({"is_causal": True}, {"causal": True}, keys_beyond_queries=3)
     if kind == "padding":
-        real = torch.ones(batch, 1, 1, queries, dtype=torch.bool)
-        real[0, ..., :2] = False
-        seen = real.expand(batch, 1, queries, queries)
+        real = torch.ones(batch, queries, dtype=torch.bool)
         # Rows 0 and 1 of the first sequence then see nothing at all.
-        return Mask({"is_causal": True, "attn_mask": seen}, {"causal": True, "allowed": seen})
+        real[0, :2] = False
+        seen = visible(batch, queries, queries, key_padding=real)[:, None]
+        return Mask({"is_causal": True, "key_padding_mask": real}, {"causal": True, "allowed": seen})
     if kind == "documents":
         number = (torch.arange(queries) >= queries // 2).long().expand(batch, queries)
-        seen = (number[:, :, None] == number[:, None, :])[:, None]
-        return Mask({"is_causal": True, "attn_mask": seen}, {"causal": True, "allowed": seen})
+        seen = visible(batch, queries, queries, documents=number)[:, None]
+        return Mask({"is_causal": True, "documents": number}, {"causal": True, "allowed": seen})
+    if kind.startswith("window"):
+        return _windowed(kind, batch, queries)
     if kind == "dense":
         seen = torch.rand(queries, queries, generator=rng) < 0.6
         seen |= torch.eye(queries, dtype=torch.bool)
@@ -65,6 +81,24 @@ def make_mask(kind: str, batch: int, heads: int, queries: int, seed: int = 0) ->
     seen[0, :, 1] = False
     seen[:, 0, 3] = False
     return Mask({"attn_mask": seen}, {"allowed": seen})
+
+
+def _windowed(kind: str, batch: int, queries: int) -> Mask:
+    extra = {"window_last": 3, "window_of_real_documents": 4}.get(kind, 0)
+    keys, causal = queries + extra, kind != "window_both_ways"
+    window = 1 if kind == "window_of_one" else 3
+    op: dict[str, object] = {"is_causal": causal, "window": window}
+    seen = visible(batch, queries, keys, window=window)
+    if kind == "window_of_real_documents":
+        number = ((torch.arange(keys) >= 3).long() + (torch.arange(keys) >= keys - 2)).repeat(batch, 1)
+        number[-1] = 7
+        real = torch.ones(batch, keys, dtype=torch.bool)
+        # The first query of the first sequence then sees nothing at all.
+        real[0, 2 : extra + 1] = False
+        op |= {"documents": number, "key_padding_mask": real}
+        parts = {"documents": number[:, extra:], "key_documents": number, "key_padding": real}
+        seen = visible(batch, queries, keys, window=window, **parts)
+    return Mask(op, {"causal": causal, "allowed": seen[:, None]}, keys_beyond_queries=extra)
 
 
 def cast(arguments: dict[str, object], dtype: torch.dtype) -> dict[str, object]:
@@ -125,6 +159,9 @@ def plain_attention(
     v: Tensor,
     *,
     is_causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    documents: Tensor | None = None,
+    window: int | None = None,
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
@@ -132,8 +169,16 @@ def plain_attention(
     L, D, S, repeats = q.shape[2], q.shape[3], k.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     scores = (q @ k.transpose(-1, -2)).float() * (D**-0.5 if scale is None else scale)
+    seen = torch.ones(1, 1, L, S, dtype=torch.bool)
     if is_causal:
-        scores = scores.masked_fill(~torch.ones(L, S, dtype=torch.bool).tril(S - L), float("-inf"))
+        seen = seen.tril(S - L)
+    if window is not None:
+        seen = seen.triu(S - L - window + 1).tril(S - L + window - 1)
+    if key_padding_mask is not None:
+        seen = seen & key_padding_mask[:, None, None]
+    if documents is not None:
+        seen = seen & (documents[:, None, S - L :, None] == documents[:, None, None])
+    scores = scores.masked_fill(~seen, float("-inf"))
     if attn_mask is not None:
         mask = attn_mask[:, None] if attn_mask.dim() == 3 else attn_mask
         scores = (

@@ -9,6 +9,7 @@ from torch import Tensor
 from clearhead.functional import attention, differential_attention
 from tests.contracts.support import (
     HEADS,
+    INDEXED,
     MASKS,
     assert_within,
     distance,
@@ -23,6 +24,7 @@ from tests.oracles import differential, softmax
 
 B, L, D = 2, 6, 4
 DIFFERENTIABLE = ("eager", "sdpa", "auto")
+LOW_PRECISION = ("causal", "last", "padding", "bias", "blind_rows", "window_of_real_documents")
 
 
 def softmax_problem(heads: int, groups: int, extra: int, wide: int = 1) -> tuple[list[Tensor], Tensor]:
@@ -79,7 +81,7 @@ def test_differential_attention_is_exact_in_float64(form: str, layout: str, kind
 
 
 @pytest.mark.parametrize("backend", DIFFERENTIABLE)
-@pytest.mark.parametrize("kind", ("causal", "last", "padding", "bias", "blind_rows"))
+@pytest.mark.parametrize("kind", LOW_PRECISION)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 def test_low_precision_attention_is_as_good_as_plain(dtype: torch.dtype, kind: str, backend: str) -> None:
     mask = make_mask(kind, B, 4, L)
@@ -92,7 +94,7 @@ def test_low_precision_attention_is_as_good_as_plain(dtype: torch.dtype, kind: s
 
 
 @pytest.mark.parametrize("backend", DIFFERENTIABLE)
-@pytest.mark.parametrize("kind", ("causal", "last", "padding", "bias", "blind_rows"))
+@pytest.mark.parametrize("kind", LOW_PRECISION)
 @pytest.mark.parametrize("form", ("v1", "v2"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 def test_low_precision_differential_is_as_good_as_plain(
@@ -119,6 +121,7 @@ def test_low_precision_differential_is_as_good_as_plain(
     value_width=st.sampled_from((1, 4, 6, 16)),
     own_keys=st.booleans(),
     causal=st.booleans(),
+    window=st.sampled_from((None, 1, 2, 5, 20)),
     scale=st.sampled_from((None, 0.25, 1.0)),
     lam=st.sampled_from((0.0, 0.8, -0.3, "head", "token")),
 )
@@ -132,6 +135,7 @@ def test_any_shape(
     value_width: int,
     own_keys: bool,
     causal: bool,
+    window: int | None,
     scale: float | None,
     lam: float | str,
 ) -> None:
@@ -141,17 +145,21 @@ def test_any_shape(
     v = rand(batch, groups, keys, value_width, seed=3)
     shapes = {"head": (heads, 1, 1), "token": (batch, heads, queries, 1)}
     gate = rand(*shapes[lam], seed=4) if isinstance(lam, str) else lam
-    expected = differential.differential_attention(q, k, v, gate, causal=causal, scale=scale)
-    found = differential_attention(q, k, v, gate, is_causal=causal, scale=scale)
+    oracle = {
+        "allowed": softmax.visible(batch, queries, keys, causal=causal, window=window)[:, None],
+        "scale": scale,
+    }
+    expected = differential.differential_attention(q, k, v, gate, **oracle)  # type: ignore[arg-type]
+    found = differential_attention(q, k, v, gate, is_causal=causal, window=window, scale=scale)
     assert found.shape == expected.shape
     assert distance(found, expected) < 1e-10
     one = (
-        attention(q, k, v, is_causal=causal, scale=scale)
+        attention(q, k, v, is_causal=causal, window=window, scale=scale)
         if (2 * heads) % k.shape[1] == 0 and not own_keys
         else None
     )
     if one is not None:
-        assert distance(one, softmax.attention(q, k, v, causal=causal, scale=scale)) < 1e-10
+        assert distance(one, softmax.attention(q, k, v, **oracle)) < 1e-10  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("backend", DIFFERENTIABLE)
@@ -179,8 +187,9 @@ def test_blind_rows_are_zero_and_their_gradients_finite(backend: str) -> None:
         assert all(bool(x.isfinite().all()) for x in found)
 
 
-def test_flex_forward_is_as_good_as_plain() -> None:
-    mask = make_mask("last", B, 4, L)
+@pytest.mark.parametrize("kind", INDEXED)
+def test_flex_forward_is_as_good_as_plain(kind: str) -> None:
+    mask = make_mask(kind, B, 4, L)
     inputs, _ = differential_problem(4, 2, mask.keys_beyond_queries, *FORMS["v2"])
     narrow = [x.float() for x in inputs]
     expected = differential.differential_attention(*[x.double() for x in narrow], **mask.oracle)  # type: ignore[arg-type]

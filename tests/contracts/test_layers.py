@@ -72,7 +72,7 @@ def test_low_precision_is_as_good_as_eager(name: str, dtype: torch.dtype) -> Non
     assert relative_error(plain, expected) < 20 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("call", ["padding", "documents"])
+@pytest.mark.parametrize("call", ["padding", "documents", "window_both_ways"])
 def test_flex_masks(call: str) -> None:
     case = CASES["differential"]
     module, eager = (make(case, "gqa", torch.float32, backend) for backend in ("flex", "eager"))
@@ -83,7 +83,7 @@ def test_flex_masks(call: str) -> None:
     assert_within([found], [expected], [plain], torch.float32)
 
 
-@pytest.mark.parametrize("call", ["causal", "padding", "cross", "mask"])
+@pytest.mark.parametrize("call", ["causal", "padding", "window", "cross", "mask"])
 @pytest.mark.parametrize("name", MAIN)
 def test_effective_map_is_the_oracle_s(name: str, call: str) -> None:
     case = CASES[name]
@@ -94,12 +94,15 @@ def test_effective_map_is_the_oracle_s(name: str, call: str) -> None:
     assert distance(module.effective_map(*tensors, **arguments), expected) < 1e-10
 
 
+@pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("chunks", [(1,) * L, (3, 1, 1), (2, 3)], ids=str)
 @pytest.mark.parametrize("name", MAIN)
-def test_a_cached_layer_is_the_uncached_one(name: str, chunks: tuple[int, ...]) -> None:
+def test_a_cached_layer_is_the_uncached_one(name: str, chunks: tuple[int, ...], window: int | None) -> None:
     module, x, cache = make(CASES[name], "gqa"), rand(B, L, WIDTH), DynamicCache()
-    parts = [module(part, is_causal=True, cache=cache) for part in x.split(list(chunks), dim=1)]
-    assert distance(torch.cat(parts, 1), module(x, is_causal=True)) < 1e-12
+    parts = [
+        module(part, is_causal=True, window=window, cache=cache) for part in x.split(list(chunks), dim=1)
+    ]
+    assert distance(torch.cat(parts, 1), module(x, is_causal=True, window=window)) < 1e-12
 
 
 @pytest.mark.parametrize("name", MAIN)

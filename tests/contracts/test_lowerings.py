@@ -1,6 +1,7 @@
 """Whatever an engine cannot do, the rewritten calls compute the same: FlashDiffAttn_1, FlashDiffAttn_2 and the rest."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -161,6 +162,15 @@ FLASH_MASKS = {
     "documents_last": (3, {"is_causal": True, "documents": DOCUMENTS}),
     "padding_both_ways": (L, {"key_padding": PADDING}),
     "padding_of_a_context": (3, {"key_padding": PADDING}),
+    "window": (L, {"is_causal": True, "window": 3}),
+    "window_last": (4, {"is_causal": True, "window": 2}),
+    "window_one": (1, {"is_causal": True, "window": 2}),
+    "window_wider_than_all": (4, {"is_causal": True, "window": 99}),
+    "window_both_ways": (L, {"window": 2}),
+    "window_both_ways_last": (4, {"window": 2}),
+    "window_documents": (L, {"is_causal": True, "window": 2, "documents": DOCUMENTS}),
+    "window_and_padding": (L, {"is_causal": True, "window": 2, "key_padding": PADDING}),
+    "window_of_a_fixed_cache": (3, {"is_causal": True, "window": 2, "offset": torch.tensor(1)}),
     "offset": (3, {"is_causal": True, "offset": 1}),
     "offset_of_a_fixed_cache": (3, {"is_causal": True, "offset": torch.tensor(1)}),
 }
@@ -173,13 +183,14 @@ def may_see(queries: int, parts: dict[str, Any]) -> Tensor:
     for b in range(B):
         for i in range(queries):
             for j in range(L):
+                far = "window" in parts and abs(i + offset - j) >= parts["window"]
                 late = parts.get("is_causal", False) and j > i + offset
                 unreal = "key_padding" in parts and not parts["key_padding"][b, j]
                 foreign = False
                 if "documents" in parts:
                     row = parts["documents"][b % len(parts["documents"])]
                     foreign = row[i + offset] != row[j]
-                see[b, i, j] = not (late or unreal or foreign)
+                see[b, i, j] = not (late or far or unreal or foreign)
     return see[:, None]
 
 
@@ -238,6 +249,15 @@ def test_any_function_of_the_attention_interface_is_right(registered_name: str, 
     assert distance(out, expected) < EXACT
 
 
+def test_a_window_is_refused_where_hugging_face_would_lose_it() -> None:
+    q, k, v = (rand(1, 2, 3, 4) for _ in range(3))
+    mask = MaskSpec(is_causal=True, window=2)
+    problem = replace(problem_of(Heads((q,), (k,), v), mask, single), device="npu", dtype=torch.bfloat16)
+    reason = load_backend("flash_attention_2").refusal(problem)
+    assert reason is not None and "window" in reason
+    assert load_backend("flash_attention_2").refusal(replace(problem, device="cuda")) is None
+
+
 def test_a_function_without_a_mask_function_is_refused() -> None:
     name = "maskless_attention"
     AttentionInterface.register(name, sdpa_attention_forward)
@@ -254,6 +274,8 @@ REFUSED = {
     "documents_last": "documents",
     "padding_both_ways": "padding",
     "padding_of_a_context": "padding",
+    "window_and_padding": "window or padding",
+    "window_of_a_fixed_cache": "fixed size",
     "offset": "fixed size",
     "offset_of_a_fixed_cache": "fixed size",
 }

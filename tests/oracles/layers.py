@@ -52,6 +52,7 @@ def layer(
     context: Tensor | None = None,
     *,
     causal: bool = False,
+    window: int | None = None,
     key_padding: Tensor | None = None,
     documents: Tensor | None = None,
     allowed: Tensor | None = None,
@@ -69,7 +70,9 @@ def layer(
     if context_positions is None:
         context_positions = positions if context is None else torch.arange(S)
     positions, context_positions = positions.expand(B, L), context_positions.expand(B, S)
-    see = visible(B, L, S, causal=causal, key_padding=key_padding, documents=documents)[:, None]
+    see = visible(B, L, S, causal=causal, window=window, key_padding=key_padding, documents=documents)[
+        :, None
+    ]
     if allowed is not None:
         see = see & (allowed if allowed.dim() != 3 else allowed[:, None])
 

@@ -12,15 +12,17 @@ def visible(
     keys: int,
     *,
     causal: bool = False,
+    window: int | None = None,
     key_padding: Tensor | None = None,
     documents: Tensor | None = None,
     key_documents: Tensor | None = None,
 ) -> Tensor:
     """(B, L, S) bool, True where query l may look at key s.
 
-    Fewer queries than keys under `causal` means that the queries are the last L positions. `key_padding` is
-    (B, S), True for a real token. `documents` is (B, L) and `key_documents` (B, S), by default the same: a
-    token sees its own document only.
+    Fewer queries than keys under `causal` or `window` means that the queries are the last L positions. A window
+    of w shows key j to a query at position p if p - w < j < p + w. `key_padding` is (B, S), True for a real
+    token. `documents` is (B, L) and `key_documents` (B, S), by default the same: a token sees its own document
+    only.
     """
     see = torch.ones(batch, queries, keys, dtype=torch.bool)
     if documents is not None and key_documents is None:
@@ -28,7 +30,10 @@ def visible(
     for b in range(batch):
         for i in range(queries):
             for j in range(keys):
-                if causal and j > i + keys - queries:
+                position = i + keys - queries
+                if causal and j > position:
+                    see[b, i, j] = False
+                if window is not None and not position - window < j < position + window:
                     see[b, i, j] = False
                 if key_padding is not None and not bool(key_padding[b, j]):
                     see[b, i, j] = False

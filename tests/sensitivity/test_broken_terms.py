@@ -1,6 +1,8 @@
 """Break one term at a time: the comparison with the oracle must notice. A test that cannot fail proves nothing."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -160,6 +162,32 @@ def top_left_mask(patch: Patch) -> None:
     )
 
 
+def window_wider_by(step: int) -> Callable[[Patch], None]:
+    def apply(patch: Patch) -> None:
+        original = MaskSpec.visible
+
+        def visible(self: MaskSpec, *arguments: Any) -> Tensor:
+            assert self.window is not None
+            return original(replace(self, window=self.window + step), *arguments)
+
+        patch.setattr(MaskSpec, "visible", visible)
+
+    apply.__name__ = f"window_wider_by_{step}"
+    return apply
+
+
+def window_backwards_only(patch: Patch) -> None:
+    """Everything ahead seen where the window has two sides."""
+    original = MaskSpec.visible
+
+    def visible(self: MaskSpec, queries: int, keys: int, device: torch.device) -> Tensor:
+        ahead = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
+        everything = original(replace(self, window=None), queries, keys, device)
+        return original(self, queries, keys, device) | (everything & ahead)
+
+    patch.setattr(MaskSpec, "visible", visible)
+
+
 def padding_lost(patch: Patch) -> None:
     original = MaskSpec.visible
     patch.setattr(
@@ -312,6 +340,16 @@ BREAKS: list[tuple[Callable[[Patch], None], str, str]] = [
         for name in ("softmax", "differential", "differential_v2", "collinear")
     ),
     (top_left_mask, "differential", "cross_causal"),
+    *(
+        (window_wider_by(step), name, call)
+        for step in (-1, 1)
+        for name, call in (
+            ("softmax", "window"),
+            ("differential", "window_both_ways"),
+            ("collinear", "cross_window"),
+        )
+    ),
+    (window_backwards_only, "softmax", "cross_window"),
     (padding_lost, "differential", "padding"),
     (padding_lost, "differential", "documents"),
     (padding_lost, "collinear", "mask"),

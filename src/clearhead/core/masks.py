@@ -17,6 +17,8 @@ class MaskSpec:
     offset:      position of the first query among the keys; by default S − L, so the queries are the LAST L
         positions (decoding,
                  chunked prefill). A scalar tensor for caches of fixed size, whose last keys are not written yet.
+    window:      a query sees only keys fewer than this many positions away: under is_causal the last `window` keys,
+        its own among them; otherwise as many to either side.
     key_padding: (B, S) bool, True where the key is real.
     documents:   (B, S) integers; a query sees keys of its own document only.
     dense:       (L, S) or (B, H, L, S), where a 1 stands for any size: bool, True = visible, or floating point, added
@@ -25,6 +27,7 @@ class MaskSpec:
 
     is_causal: bool = False
     offset: int | Tensor | None = None
+    window: int | None = None
     key_padding: Tensor | None = None
     documents: Tensor | None = None
     dense: Tensor | None = None
@@ -34,6 +37,7 @@ class MaskSpec:
         """Names of the parts in use, for the choice of an engine."""
         parts = {
             "causal": self.is_causal,
+            "window": self.window is not None,
             "padding": self.key_padding is not None,
             "documents": self.documents is not None,
             "dense": self.dense is not None and not self.dense.is_floating_point(),
@@ -67,6 +71,9 @@ class MaskSpec:
         positions = self.query_positions(queries, keys, device)
         if self.is_causal:
             allowed = allowed & (torch.arange(keys, device=device) <= positions[:, None])
+        if self.window is not None:
+            distance = torch.arange(keys, device=device) - positions[:, None]
+            allowed = allowed & (distance.abs() < self.window)
         if self.key_padding is not None:
             allowed = allowed & self.key_padding[:, None, None, :]
         if self.documents is not None:
@@ -85,9 +92,14 @@ class MaskSpec:
 
     def validate(self, batch: int, heads: int, queries: int, keys: int) -> None:
         """Raise ValueError, naming the argument, if a part does not fit the problem."""
-        if self.is_causal and self.offset is None and queries > keys:
+        if self.window is not None and (isinstance(self.window, bool) or not isinstance(self.window, int)):
+            raise ValueError(f"window must be an integer, not {self.window!r}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1, not {self.window}: a query sees its own position")
+        if (self.is_causal or self.window is not None) and self.offset is None and queries > keys:
+            name = "is_causal" if self.is_causal else "window"
             raise ValueError(
-                f"is_causal with {queries} queries and {keys} keys: there must be at least as many keys as queries"
+                f"{name} with {queries} queries and {keys} keys: there must be at least as many keys as queries"
             )
         for name, part in (("key_padding_mask", self.key_padding), ("documents", self.documents)):
             if part is not None and (

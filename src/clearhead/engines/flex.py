@@ -20,7 +20,7 @@ class Flex(Engine):
     def caps(self, device: str) -> Caps:
         # PyTorch 2.13 rejects float64 in the compiled CPU kernel.
         return Caps(
-            masks=frozenset({"causal", "padding", "documents"}),
+            masks=frozenset({"causal", "window", "padding", "documents"}),
             dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
             grads=device != "cpu",
         )
@@ -72,6 +72,8 @@ def _mask_mod(mask: MaskSpec, queries: int, keys: int, device: str) -> Callable[
         seen = k == k
         if mask.is_causal:
             seen = seen & (k <= q + offset)
+        if mask.window is not None:
+            seen = seen & ((k - q - offset).abs() < mask.window)
         if mask.key_padding is not None:
             seen = seen & mask.key_padding[b if mask.key_padding.shape[0] > 1 else 0, k]
         if mask.documents is not None:

@@ -1,6 +1,6 @@
 """Any attention function registered in Hugging Face's AttentionInterface, FlashAttention among them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +11,7 @@ from clearhead.core.dispatch import Backend, Caps, Engine, Problem, register_fac
 from clearhead.core.legalise import Call, Lowering
 from clearhead.core.masks import MaskSpec
 
-_INDEXED = frozenset({"causal", "padding", "documents"})
+_INDEXED = frozenset({"causal", "window", "padding", "documents"})
 _FLASH = Caps(
     wide_values="split",
     masks=_INDEXED,
@@ -32,11 +32,13 @@ CAUTIOUS = Caps(wide_values="split", masks=_INDEXED)
 class HfMask:
     """A mask in the form of one attention function, with what it wants beside it.
 
+    window: the sliding window, None for none.
     bounds, longest: where the documents of the flattened batch of `rows` rows begin and end, and the longest of them.
     """
 
     attention_mask: Any
     is_causal: bool
+    window: int | None = None
     rows: int = 1
     bounds: Tensor | None = None
     longest: int = 0
@@ -64,7 +66,11 @@ class HuggingFace(Engine):
         self._site = _Site(name)
 
     def caps(self, device: str) -> Caps:
-        return KNOWN_CAPS.get(self.name, CAUTIOUS)
+        caps = KNOWN_CAPS.get(self.name, CAUTIOUS)
+        if device == "npu":
+            # Hugging Face's flash functions for it have no window argument and would silently see everything.
+            caps = replace(caps, masks=caps.masks - {"window"})
+        return caps
 
     def refusal(self, problem: Problem) -> str | None:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -88,9 +94,13 @@ class HuggingFace(Engine):
             bidirectional_mask_function,
             causal_mask_function,
             packed_sequence_mask_function,
+            sliding_window_bidirectional_overlay,
         )
 
         rule = causal_mask_function if mask.is_causal else bidirectional_mask_function
+        if mask.window is not None:
+            # Theirs counts the farthest key still seen, ours the first one that is not.
+            rule = and_masks(rule, sliding_window_bidirectional_overlay(mask.window - 1))
         if mask.documents is not None:
             rule = and_masks(rule, packed_sequence_mask_function(mask.documents))
         batches = [part.shape[0] for part in (mask.key_padding, mask.documents) if part is not None]
@@ -109,8 +119,9 @@ class HuggingFace(Engine):
             device=torch.device(problem.device),
         )
         if mask.documents is None or not self._flash_like():
-            return HfMask(native, mask.is_causal)
-        return HfMask(native, mask.is_causal, mask.documents.shape[0], *_document_bounds(mask.documents))
+            return HfMask(native, mask.is_causal, mask.window)
+        rows = mask.documents.shape[0]
+        return HfMask(native, mask.is_causal, mask.window, rows, *_document_bounds(mask.documents))
 
     def __call__(self, call: Call, mask: HfMask, scale: float) -> tuple[Tensor, Tensor | None]:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -135,6 +146,8 @@ class HuggingFace(Engine):
             dropout=0.0,
             scaling=scale,
             is_causal=mask.is_causal,
+            # For functions that see no mask of queries against keys; to either side unless causal, as here.
+            sliding_window=mask.window,
             **extra,
         )
         # Hugging Face's functions return (B, L, H, E).
@@ -149,6 +162,8 @@ def _unsayable(problem: Problem) -> str | None:
         return "it takes documents only with as many queries as keys"
     if "padding" in problem.mask and "causal" not in problem.mask:
         return "it also leaves out the queries at padded places, so it takes padding only under a causal mask"
+    if {"padding", "window"} <= problem.mask:
+        return "it counts a window in real keys, not in positions, so it takes a window or padding, not both at once"
     if not problem.ends_aligned:
         return "it takes the last query for the last key, which a cache of fixed size breaks"
     return None
