@@ -7,7 +7,6 @@ entry points in the groups `clearhead.variants`, `clearhead.positions`, `clearhe
 
 import difflib
 from collections.abc import Iterable
-from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
@@ -54,9 +53,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(known)}" if known else "none is registered"
 
 
-@cache
+# Not functools.cache: `torch.compile` looks inside it, and the search for entry points cannot be traced.
+_installed: dict[str, dict[str, str]] = {}
+
+
 def _entry_points(table: str) -> dict[str, str]:
-    return {point.name: point.value for point in entry_points(group=f"clearhead.{table}")}
+    if table not in _installed:
+        _installed[table] = {point.name: point.value for point in entry_points(group=f"clearhead.{table}")}
+    return _installed[table]
 
 
 def _targets(table: str) -> dict[str, str]:

@@ -77,6 +77,7 @@ def test_explain(recipe: Path) -> None:
         "FlashDiffAttn_1",
         "refused: it does not return attention maps",
         "<- auto",
+        'attn_implementation="clearhead", the default',
         "flash_attention_2",
     ):
         assert word in done.stdout

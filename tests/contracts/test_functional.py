@@ -187,6 +187,14 @@ def test_blind_rows_are_zero_and_their_gradients_finite(backend: str) -> None:
         assert all(bool(x.isfinite().all()) for x in found)
 
 
+def test_the_automatic_choice_compiles_as_one_graph() -> None:
+    torch._dynamo.reset()
+    inputs, _ = differential_problem(4, 2, 0, True, 2)
+    compiled = torch.compile(differential_attention, fullgraph=True, backend="aot_eager")
+    for arguments in ({"is_causal": True}, {"window": 3}):
+        assert distance(compiled(*inputs, **arguments), differential_attention(*inputs, **arguments)) < 1e-10
+
+
 @pytest.mark.parametrize("kind", INDEXED)
 def test_flex_forward_is_as_good_as_plain(kind: str) -> None:
     mask = make_mask(kind, B, 4, L)

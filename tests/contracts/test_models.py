@@ -240,6 +240,7 @@ def test_flex_attention_agrees_on_padding() -> None:
 
 def test_an_implementation_that_cannot_do_it_says_why() -> None:
     model, ids = make_model("differential"), tokens(2, 6)
+    model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="maps"):
         model(ids, output_attentions=True)
     model.set_attn_implementation("flex_attention")

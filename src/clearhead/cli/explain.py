@@ -39,6 +39,7 @@ def command(
     length = context or length
     console = Console(highlight=False, soft_wrap=True)
     console.print(_costs(models, length, floats[dtype]))
+    console.print('\n"<- auto" marks what models take by themselves: attn_implementation="clearhead", the default.')
     for name, config in models.items():
         console.print(f"\n[bold]{escape(name)}[/bold]: {config.attention} {config.attention_options or ''}")
         for situation, problem in _problems(config, length, device, floats[dtype]).items():

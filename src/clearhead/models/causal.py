@@ -17,10 +17,10 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 import clearhead.engines.hf  # noqa: F401  (registers Hugging Face's attention interface as backends)
 from clearhead.core.attend import Prepared, mixing_of, prepare
-from clearhead.core.dispatch import Backend, Problem, load_backend
+from clearhead.core.dispatch import Backend, Problem, automatic_backends, load_backend
 from clearhead.core.masks import MaskSpec, packed_documents
 from clearhead.core.norm import RMSNorm
-from clearhead.models.config import ClearheadConfig
+from clearhead.models.config import AUTOMATIC, ClearheadConfig
 from clearhead.models.layers import ClearheadDecoderLayer
 from clearhead.positions.rope import Rope
 from clearhead.registry import names
@@ -30,9 +30,15 @@ from clearhead.variants.base import Variant
 _OWN_ENGINES = {"eager": "eager", "sdpa": "sdpa", "flex_attention": "flex"}
 
 
-def backend_for(attn_implementation: str) -> Backend:
-    """The backend behind a Hugging Face `attn_implementation`."""
-    return load_backend(_OWN_ENGINES.get(attn_implementation, attn_implementation))
+# Loaded here, so that a first call inside `torch.compile` has nothing left to import.
+automatic_backends()
+
+
+def backends_for(attn_implementation: str) -> tuple[Backend, ...]:
+    """The backends behind a Hugging Face `attn_implementation`: one, or for "clearhead" all to choose from."""
+    if attn_implementation == AUTOMATIC:
+        return automatic_backends()
+    return (load_backend(_OWN_ENGINES.get(attn_implementation, attn_implementation)),)
 
 
 class ClearheadPreTrainedModel(PreTrainedModel):
@@ -54,8 +60,10 @@ class ClearheadPreTrainedModel(PreTrainedModel):
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
-        """Takes every registered engine and kernel by its name, besides what Hugging Face knows."""
-        if requested_attention in (*names("kernels"), *names("engines")):
+        """Takes "clearhead" (the default) and every engine and kernel by its name, besides what Hugging Face knows."""
+        if requested_attention is None:
+            return AUTOMATIC
+        if requested_attention in (AUTOMATIC, *names("kernels"), *names("engines")):
             return str(requested_attention)
         return str(super().get_correct_attn_implementation(requested_attention, is_init_check))
 
@@ -118,8 +126,8 @@ class ClearheadModel(ClearheadPreTrainedModel):
             everything.
         position_ids:   (B or 1, L). Without them they count real tokens. Given without mask and past_key_values,
             positions that restart mean packed documents that cannot see each other.
-        output_attentions: effective maps (B, H, L, S) a layer, A1 − λ A2 for the differential variants; eager
-            attention only.
+        output_attentions: effective maps (B, H, L, S) a layer, A1 − λ A2 for the differential variants, from the
+            engine that has maps: chosen by itself under "clearhead", to be named otherwise ("eager").
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -225,11 +233,12 @@ class ClearheadModel(ClearheadPreTrainedModel):
             mask=mask.features,
             ends_aligned=mask.ends_aligned(inputs_embeds.shape[1], keys),
             mixing=mixing_of(variant.mix),
-            needs_grad=torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()),
+            needs_grad=torch.is_grad_enabled()
+            and (inputs_embeds.requires_grad or any(p.requires_grad for p in self.parameters())),
             needs_maps=output_attentions,
         )
-        implementation = self.config._attn_implementation or "sdpa"
-        return prepare((backend_for(implementation),), problem, mask, automatic=False)
+        implementation = self.config._attn_implementation or AUTOMATIC
+        return prepare(backends_for(implementation), problem, mask, automatic=implementation == AUTOMATIC)
 
     def _decoder_layers(self) -> list[ClearheadDecoderLayer]:
         return [layer for layer in self.layers if isinstance(layer, ClearheadDecoderLayer)]

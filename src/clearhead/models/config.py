@@ -11,6 +11,9 @@ from clearhead.positions.base import Position
 from clearhead.registry import did_you_mean, resolve
 from clearhead.variants.base import Variant
 
+# The attn_implementation of models that chooses a backend for each forward pass, as `backend="auto"` does for a layer.
+AUTOMATIC = "clearhead"
+
 
 @strict
 class ClearheadConfig(PreTrainedConfig):
@@ -70,6 +73,24 @@ class ClearheadConfig(PreTrainedConfig):
         if self.attention_options is None:
             self.attention_options = {}
         super().__post_init__(**kwargs)
+
+    # Hugging Face allows maps with "eager" only; a model that chooses by itself finds the engine that has them.
+    @property
+    def output_attentions(self) -> bool:
+        """Whether forward passes return effective maps unless told otherwise."""
+        return bool(self._output_attentions)
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool) -> None:
+        if self._attn_implementation in (None, AUTOMATIC):
+            self._output_attentions = value
+        else:
+            PreTrainedConfig.output_attentions.fset(self, value)
+
+    def validate_output_attentions(self) -> None:
+        """Part of the strict validation: raises for maps from an implementation named that may not have them."""
+        if self._attn_implementation != AUTOMATIC:
+            super().validate_output_attentions()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ClearheadConfig":
