@@ -82,10 +82,12 @@ class ClearheadConfig(PreTrainedConfig):
 
     @output_attentions.setter
     def output_attentions(self, value: bool) -> None:
-        if self._attn_implementation in (None, AUTOMATIC):
-            self._output_attentions = value
-        else:
-            PreTrainedConfig.output_attentions.fset(self, value)
+        previous, self._output_attentions = self._output_attentions, value
+        try:
+            self.validate_output_attentions()
+        except ValueError:
+            self._output_attentions = previous
+            raise
 
     def validate_output_attentions(self) -> None:
         """Part of the strict validation: raises for maps from an implementation named that may not have them."""
