@@ -1,0 +1,338 @@
+// The backward pass.
+//
+// With P_s = exp(scale (S_s − m_s)) / s_s, λ the gate, dO the output's gradient, and for each row
+// δ_1 = dO · O_1, δ_2 = dO · O_2, where O_1 = O + λ O_2:
+//
+//   dP   = dO Vᵀ                     one product: both streams share it
+//   dV   = (P_1 − λ P_2)ᵀ dO         one product
+//   dS_1 = P_1 ∘ (dP − δ_1)          dS_2 = −λ P_2 ∘ (dP − δ_2)
+//   dQ_s = scale dS_s K_s            dK_s = scale dS_sᵀ Q_s            dλ = −δ_2
+//
+// Multiply-adds for a head, query and key: streams · 3D + 2E (scores, dQ, dK; dP, dV). With D = d, E = 2d and two
+// streams that is 10d, what two softmax heads of width d cost.
+//
+// A task is one key-value group (or every parts-th block of its keys). It walks over the blocks of keys, whose dK and dV
+// stay in the cache, and for each over the chunks of rows, whose dQ is summed in the task's own memory: no two tasks
+// write to the same place, so the result does not depend on which thread ran what.
+#pragma once
+#include "forward.h"
+
+namespace clearhead::CLEARHEAD_ISA {
+
+template <class Unit, class Number>
+class Backward {
+ public:
+  Backward(const clearhead_problem& problem, const Ids& ids) : p(problem), ids(ids), z(problem) {
+    e_units = units<Unit>(z.e);
+    e_left = rounded_up(e_units, VL) + VL;
+  }
+
+  const Sizes<Unit>& sizes() const { return z; }
+  int64_t query_floats() const { return z.streams * z.rows * z.d_wide; }  // dQ of a task
+  int64_t scratch_floats() const {
+    const int64_t queries = z.streams * (ROWS * z.d_left + units<Unit>(ROWS) * z.d_panels + VL) + ROWS * e_left +
+                            units<Unit>(ROWS) * z.e_panels;
+    const int64_t tiles = (z.streams + 1) * ROWS * TILE * 2;
+    const int64_t sums = BLOCK * (z.key_streams * z.d_wide + z.e_wide);
+    return queries + tiles + sums + 2 * key_floats() + 3 * z.streams * z.rows + VL;
+  }
+
+  void run(int64_t b, int64_t g, int64_t part, int64_t parts, float* scratch, float* grad_q) const {
+    Space space(scratch, *this);
+    memset(grad_q, 0, sizeof(float) * static_cast<size_t>(query_floats()));
+    prepare_rows(b, g, part == 0, space);
+    for (int64_t block = part; block < z.blocks; block += parts) {
+      memset(space.grad_k, 0, sizeof(float) * static_cast<size_t>(BLOCK * (z.key_streams * z.d_wide + z.e_wide)));
+      const uint8_t* real = p.padding ? p.padding + b * p.padding_batch + block * BLOCK : nullptr;
+      const bool clean = pack_keys(b, g, block, real, space.keys);
+      for (int64_t chunk = 0; chunk < z.chunks; chunk++) {
+        Rows rows;
+        const int64_t begin = chunk * ROWS;
+        rows.place(p, ids, b, begin, z.rows - begin < ROWS ? z.rows - begin : ROWS);
+        const View view = rows.view(block * BLOCK, keys_of(block));
+        if (view == View::NONE) continue;
+        if (clean || view == View::ALL)
+          add_tile(rows, b, g, begin, view, block, space.keys, grad_q, space);
+        else
+          add_tile_by_rows(rows, b, g, begin, block, grad_q, space);
+      }
+      write_keys(b, g, block, space);
+    }
+  }
+
+  // Writes rows of dQ as the sum over the parts' own.
+  void write_queries(int64_t b, int64_t g, int64_t begin, int64_t count, const float* grad_q, int64_t parts) const {
+    const vf scale = all(p.scale);
+    for (int s = 0; s < z.streams; s++)
+      for (int64_t row = begin; row < begin + count; row++) {
+        Number* to = row_of<Number>(p.grad_q[s], b, head_of(g, row), row % p.queries);
+        const float* from = grad_q + (s * z.rows + row) * z.d_wide;
+        for (int64_t c = 0; c < z.d; c += VL) {
+          vf sum = load(from + c);
+          for (int64_t part = 1; part < parts; part++) sum = sum + load(from + part * query_floats() + c);
+          store_some(to + c, sum * scale, z.d - c);
+        }
+      }
+  }
+
+ private:
+  const clearhead_problem& p;
+  const Ids& ids;
+  const Sizes<Unit> z;
+  int64_t e_units, e_left;
+
+  // Both streams' Kᵀ (for the scores) and K (for dQ), and Vᵀ (for dP).
+  int64_t key_floats() const {
+    return z.key_streams * (z.d_units * BLOCK + units<Unit>(BLOCK) * z.d_panels) + e_units * BLOCK;
+  }
+
+  // A worker's memory.
+  struct Space {
+    float *keys, *masked_keys, *queries_left, *queries_stacked, *grad_left, *grad_stacked, *tile, *turned, *grad_k, *grad_v;
+    float *reference, *inverse, *delta;  // by stream and row of the whole group
+    Space(float* at, const Backward& of) {
+      const Sizes<Unit>& z = of.z;
+      const int64_t turned_floats = (z.streams + 1) * ROWS * TILE;
+      keys = at;
+      masked_keys = keys + of.key_floats();
+      queries_left = masked_keys + of.key_floats();
+      queries_stacked = queries_left + z.streams * ROWS * z.d_left;
+      grad_left = queries_stacked + z.streams * units<Unit>(ROWS) * z.d_panels;
+      grad_stacked = grad_left + ROWS * of.e_left;
+      tile = grad_stacked + units<Unit>(ROWS) * z.e_panels;
+      turned = tile + turned_floats;
+      grad_k = turned + turned_floats;
+      grad_v = grad_k + z.key_streams * BLOCK * z.d_wide;
+      reference = grad_v + BLOCK * z.e_wide;
+      inverse = reference + z.streams * z.rows;
+      delta = inverse + z.streams * z.rows;
+    }
+  };
+
+  int64_t keys_of(int64_t block) const { return p.keys - block * BLOCK < BLOCK ? p.keys - block * BLOCK : BLOCK; }
+  int64_t head_of(int64_t g, int64_t row) const { return g * (p.heads / p.groups) + row / p.queries; }
+  float gate_of(int64_t b, int64_t g, int64_t row) const {
+    return *row_of<float>(p.gate, b, head_of(g, row), row % p.queries);
+  }
+
+  // References, inverse sums and δ of every row; the first part also writes dλ.
+  void prepare_rows(int64_t b, int64_t g, bool write_gate, const Space& space) const {
+    for (int64_t row = 0; row < z.rows; row++) {
+      const int64_t head = head_of(g, row), token = row % p.queries;
+      const int64_t size = p.batch * p.heads * p.queries, at = (b * p.heads + head) * p.queries + token;
+      for (int s = 0; s < z.streams; s++) {
+        const float reference = p.statistics[2 * s * size + at], sum = p.statistics[(2 * s + 1) * size + at];
+        space.reference[s * z.rows + row] = reference == -__builtin_inff() ? 0.0f : reference;
+        space.inverse[s * z.rows + row] = sum == 0.0f ? 0.0f : 1.0f / sum;
+      }
+      const Number* grad = row_of<Number>(p.grad_out, b, head, token);
+      const float mixed = dot(grad, row_of<Number>(p.out, b, head, token));
+      if (z.streams == 1) {
+        space.delta[row] = mixed;
+        continue;
+      }
+      const float noise = dot(grad, row_of<Number>(p.noise, b, head, token));
+      space.delta[row] = mixed + gate_of(b, g, row) * noise;
+      space.delta[z.rows + row] = noise;
+      if (write_gate) p.grad_gate[at] = -noise;
+    }
+  }
+
+  float dot(const Number* a, const Number* b) const {
+    vf sum = all(0.0f);
+    for (int64_t c = 0; c < z.e; c += VL) sum = load_some(a + c, z.e - c) * load_some(b + c, z.e - c) + sum;
+    return sum_of(sum);
+  }
+
+  bool pack_keys(int64_t b, int64_t g, int64_t block, const uint8_t* visible, float* to) const {
+    const int64_t begin = block * BLOCK, count = keys_of(block);
+    bool finite = true;
+    for (int s = 0; s < z.key_streams; s++) {
+      const Number* keys = row_of<Number>(p.k[s], b, g, begin);
+      finite &= pack_transposed<Unit>(keys, p.k[s].token, count, z.d, visible, to);
+      to += z.d_units * BLOCK;
+      pack_stacked<Unit>(keys, p.k[s].token, count, z.d, visible, 0, to);
+      to += units<Unit>(BLOCK) * z.d_panels;
+    }
+    return pack_transposed<Unit>(row_of<Number>(p.v, b, g, begin), p.v.token, count, z.e, visible, to) && finite;
+  }
+
+  void pack_queries(int64_t b, int64_t g, int64_t begin, int64_t count, const Space& space) const {
+    for (int s = 0; s < z.streams; s++)
+      pack_rows(p.q[s], b, g, begin, count, z.d, z.d_left, z.flip, space.queries_left + s * ROWS * z.d_left,
+                space.queries_stacked + s * units<Unit>(ROWS) * z.d_panels);
+    pack_rows(p.grad_out, b, g, begin, count, z.e, e_left, 0, space.grad_left, space.grad_stacked);
+  }
+
+  // A chunk of rows both as a left operand and, for products that reduce over the rows, stacked.
+  void pack_rows(const clearhead_tensor& tensor, int64_t b, int64_t g, int64_t begin, int64_t count, int64_t width,
+                 int64_t left_stride, int32_t flip, float* left, float* stacked) const {
+    for (int64_t i = 0; i < count; i++)
+      pack_left_row<Unit>(row_of<Number>(tensor, b, head_of(g, begin + i), (begin + i) % p.queries), width, flip,
+                          left + i * left_stride);
+    if (begin % p.queries + count <= p.queries) {
+      pack_stacked<Unit>(row_of<Number>(tensor, b, head_of(g, begin), begin % p.queries), tensor.token, count, width,
+                         nullptr, flip, stacked);
+      return;
+    }
+    // Rows of several heads: through a copy with one stride.
+    Number copy[ROWS * 16];
+    const int64_t depth = units<Unit>(count);
+    for (int64_t c = 0; c < width; c += 16) {
+      const int64_t columns = width - c < 16 ? width - c : 16;
+      memset(static_cast<void*>(copy), 0, sizeof copy);
+      for (int64_t i = 0; i < count; i++)
+        memcpy(static_cast<void*>(copy + i * 16), row_of<Number>(tensor, b, head_of(g, begin + i), (begin + i) % p.queries) + c,
+               sizeof(Number) * static_cast<size_t>(columns));
+      for (int64_t at = 0; at < 16 && c + at < rounded_up(width, VL); at += VL) {
+        const int64_t column = c + at;
+        pack_column<Unit>(copy + at, count, flip, stacked + column / PANEL * PANEL * depth + column % PANEL);
+      }
+    }
+  }
+
+  // VL columns of `count` rows, 16 numbers apart, as rows of a stacked panel.
+  template <class Policy>
+  static void pack_column(const Number* from, int64_t count, int32_t flip, float* to) {
+    for (int64_t k = 0; k < units<Policy>(count); k++) {
+      vf pair[Policy::PER_UNIT];
+      for (int64_t i = 0; i < Policy::PER_UNIT; i++) {
+        const int64_t r = k * Policy::PER_UNIT + i;
+        pair[i] = r < count ? load_some(from + r * 16, VL) : all(0.0f);
+      }
+      store(to + k * PANEL, (vf)((vi)pair_up<Policy>(pair[0], pair[Policy::PER_UNIT - 1]) ^ all_ints(flip)));
+    }
+  }
+
+  void add_tile(const Rows& rows, int64_t b, int64_t g, int64_t begin, View view, int64_t block, const float* keys,
+                float* grad_q, const Space& space) const {
+    const int64_t from = block * BLOCK;
+    int64_t count = keys_of(block);
+    if (rows.last - from < count) count = rows.last - from;
+    const int64_t columns = rounded_up(count, VL), each = z.d_units * BLOCK + units<Unit>(BLOCK) * z.d_panels;
+    const float* values = keys + z.key_streams * each;
+    float* grad_weights = space.tile + z.streams * ROWS * TILE;
+    pack_queries(b, g, begin, rows.count, space);
+    for (int s = 0; s < z.streams; s++) {
+      float* logits = space.tile + s * ROWS * TILE;
+      product<Unit, true>(rows.count, columns, z.d_units, space.queries_left + s * ROWS * z.d_left, z.d_left,
+                          keys + (z.key_streams == 2 ? s : 0) * each, PANEL, PANEL * z.d_units, logits, TILE, false);
+      if (view == View::PART) rows.hide(logits, TILE, from, columns);
+    }
+    product<Unit, true>(rows.count, columns, e_units, space.grad_left, e_left, values, PANEL, PANEL * e_units,
+                        grad_weights, TILE, false);
+    differentiate(rows.count, columns, b, g, begin, space);
+
+    const int64_t deep = units<Unit>(rows.count);
+    // Under policy Pair the products over rows read copies with the rows in pairs.
+    const float* turned = Unit::PER_UNIT == 1 ? space.tile : space.turned;
+    product<Unit, false>(count, z.e_wide, deep, turned + z.streams * ROWS * TILE, TILE, space.grad_stacked, PANEL,
+                         PANEL * deep, space.grad_v, z.e_wide, true);
+    for (int s = 0; s < z.streams; s++) {
+      const int stream = z.key_streams == 2 ? s : 0;
+      product<Unit, false>(count, z.d_wide, deep, turned + s * ROWS * TILE, TILE,
+                           space.queries_stacked + s * units<Unit>(ROWS) * z.d_panels, PANEL, PANEL * deep,
+                           space.grad_k + stream * BLOCK * z.d_wide, z.d_wide, true);
+      product<Unit, true>(rows.count, z.d_wide, units<Unit>(count), space.tile + s * ROWS * TILE, TILE,
+                          keys + stream * each + z.d_units * BLOCK, PANEL, PANEL * units<Unit>(keys_of(block)),
+                          grad_q + (s * z.rows + begin) * z.d_wide, z.d_wide, true);
+    }
+  }
+
+  // See Forward::add_block_by_rows.
+  void add_tile_by_rows(const Rows& rows, int64_t b, int64_t g, int64_t begin, int64_t block, float* grad_q,
+                        const Space& space) const {
+    uint8_t visible[BLOCK];
+    for (int64_t i = 0; i < rows.count; i++) {
+      bool some = false;
+      for (int64_t j = 0; j < keys_of(block); j++) some |= visible[j] = rows.sees(i, block * BLOCK + j);
+      if (!some) continue;
+      pack_keys(b, g, block, visible, space.masked_keys);
+      add_tile(rows.only(i), b, g, begin + i, View::PART, block, space.masked_keys, grad_q, space);
+    }
+  }
+
+  // The logits of stream s become dS_s, dP becomes P_1 − λ P_2; in `turned` too where products reduce over rows of pairs.
+  void differentiate(int64_t count, int64_t columns, int64_t b, int64_t g, int64_t begin, const Space& space) const {
+    for (int64_t i = 0; i < count; i += Unit::PER_UNIT) {
+      Row row[Unit::PER_UNIT];
+      for (int64_t r = 0; r < Unit::PER_UNIT; r++)
+        if (i + r < count) row[r] = row_constants(b, g, begin + i + r, space);
+      float* at[3];
+      for (int s = 0; s <= z.streams; s++) at[s] = space.tile + (s * ROWS + i) * TILE;
+      for (int64_t c = 0; c < columns; c += VL) {
+        vf grads[2][Unit::PER_UNIT], weights[Unit::PER_UNIT];
+        for (int64_t r = 0; r < Unit::PER_UNIT; r++) {
+          const int64_t shift = r * TILE + c;
+          if (i + r >= count) {
+            grads[0][r] = grads[1][r] = weights[r] = all(0.0f);
+            continue;
+          }
+          const vf grad = load(at[z.streams] + shift);
+          const vf first = row[r].weight(0, load(at[0] + shift), z.exponent);
+          grads[0][r] = unless_one(first, first * (grad - all(row[r].delta[0])));
+          weights[r] = first;
+          if (z.streams == 2) {
+            const vf second = row[r].weight(1, load(at[1] + shift), z.exponent), gated = second * all(row[r].gate);
+            weights[r] = first - gated;
+            grads[1][r] = unless_one(second, gated * (all(row[r].delta[1]) - grad));
+          }
+        }
+        keep(i, c, grads, weights, at, count, space);
+      }
+    }
+  }
+
+  // A weight of one leaves nothing for the other keys, so the softmax does not move: the difference of two roundings of
+  // dP would be all there is.
+  static vf unless_one(vf weight, vf grad) { return weight == all(1.0f) ? all(0.0f) : grad; }
+
+  struct Row {
+    float reference[2], inverse[2], delta[2], gate;
+    vf weight(int s, vf logit, float exponent) const {
+      return exp2((logit - all(reference[s])) * all(exponent)) * all(inverse[s]);
+    }
+  };
+
+  Row row_constants(int64_t b, int64_t g, int64_t at, const Space& space) const {
+    Row row;
+    for (int s = 0; s < z.streams; s++) {
+      row.reference[s] = space.reference[s * z.rows + at];
+      row.inverse[s] = space.inverse[s * z.rows + at];
+      row.delta[s] = space.delta[s * z.rows + at];
+    }
+    row.gate = z.streams == 2 ? gate_of(b, g, at) : 0.0f;
+    return row;
+  }
+
+  void keep(int64_t i, int64_t c, const vf grads[2][Unit::PER_UNIT], const vf weights[Unit::PER_UNIT], float* const at[3],
+            int64_t count, const Space& space) const {
+    if constexpr (Unit::PER_UNIT == 1) {
+      for (int s = 0; s < z.streams; s++) store(at[s] + c, grads[s][0]);
+      store(at[z.streams] + c, weights[0]);
+    } else {
+      for (int s = 0; s < z.streams; s++) {
+        // Read before written: the halves of a row lie in the first half of its floats.
+        store_halves(reinterpret_cast<uint16_t*>(at[s]) + c, grads[s][0]);
+        if (i + 1 < count) store_halves(reinterpret_cast<uint16_t*>(at[s] + TILE) + c, grads[s][1]);
+        store(space.turned + (s * ROWS + i / 2) * TILE + c, pair_up<Unit>(grads[s][0], grads[s][1]));
+      }
+      store(space.turned + (z.streams * ROWS + i / 2) * TILE + c, pair_up<Unit>(weights[0], weights[1]));
+    }
+  }
+
+  void write_keys(int64_t b, int64_t g, int64_t block, const Space& space) const {
+    const vf scale = all(p.scale < 0 ? -p.scale : p.scale);
+    for (int64_t j = 0; j < keys_of(block); j++) {
+      const int64_t token = block * BLOCK + j;
+      for (int s = 0; s < z.key_streams; s++)
+        for (int64_t c = 0; c < z.d; c += VL)
+          store_some(row_of<Number>(p.grad_k[s], b, g, token) + c,
+                     load(space.grad_k + (s * BLOCK + j) * z.d_wide + c) * scale, z.d - c);
+      for (int64_t c = 0; c < z.e; c += VL)
+        store_some(row_of<Number>(p.grad_v, b, g, token) + c, load(space.grad_v + j * z.e_wide + c), z.e - c);
+    }
+  }
+};
+
+}  // namespace clearhead::CLEARHEAD_ISA

@@ -1,0 +1,255 @@
+// The forward pass.
+//
+// For a chunk of ROWS query rows, over the blocks of BLOCK keys that they see (m, s, O per row and stream, start −inf, 0, 0):
+//
+//   S_s = Q_s K_sᵀ                                       one product a stream
+//   m_s = max(m_s, max S_s);  P_s = exp(scale (S_s − m_s));  s_s += ΣP_s     the reference m moves only when it must
+//   O_s = O_s + P_s V                                    the block of V is read once for both streams
+//   at the end   O = O_1 / s_1 − gate · O_2 / s_2
+//
+// Multiply-adds for a head, query and key: streams · (D + E). With D = d, E = 2d and two streams that is 6d, against 4d
+// for two softmax heads of width d. The second stream's output O_2 / s_2 is kept for the backward pass.
+#pragma once
+#include "rows.h"
+
+namespace clearhead::CLEARHEAD_ISA {
+
+constexpr float LOG2_E = 1.44269504f;
+constexpr float SLACK = 8.0f;  // logits may exceed the reference by a factor 2^SLACK before the sums are rescaled
+constexpr int64_t TILE = BLOCK + VL;  // row stride of a tile: off the power of two that would map rows to one cache set
+
+// Sizes in units and numbers that both passes share.
+template <class Unit>
+struct Sizes {
+  int streams, key_streams;
+  int64_t d, e;          // widths D and E
+  int64_t d_units;       // units of a row of Q or K
+  int64_t d_wide, e_wide;  // widths rounded up to whole vectors
+  int64_t d_panels, e_panels;  // and to whole panels, the room a stacked operand takes for each row
+  int64_t d_left;        // row stride of a left operand of width D
+  int64_t rows;          // rows of a group's list
+  int64_t chunks, blocks;
+  float exponent;        // |scale| · log2(e), so that 2^(exponent · x) = e^(|scale| · x)
+  int32_t flip;          // sign bits that turn Q into −Q when scale is negative
+
+  explicit Sizes(const clearhead_problem& p)
+      : streams(p.streams), key_streams(p.key_streams), d(p.key_width), e(p.value_width), d_units(units<Unit>(p.key_width)),
+        d_wide(rounded_up(p.key_width, VL)), e_wide(rounded_up(p.value_width, VL)),
+        d_panels(rounded_up(p.key_width, PANEL)), e_panels(rounded_up(p.value_width, PANEL)),
+        d_left(rounded_up(units<Unit>(p.key_width), VL) + VL), rows(p.heads / p.groups * p.queries),
+        chunks((rows + ROWS - 1) / ROWS), blocks((p.keys + BLOCK - 1) / BLOCK) {
+    const float magnitude = p.scale < 0 ? -p.scale : p.scale;
+    exponent = magnitude * LOG2_E;
+    if (exponent < 1e-30f) exponent = 1e-30f;  // −inf · 0 would be NaN
+    flip = p.scale < 0 ? (Unit::PER_UNIT == 2 ? static_cast<int32_t>(0x80008000u) : static_cast<int32_t>(0x80000000u)) : 0;
+  }
+};
+
+template <class Number>
+CLEARHEAD_INLINE Number* row_of(const clearhead_tensor& tensor, int64_t b, int64_t head, int64_t token) {
+  return static_cast<Number*>(tensor.data) + b * tensor.batch + head * tensor.head + token * tensor.token;
+}
+
+template <class Unit, class Number>
+class Forward {
+ public:
+  Forward(const clearhead_problem& problem, const Ids& ids) : p(problem), ids(ids), z(problem) {}
+
+  int64_t block_floats() const { return z.key_streams * z.d_units * BLOCK + units<Unit>(BLOCK) * z.e_panels; }
+  int64_t scratch_floats() const {
+    return z.streams * ROWS * (z.d_left + TILE + z.e_wide + VL) + 2 * block_floats();
+  }
+  // What one part of the keys leaves behind for a chunk: outputs, references and sums.
+  int64_t state_floats() const { return z.streams * ROWS * (z.e_wide + VL + 1); }
+
+  // One block of keys and values in the layouts of the products; false if a number in it is not finite.
+  bool pack_block(int64_t b, int64_t g, int64_t block, const uint8_t* visible, float* to) const {
+    const int64_t begin = block * BLOCK, count = keys_of(block);
+    bool finite = true;
+    for (int s = 0; s < z.key_streams; s++, to += z.d_units * BLOCK)
+      finite &= pack_transposed<Unit>(row_of<Number>(p.k[s], b, g, begin), p.k[s].token, count, z.d, visible, to);
+    return pack_stacked<Unit>(row_of<Number>(p.v, b, g, begin), p.v.token, count, z.e, visible, 0, to) && finite;
+  }
+
+  const uint8_t* padding(int64_t b, int64_t block) const {
+    return p.padding ? p.padding + b * p.padding_batch + block * BLOCK : nullptr;
+  }
+
+  // State of a chunk: per stream ROWS outputs, ROWS x VL partial sums, ROWS references.
+  struct State {
+    float *out, *sums, *reference;
+    State(float* at, const Sizes<Unit>& z)
+        : out(at), sums(at + z.streams * ROWS * z.e_wide), reference(sums + z.streams * ROWS * VL) {}
+  };
+
+  // Rows from `begin` on, against blocks first, first + step, ...; packed blocks if there are any, else packed here.
+  void run(int64_t b, int64_t g, int64_t begin, int64_t first, int64_t step, const float* packed, const uint8_t* finite,
+           float* scratch, float* state_at) const {
+    Rows rows;
+    rows.place(p, ids, b, begin, z.rows - begin < ROWS ? z.rows - begin : ROWS);
+    State state(state_at, z);
+    clear(state);
+    float* left = scratch;
+    float* tile = left + z.streams * ROWS * z.d_left;
+    float* local = tile + z.streams * ROWS * TILE;
+    for (int s = 0; s < z.streams; s++)
+      for (int64_t i = 0; i < rows.count; i++)
+        pack_left_row<Unit>(query_row(s, b, g, begin + i), z.d, z.flip, left + (s * ROWS + i) * z.d_left);
+    int64_t block = rows.first / BLOCK;
+    block += (first - block % step + step) % step;
+    for (; block * BLOCK < rows.last; block += step) {
+      const View view = rows.view(block * BLOCK, keys_of(block));
+      if (view == View::NONE) continue;
+      const float* operands = packed + block * block_floats();
+      bool clean = true;
+      if (packed) {
+        clean = finite[block];
+      } else {
+        clean = pack_block(b, g, block, padding(b, block), local);
+        operands = local;
+      }
+      if (clean || view == View::ALL)
+        add_block(rows, 0, view, block, left, operands, tile, state);
+      else
+        add_block_by_rows(rows, b, g, block, left, local + block_floats(), tile, state);
+    }
+  }
+
+  // Adds the state of another part of the keys.
+  void merge(const State& into, const State& from) const {
+    for (int s = 0; s < z.streams; s++)
+      for (int64_t i = 0; i < ROWS; i++) {
+        const int64_t at = s * ROWS + i;
+        const float ours = into.reference[at], theirs = from.reference[at];
+        if (theirs == -__builtin_inff() && sum_of(load(from.sums + at * VL)) == 0.0f) continue;
+        const float best = theirs > ours ? theirs : ours;
+        const vf keep = weight(ours, best), take = weight(theirs, best);
+        store(into.sums + at * VL, load(into.sums + at * VL) * keep + load(from.sums + at * VL) * take);
+        for (int64_t c = 0; c < z.e_wide; c += VL) {
+          float* out = into.out + at * z.e_wide + c;
+          store(out, load(out) * keep + load(from.out + at * z.e_wide + c) * take);
+        }
+        into.reference[at] = best;
+      }
+  }
+
+  // Mixes the streams and writes the rows from `begin` on.
+  void finish(int64_t b, int64_t g, int64_t begin, const State& state) const {
+    const int64_t count = z.rows - begin < ROWS ? z.rows - begin : ROWS;
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t head = head_of(g, begin + i), token = (begin + i) % p.queries;
+      float inverse[2] = {0, 0};
+      for (int s = 0; s < z.streams; s++) {
+        const float sum = sum_of(load(state.sums + (s * ROWS + i) * VL));
+        inverse[s] = sum == 0.0f ? 0.0f : 1.0f / sum;  // a row that saw nothing gives zeros
+        if (p.statistics) {
+          const int64_t size = p.batch * p.heads * p.queries, at = (b * p.heads + head) * p.queries + token;
+          p.statistics[(2 * s) * size + at] = state.reference[s * ROWS + i];
+          p.statistics[(2 * s + 1) * size + at] = sum;
+        }
+      }
+      Number* out = row_of<Number>(p.out, b, head, token);
+      const float* signal = state.out + i * z.e_wide;
+      if (z.streams == 1) {
+        for (int64_t c = 0; c < z.e; c += VL) store_some(out + c, load(signal + c) * all(inverse[0]), z.e - c);
+        continue;
+      }
+      const vf gate = all(*row_of<float>(p.gate, b, head, token));
+      const float* second = state.out + (ROWS + i) * z.e_wide;
+      for (int64_t c = 0; c < z.e; c += VL) {
+        const vf noise = load(second + c) * all(inverse[1]);
+        store_some(out + c, load(signal + c) * all(inverse[0]) - gate * noise, z.e - c);
+        if (p.noise.data) store_some(row_of<Number>(p.noise, b, head, token) + c, noise, z.e - c);
+      }
+    }
+  }
+
+  const Sizes<Unit>& sizes() const { return z; }
+
+ private:
+  const clearhead_problem& p;
+  const Ids& ids;
+  const Sizes<Unit> z;
+
+  int64_t keys_of(int64_t block) const { return p.keys - block * BLOCK < BLOCK ? p.keys - block * BLOCK : BLOCK; }
+  int64_t head_of(int64_t g, int64_t row) const { return g * (p.heads / p.groups) + row / p.queries; }
+  const Number* query_row(int s, int64_t b, int64_t g, int64_t row) const {
+    return row_of<Number>(p.q[s], b, head_of(g, row), row % p.queries);
+  }
+  vf weight(float reference, float best) const {
+    return reference == -__builtin_inff() ? all(0.0f) : exp2(all((reference - best) * z.exponent));
+  }
+
+  void clear(const State& state) const {
+    memset(state.out, 0, sizeof(float) * static_cast<size_t>(z.streams * ROWS * (z.e_wide + VL)));
+    for (int64_t i = 0; i < z.streams * ROWS; i++) state.reference[i] = -__builtin_inff();
+  }
+
+  // `at`: where the rows begin in left, tile and state.
+  void add_block(const Rows& rows, int64_t at, View view, int64_t block, const float* left, const float* operands,
+                 float* tile, const State& state) const {
+    const int64_t begin = block * BLOCK;
+    int64_t count = keys_of(block);
+    if (rows.last - begin < count) count = rows.last - begin;  // the columns above a causal diagonal are not computed
+    const int64_t columns = rounded_up(count, VL);
+    const float* values = operands + z.key_streams * z.d_units * BLOCK;
+    const int64_t value_panel = PANEL * units<Unit>(keys_of(block));
+    for (int s = 0; s < z.streams; s++) {
+      const int64_t row = s * ROWS + at;
+      float* logits = tile + row * TILE;
+      const float* keys = operands + (z.key_streams == 2 ? s : 0) * z.d_units * BLOCK;
+      product<Unit, true>(rows.count, columns, z.d_units, left + row * z.d_left, z.d_left, keys, PANEL,
+                          PANEL * z.d_units, logits, TILE, false);
+      if (view == View::PART) rows.hide(logits, TILE, begin, columns);
+      weigh(rows.count, columns, logits, state.reference + row, state.sums + row * VL, state.out + row * z.e_wide);
+      product<Unit, true>(rows.count, z.e_wide, units<Unit>(count), logits, TILE, values, PANEL, value_panel,
+                          state.out + row * z.e_wide, z.e_wide, true);
+    }
+  }
+
+  // A block that holds NaN or inf where some row must not look: row by row, with what the row may not see read as zero.
+  void add_block_by_rows(const Rows& rows, int64_t b, int64_t g, int64_t block, const float* left, float* local,
+                         float* tile, const State& state) const {
+    uint8_t visible[BLOCK];
+    for (int64_t i = 0; i < rows.count; i++) {
+      bool some = false;
+      for (int64_t j = 0; j < keys_of(block); j++) some |= visible[j] = rows.sees(i, block * BLOCK + j);
+      if (!some) continue;
+      pack_block(b, g, block, visible, local);
+      add_block(rows.only(i), i, View::PART, block, left, local, tile, state);
+    }
+  }
+
+  // Logits to weights in place (as units), with the row's reference, sums and output kept in step.
+  void weigh(int64_t rows, int64_t columns, float* tile, float* reference, float* sums, float* out) const {
+    const vf exponent = all(z.exponent);
+    for (int64_t i = 0; i < rows; i++) {
+      float* logits = tile + i * TILE;
+      vf most = load(logits);
+      for (int64_t c = VL; c < columns; c += VL) most = greater(load(logits + c), most);
+      if (any_above(most, all(reference[i] + SLACK / z.exponent)))
+        raise(greatest_of(greater(most, all(reference[i]))), reference + i, sums + i * VL, out + i * z.e_wide);
+      // A row that has seen nothing yet has only −inf here, which any finite reference turns into weights of zero.
+      const vf from = all(reference[i] == -__builtin_inff() ? 0.0f : reference[i]);
+      vf sum = load(sums + i * VL);
+      for (int64_t c = 0; c < columns; c += VL) {
+        const vf weight = exp2((load(logits + c) - from) * exponent);
+        sum = sum + weight;
+        if constexpr (Unit::PER_UNIT == 1)
+          store(logits + c, weight);
+        else
+          store_halves(reinterpret_cast<uint16_t*>(logits) + c, weight);
+      }
+      store(sums + i * VL, sum);
+    }
+  }
+
+  void raise(float to, float* reference, float* sums, float* out) const {
+    const vf keep = weight(*reference, to);
+    store(sums, load(sums) * keep);
+    for (int64_t c = 0; c < z.e_wide; c += VL) store(out + c, load(out + c) * keep);
+    *reference = to;
+  }
+};
+
+}  // namespace clearhead::CLEARHEAD_ISA

@@ -1,0 +1,49 @@
+// The C interface of the kernel: one attention, forward or backward, as plain numbers and pointers.
+//
+// Letters: B batch, H query heads of one stream, G key-value heads, L queries, S keys, D key width, E value width.
+// clearhead/kernels/cpu/library.py mirrors this struct; change both and CLEARHEAD_ABI together.
+#pragma once
+#include <stdint.h>
+
+#define CLEARHEAD_ABI 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// (batch, heads, tokens, width): strides in elements, the last one is 1. data is null for a tensor that is not there.
+typedef struct {
+  void* data;
+  int64_t batch, head, token;
+} clearhead_tensor;
+
+typedef struct {
+  int32_t dtype;        // of every tensor but gate, statistics and grad_gate: 0 float32, 1 bfloat16
+  int32_t streams;      // 1: softmax(q kᵀ) v.   2: (softmax(q1 k1ᵀ) − gate · softmax(q2 k2ᵀ)) v
+  int32_t key_streams;  // 2: every stream has its own keys.   1: all read k[0]
+  int32_t causal;
+  int32_t threads;
+  float scale;
+  int64_t batch, heads, groups, queries, keys, key_width, value_width;
+  int64_t offset;                // position of the first query among the keys
+  int64_t window;                // keys a query sees on either side, its own included; 0 for no limit
+  const uint8_t* padding;        // (B or 1, S), nonzero where the key is real; null for none
+  int64_t padding_batch;         // its stride over the batch, 0 when shared
+  const int64_t* documents;      // (B or 1, S); null for none
+  int64_t documents_batch;
+  clearhead_tensor q[2], k[2], v;
+  clearhead_tensor gate;         // float32 (B, H, L)
+  clearhead_tensor out;          // (B, H, L, E)
+  clearhead_tensor noise;        // (B, H, L, E): the second stream's own output, which the backward pass needs
+  float* statistics;             // (streams, 2, B, H, L): each row's reference logit (unscaled) and sum; null if unwanted
+  clearhead_tensor grad_out;
+  clearhead_tensor grad_q[2], grad_k[2], grad_v;
+  float* grad_gate;              // (B, H, L)
+} clearhead_problem;
+
+// Nonzero results of clearhead_forward and clearhead_backward.
+enum { CLEARHEAD_BAD_PROBLEM = 1, CLEARHEAD_NO_MEMORY = 2, CLEARHEAD_NOT_READY = 3 };
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,180 @@
+// Vectors of float in the width of the instruction set this file is compiled for, through the compiler's own vector
+// types; intrinsics only where those have no word for it. Everything is in a namespace named after the set, so that
+// several copies live in one library.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define CLEARHEAD_INLINE static inline __attribute__((always_inline))
+
+namespace clearhead::CLEARHEAD_ISA {
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;  // lanes of a vector
+constexpr int MR = 8;   // rows of a register tile of a matrix product
+#elif defined(__AVX2__)
+constexpr int VL = 8;
+constexpr int MR = 4;
+#else
+constexpr int VL = 4;
+constexpr int MR = 4;
+#endif
+constexpr int PANEL = 2 * VL;  // columns of a register tile
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef float vf_any __attribute__((vector_size(VL * 4), aligned(1), may_alias));
+typedef int32_t vi_any __attribute__((vector_size(VL * 4), aligned(1), may_alias));
+
+CLEARHEAD_INLINE vf load(const void* p) { return *static_cast<const vf_any*>(p); }
+CLEARHEAD_INLINE void store(void* p, vf x) { *static_cast<vf_any*>(p) = x; }
+CLEARHEAD_INLINE vi load_ints(const void* p) { return *static_cast<const vi_any*>(p); }
+
+CLEARHEAD_INLINE vf all(float x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_set1_ps(x);
+#else
+  return vf{x, x, x, x};
+#endif
+}
+
+CLEARHEAD_INLINE vi all_ints(int32_t x) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_set1_epi32(x);
+#elif defined(__AVX2__)
+  return (vi)_mm256_set1_epi32(x);
+#else
+  return vi{x, x, x, x};
+#endif
+}
+
+CLEARHEAD_INLINE vi lane_numbers() {
+  vi lanes;
+  for (int i = 0; i < VL; i++) lanes[i] = i;
+  return lanes;
+}
+
+// Lane by lane; the result is the second argument where the first is NaN.
+CLEARHEAD_INLINE vf greater(vf a, vf b) { return a > b ? a : b; }
+
+CLEARHEAD_INLINE bool any_above(vf a, vf b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
+#else
+  vi above = a > b;
+  return (above[0] | above[1] | above[2] | above[3]) != 0;
+#endif
+}
+
+CLEARHEAD_INLINE float sum_of(vf x) {
+  float total = 0;
+  for (int i = 0; i < VL; i++) total += x[i];
+  return total;
+}
+
+CLEARHEAD_INLINE float greatest_of(vf x) {
+  float best = x[0];
+  for (int i = 1; i < VL; i++) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+// 2^t to 1.1e-7 relative, 0 below 2^-126 and NaN for NaN: 2^n · p(t − n), n the nearest integer, p a minimax polynomial.
+CLEARHEAD_INLINE vf exp2(vf t) {
+#if defined(__AVX512F__)
+  // max(constant, t) keeps a NaN; scalef does the underflow.
+  vf x = (vf)_mm512_max_ps((__m512)all(-200.0f), (__m512)t);
+  vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  vf x = t < all(-126.0f) ? all(-126.0f) : t;
+  vf shifted = x + all(12582912.0f);  // 1.5 · 2^23: the integer ends up in the low bits
+  vf n = shifted - all(12582912.0f);
+#endif
+  vf f = x - n;
+  vf p = all(0.0013264727f);
+  p = p * f + all(0.0096715127f);
+  p = p * f + all(0.0555073374f);
+  p = p * f + all(0.2402224208f);
+  p = p * f + all(0.6931469776f);
+  p = p * f + all(1.0f);
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  vi power = ((vi)shifted - all_ints(0x4b400000) + all_ints(127)) << 23;
+  vf y = p * (vf)power;
+  return t < all(-126.0f) ? all(0.0f) : y;
+#endif
+}
+
+// bfloat16, stored as the upper half of a float; rounded to nearest even, NaN kept.
+CLEARHEAD_INLINE float widen(uint16_t half) {
+  uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+CLEARHEAD_INLINE uint16_t narrow(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+// VL bfloat16 numbers as floats.
+CLEARHEAD_INLINE vf load_halves(const void* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))), 16);
+#elif defined(__AVX2__)
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))), 16);
+#else
+  uint16_t halves[VL];
+  memcpy(halves, p, sizeof halves);
+  vf x;
+  for (int i = 0; i < VL; i++) x[i] = widen(halves[i]);
+  return x;
+#endif
+}
+
+CLEARHEAD_INLINE void store_halves(void* p, vf x) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(static_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+  uint16_t halves[VL];
+  for (int i = 0; i < VL; i++) halves[i] = narrow(x[i]);
+  memcpy(p, halves, sizeof halves);
+#endif
+}
+
+// VL vectors in, their transpose out: log2(VL) perfect shuffles.
+CLEARHEAD_INLINE void transpose(vf rows[VL]) {
+#pragma GCC unroll 4
+  for (int stage = 1; stage < VL; stage *= 2) {
+    vf mixed[VL];
+#pragma GCC unroll 8
+    for (int i = 0; i < VL / 2; i++) {
+      vf a = rows[i], b = rows[i + VL / 2];
+#if defined(__AVX512F__)
+      mixed[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      mixed[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(__AVX2__)
+      mixed[2 * i] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+      mixed[2 * i + 1] = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+      mixed[2 * i] = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+      mixed[2 * i + 1] = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) rows[i] = mixed[i];
+  }
+}
+
+}  // namespace clearhead::CLEARHEAD_ISA
