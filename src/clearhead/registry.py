@@ -26,7 +26,9 @@ ENGINES = {
     "flex": "clearhead.engines.flex:Flex",
     "eager": "clearhead.engines.eager:Eager",
 }
-KERNELS: dict[str, str] = {}
+KERNELS = {
+    "cpu": "clearhead.kernels.cpu.kernel:Cpu",
+}
 EVALUATIONS = {
     "language_modelling": "clearhead.evals.language_modelling:LanguageModelling",
     "loss_by_position": "clearhead.evals.loss_by_position:LossByPosition",

@@ -1,0 +1,160 @@
+"""The fused CPU kernel as a backend: what it takes, where it wins, and how tensors reach the C interface."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clearhead.core.dispatch import Kernel, Problem
+from clearhead.core.heads import Heads
+from clearhead.core.masks import MaskSpec
+from clearhead.kernels import ops
+from clearhead.kernels.cpu import library
+
+MASKS = frozenset({"causal", "padding", "documents", "window"})
+WIDEST = 512
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_MIXING = {1: "single", 2: "difference"}
+
+
+class Cpu(Kernel):
+    """One or two softmax maps combined and applied without being held: linear memory, float32 and bfloat16.
+
+    The algorithm and its arithmetic are in the header comments of `src/forward.h` and `src/backward.h`.
+    """
+
+    name = "cpu"
+
+    def refusal(self, problem: Problem) -> str | None:
+        if problem.device != "cpu":
+            return f"it runs on cpu, not on {problem.device}"
+        reason = library.missing()
+        if reason is not None:
+            return reason
+        if problem.needs_maps:
+            return "it does not return attention maps"
+        if problem.dtype not in _DTYPES:
+            return f"it computes in bfloat16, float32, not in {str(problem.dtype).removeprefix('torch.')}"
+        if _MIXING.get(problem.streams) != problem.mixing:
+            return f"it knows one stream, or the difference of two, not {problem.streams} with another mixing"
+        if problem.mask - MASKS:
+            return f"it cannot express a mask with {', '.join(sorted(problem.mask - MASKS))}"
+        widest = max(problem.key_width, problem.value_width)
+        return f"it takes heads up to {WIDEST} wide, not {widest}" if widest > WIDEST else None
+
+    def run(self, heads: Heads, mask: MaskSpec, scale: float) -> Tensor:
+        q1, k1, v, gate = heads.q[0], heads.k[0], heads.v, heads.gate
+        q2 = heads.q[1] if len(heads.q) == 2 else None
+        k2 = heads.k[1] if len(heads.k) == 2 else None
+        if gate is not None:
+            gate = gate.float().expand(*q1.shape[:3], 1)
+        differentiable = [x for x in (*heads.q, *heads.k, v, gate) if x is not None]
+        keep = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
+        shifted = isinstance(mask.offset, Tensor)
+        offset = k1.shape[2] - q1.shape[2] if mask.offset is None or shifted else mask.offset
+        out, _, _ = torch.ops.clearhead.fused_attention(
+            q1,
+            q2,
+            k1,
+            k2,
+            v,
+            gate,
+            mask.key_padding,
+            None if mask.documents is None else mask.documents.long(),
+            mask.offset if shifted else None,
+            offset,
+            mask.window or 0,
+            mask.is_causal,
+            scale,
+            keep,
+        )
+        return out
+
+
+def _tensor(x: Tensor) -> library.Tensor:
+    batch, head, token = x.stride()[:3]
+    return library.Tensor(x.data_ptr(), batch, head, token)
+
+
+def _contiguous_width(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def _row_stride(x: Tensor) -> int:
+    # One row may stand for the whole batch.
+    return x.stride(0) if x.shape[0] > 1 else 0
+
+
+class _Call:
+    """A problem in C's words, and the tensors it points at, kept alive with it."""
+
+    def __init__(self, inputs: ops.Inputs) -> None:
+        self.q = tuple(_contiguous_width(x) for x in (inputs.q1, inputs.q2) if x is not None)
+        self.k = tuple(_contiguous_width(x) for x in (inputs.k1, inputs.k2) if x is not None)
+        self.v = _contiguous_width(inputs.v)
+        self.masks = tuple(None if x is None else x.contiguous() for x in (inputs.padding, inputs.documents))
+        batch, heads, length, width = self.q[0].shape
+        self.problem = problem = library.Problem(
+            dtype=_DTYPES[self.v.dtype],
+            streams=len(self.q),
+            key_streams=len(self.k),
+            causal=inputs.causal,
+            threads=torch.get_num_threads(),
+            scale=inputs.scale,
+            batch=batch,
+            heads=heads,
+            groups=self.v.shape[1],
+            queries=length,
+            keys=self.v.shape[2],
+            key_width=width,
+            value_width=self.v.shape[3],
+            offset=inputs.offset if inputs.position is None else int(inputs.position),
+            window=inputs.window,
+            v=_tensor(self.v),
+        )
+        for to, tensors in ((problem.q, self.q), (problem.k, self.k)):
+            for i, x in enumerate(tensors):
+                to[i] = _tensor(x)
+        if inputs.gate is not None:
+            problem.gate = _tensor(inputs.gate)
+        padding, documents = self.masks
+        if padding is not None:
+            problem.padding, problem.padding_batch = padding.data_ptr(), _row_stride(padding)
+        if documents is not None:
+            problem.documents, problem.documents_batch = documents.data_ptr(), _row_stride(documents)
+
+
+@torch.library.impl("clearhead::fused_attention", "CPU")
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, keep = ops.Inputs(*arguments[:-1]), arguments[-1]
+    call = _Call(inputs)
+    out, noise, statistics = ops.outputs(inputs, keep)
+    call.problem.out = _tensor(out)
+    if keep:
+        call.problem.statistics = statistics.data_ptr()
+        if inputs.q2 is not None:
+            call.problem.noise = _tensor(noise)
+    library.load().forward(call.problem)
+    return out, noise, statistics
+
+
+@torch.library.impl("clearhead::fused_attention_backward", "CPU")
+def _backward(
+    grad: Tensor, out: Tensor, noise: Tensor, statistics: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    inputs = ops.Inputs(*arguments)
+    call = _Call(inputs)
+    problem = call.problem
+    grad, out, statistics = _contiguous_width(grad), _contiguous_width(out), statistics.contiguous()
+    gradients = ops.gradients(inputs)
+    problem.out, problem.grad_out, problem.statistics = _tensor(out), _tensor(grad), statistics.data_ptr()
+    for s in range(len(call.q)):
+        problem.grad_q[s] = _tensor(gradients[s])
+    for s in range(len(call.k)):
+        problem.grad_k[s] = _tensor(gradients[2 + s])
+    problem.grad_v = _tensor(gradients[4])
+    if inputs.q2 is not None:
+        noise = _contiguous_width(noise)
+        problem.noise, problem.grad_gate = _tensor(noise), gradients[5].data_ptr()
+    library.load().backward(problem)
+    return gradients

@@ -1,0 +1,123 @@
+"""The operators behind the fused kernels: schemas, shapes and gradients, in torch alone.
+
+    fused_attention(q1, q2?, k1, k2?, v, gate?, ...) -> out, noise, statistics
+
+softmax(scale · q1 k1ᵀ + mask) v, or with q2 and gate (softmax(scale · q1 k1ᵀ) − gate · softmax(scale · q2 k2ᵀ)) v;
+without k2 both streams read k1. A device's kernel implements `fused_attention` and `fused_attention_backward` for its
+dispatch key (`clearhead.kernels.cpu.kernel` for CPU). `noise` is the second stream's own output and `statistics`
+(streams, 2, B, H, L) each row's reference logit and sum; both are empty unless `keep` asks for them, which the gradient
+needs.
+
+Legend: B batch, H query heads of one stream, G key-value heads, L queries, S keys, D key width, E value width.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_INPUTS = (
+    "Tensor q1, Tensor? q2, Tensor k1, Tensor? k2, Tensor v, Tensor? gate, Tensor? padding, Tensor? documents, "
+    "Tensor? position, SymInt offset, SymInt window, bool causal, float scale"
+)
+
+torch.library.define(
+    "clearhead::fused_attention", f"({_INPUTS}, bool keep) -> (Tensor out, Tensor noise, Tensor statistics)"
+)
+torch.library.define(
+    "clearhead::fused_attention_backward",
+    f"(Tensor grad, Tensor out, Tensor noise, Tensor statistics, {_INPUTS}) -> "
+    "(Tensor q1, Tensor q2, Tensor k1, Tensor k2, Tensor v, Tensor gate)",
+)
+
+
+class Inputs(NamedTuple):
+    """What both operators take, in the order of their schemas.
+
+    q1, q2 (B, H, L, D); k1, k2 (B, G, S, D); v (B, G, S, E); gate (B, H, L, 1) float32; padding (B or 1, S) bool, True
+    where the key is real; documents (B or 1, S) int64; position a scalar int64 that replaces offset, the position of
+    the first query among the keys; window as in `MaskSpec`, 0 for none.
+    """
+
+    q1: Tensor
+    q2: Tensor | None
+    k1: Tensor
+    k2: Tensor | None
+    v: Tensor
+    gate: Tensor | None
+    padding: Tensor | None
+    documents: Tensor | None
+    position: Tensor | None
+    offset: int
+    window: int
+    causal: bool
+    scale: float
+
+
+def outputs(inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Unwritten `out`, `noise` and `statistics`; tokens outermost, so that merging the heads costs nothing."""
+    q1, q2, v = inputs.q1, inputs.q2, inputs.v
+    batch, heads, queries = q1.shape[:3]
+    size = (batch, queries, heads, v.shape[3])
+    out = v.new_empty(size).transpose(1, 2)
+    if not keep:
+        return out, v.new_empty(0), q1.new_empty(0, dtype=torch.float32)
+    streams = 1 if q2 is None else 2
+    noise = v.new_empty(0) if q2 is None else v.new_empty(size).transpose(1, 2)
+    return out, noise, q1.new_empty((streams, 2, batch, heads, queries), dtype=torch.float32)
+
+
+def gradients(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Unwritten gradients of q1, q2, k1, k2, v and gate, empty where there is no such input."""
+
+    q1, q2, v = inputs.q1, inputs.q2, inputs.v
+
+    def like(x: Tensor | None) -> Tensor:
+        if x is None:
+            return v.new_empty(0)
+        return torch.empty_like(x) if x.stride(3) == 1 else x.new_empty(x.shape)
+
+    gate = q1.new_empty(0 if q2 is None else (*q1.shape[:3], 1), dtype=torch.float32)
+    return like(q1), like(q2), like(inputs.k1), like(inputs.k2), like(v), gate
+
+
+@torch.library.register_fake("clearhead::fused_attention")
+def _(*call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return outputs(Inputs(*call[:-1]), call[-1])
+
+
+@torch.library.register_fake("clearhead::fused_attention_backward")
+def _(grad: Tensor, out: Tensor, noise: Tensor, statistics: Tensor, *call: Any) -> tuple[Tensor, ...]:
+    return gradients(Inputs(*call))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *call, keep = inputs
+    if not keep:
+        raise RuntimeError(
+            "fused_attention was asked for a gradient but not to keep what it needs (keep=True)"
+        )
+    tensors, ctx.numbers = call[:9], call[9:]
+    ctx.save_for_backward(*output, *tensors)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 14
+    saved = ctx.saved_tensors
+    q1, q2, k1, k2, v, gate = torch.ops.clearhead.fused_attention_backward(grad, *saved, *ctx.numbers)
+    second, own_keys = saved[4] is not None, saved[6] is not None
+    return (
+        q1,
+        q2 if second else None,
+        k1,
+        k2 if own_keys else None,
+        v,
+        gate if second else None,
+        *(None,) * 8,
+    )
+
+
+torch.library.register_autograd("clearhead::fused_attention", _differentiate, setup_context=_save)
