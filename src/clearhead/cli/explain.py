@@ -39,7 +39,11 @@ def command(
     length = context or length
     console = Console(highlight=False, soft_wrap=True)
     console.print(_costs(models, length, floats[dtype]))
-    console.print('\n"<- auto" marks what models take by themselves: attn_implementation="clearhead", the default.')
+    console.print(
+        '\n"<- auto" marks what models take by themselves: attn_implementation="clearhead", the default.'
+    )
+    if device == "cpu":
+        console.print(f"The CPU kernel: {escape(_cpu_kernel())}.")
     for name, config in models.items():
         console.print(f"\n[bold]{escape(name)}[/bold]: {config.attention} {config.attention_options or ''}")
         for situation, problem in _problems(config, length, device, floats[dtype]).items():
@@ -135,6 +139,13 @@ def _problems(config: "ClearheadConfig", length: int, device: str, dtype: object
         f"generating token {length} from the cache": problem(1, causal),
         "looking at attention maps": problem(length, causal, maps=True),
     }
+
+
+def _cpu_kernel() -> str:
+    from clearhead.kernels.cpu import library
+
+    reason = library.missing()
+    return f"instruction set {library.load().isa()}" if reason is None else reason.removesuffix(".")
 
 
 def _plans(problem: "Problem") -> list[str]:
