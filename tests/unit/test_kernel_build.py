@@ -280,7 +280,7 @@ def test_why_it_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch._C, "__file__", str(small))
     assert "has no torch_parallel_for" in str(library._open(library.FOLDER))
-    monkeypatch.setattr(library, "_found", {library.FOLDER: "of a test"})
+    monkeypatch.setattr(library, "_found", ["of a test"])
     assert library.missing() == "of a test"
     with pytest.raises(RuntimeError, match="the CPU kernel cannot be used: of a test"):
         library.load()

@@ -25,6 +25,10 @@ class Cpu(Kernel):
 
     name = "cpu"
 
+    def __init__(self) -> None:
+        # Looked for here, so that nothing is left to load inside `torch.compile`.
+        library.missing()
+
     def refusal(self, problem: Problem) -> str | None:
         if problem.device != "cpu":
             return f"it runs on cpu, not on {problem.device}"
@@ -124,7 +128,7 @@ class _Call:
             problem.documents, problem.documents_batch = documents.data_ptr(), _row_stride(documents)
 
 
-@torch.library.impl("clearhead::fused_attention", "CPU")
+@torch.library.impl("clearhead::fused_attention", "CPU")  # type: ignore[untyped-decorator]
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs, keep = ops.Inputs(*arguments[:-1]), arguments[-1]
     call = _Call(inputs)
@@ -138,7 +142,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return out, noise, statistics
 
 
-@torch.library.impl("clearhead::fused_attention_backward", "CPU")
+@torch.library.impl("clearhead::fused_attention_backward", "CPU")  # type: ignore[untyped-decorator]
 def _backward(
     grad: Tensor, out: Tensor, noise: Tensor, statistics: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:

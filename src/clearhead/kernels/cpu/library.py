@@ -106,8 +106,8 @@ class Library:
             raise RuntimeError(f"the CPU kernel failed: {FAILURES.get(code, f'error {code}')}")
 
 
-# Not functools.cache: `torch.compile` looks inside it.
-_found: dict[Path, Library | str] = {}
+# The library or the reason, once looked for. Not functools.cache: `torch.compile` looks inside it.
+_found: list[Library | str] = []
 
 
 def load() -> Library:
@@ -125,9 +125,9 @@ def missing() -> str | None:
 
 
 def _find() -> Library | str:
-    if FOLDER not in _found:
-        _found[FOLDER] = _open(FOLDER)
-    return _found[FOLDER]
+    if not _found:
+        _found.append(_open(FOLDER))
+    return _found[0]
 
 
 def _open(folder: Path) -> Library | str:
