@@ -13,7 +13,8 @@ LAYERS = (
     {"variants", "positions", "engines", "kernels"},
     {"nn", "functional", "models"},
     {"data", "train", "evals"},
-    {"report", "cli"},
+    {"report", "bench"},
+    {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Entry points: they belong to no layer and are imported by none.

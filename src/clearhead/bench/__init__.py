@@ -1,0 +1,1 @@
+"""Measured speed and memory: cases as data, peers interleaved in one process, a correctness gate before any time."""

@@ -1,0 +1,256 @@
+"""The ways to compute one attention, each ready to be checked and timed.
+
+Legend: B batch, H output heads, G key-value heads, L queries, S keys, D key width, E value width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clearhead.bench.cases import (
+    KERNEL,
+    KERNEL_ONE,
+    NAIVE,
+    SAME_QUERIES,
+    TWIN,
+    AttentionCase,
+    Case,
+    Formula,
+)
+from clearhead.core.attend import Prepared, attend, difference, problem_of, single
+from clearhead.core.dispatch import Engine, Plan, Problem, load_backend
+from clearhead.core.heads import Heads
+from clearhead.core.legalise import Lowering
+from clearhead.core.masks import MaskSpec
+from clearhead.functional import attention, differential_attention
+from clearhead.registry import names
+
+
+class Unavailable(Exception):
+    """A peer that cannot run here; the message is its reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Arguments as `clearhead.functional` takes them; `gate` is λ, or None for softmax attention.
+
+    q (B, 2H, L, D) with the streams of a head next to each other, k (B, 2G, S, D) or (B, G, S, D), v (B, G, S, E),
+    gate (1, 1, 1, 1) for V1, which has one λ a layer, and (B, H, L, 1) for V2.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.q, self.k, self.v) if self.gate is None else (self.q, self.k, self.v, self.gate)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
+        return Inputs(*(change(x) for x in self.tensors()))
+
+
+Run = Callable[[Inputs], Tensor]
+
+
+def _unchanged(inputs: Inputs) -> Inputs:
+    return inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """run is what is timed; arrange, which puts the case's inputs in this peer's own layout, is not.
+
+    tokens_first: the output is (B, L, heads, width), not (B, heads, L, width).
+    """
+
+    run: Run
+    formula: Formula = "variant"
+    arrange: Callable[[Inputs], Inputs] = _unchanged
+    tokens_first: bool = False
+
+    def present(self, output: Tensor) -> Tensor:
+        """The output as (B, heads, L, width)."""
+        return output.transpose(1, 2) if self.tokens_first else output
+
+
+def dtype_of(case: Case) -> torch.dtype:
+    found = getattr(torch, case.dtype)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def shapes(case: AttentionCase) -> tuple[tuple[int, ...], ...]:
+    """Of q, k and v."""
+    return (
+        (case.batch, case.streams * case.heads, case.queries, case.width),
+        (case.batch, case.key_streams * case.groups, case.keys, case.width),
+        (case.batch, case.groups, case.keys, case.value_width),
+    )
+
+
+def make_inputs(case: AttentionCase, seed: int = 0) -> Inputs:
+    """Random inputs of the case, ready for gradients if it has a backward pass."""
+    rng = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(shape, generator=rng).to(dtype_of(case)) for shape in shapes(case))
+    gate = None
+    if case.variant == "differential":
+        gate = torch.full((1, 1, 1, 1), 0.4)
+    elif case.variant == "differential_v2":
+        gate = torch.randn(case.batch, case.heads, case.queries, 1, generator=rng).sigmoid()
+    return Inputs(q, k, v, gate).map(lambda x: x.requires_grad_(case.backward))
+
+
+def timed_call(peer: Peer, case: AttentionCase) -> Callable[[], object]:
+    """One call of `peer`, its inputs made, arranged and contiguous: the output, and the gradients if asked."""
+    arranged = peer.arrange(make_inputs(case))
+    leaves = arranged.map(lambda x: x.detach().contiguous().requires_grad_(case.backward))
+    if not case.backward:
+        return torch.no_grad()(lambda: peer.run(leaves))
+    softmax = peer.formula == "softmax"
+    heads, width = (case.streams * case.heads, case.width) if softmax else (case.heads, case.value_width)
+    cotangent = torch.randn(case.batch, heads, case.queries, width, dtype=dtype_of(case))
+    cotangent = peer.present(cotangent).contiguous()
+    return lambda: torch.autograd.grad(peer.run(leaves), leaves.tensors(), cotangent)
+
+
+def build(name: str, case: AttentionCase) -> Peer:
+    """The peer of that name for `case`; `Unavailable` with the reason if it cannot run."""
+    return PEERS[name](case)
+
+
+def as_softmax(inputs: Inputs) -> Inputs:
+    """The same numbers as softmax attention alone: the wide value of V1 becomes a value head for each stream."""
+    width, value = inputs.q.shape[-1], inputs.v
+    if value.shape[-1] != width:
+        value = value.unflatten(-1, (-1, width)).permute(0, 1, 3, 2, 4).flatten(1, 2)
+    return Inputs(inputs.q, inputs.k, value)
+
+
+def _as_halves(inputs: Inputs) -> Inputs:
+    """DiffLlama's order: the signal of every head, then the noise of every head; values and keys alike."""
+
+    def sides(x: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+
+    value = sides(as_softmax(inputs).v)
+    return Inputs(sides(inputs.q), sides(inputs.k), value, inputs.gate)
+
+
+def _streams(inputs: Inputs) -> Heads:
+    if inputs.gate is None:
+        return Heads((inputs.q,), (inputs.k,), inputs.v)
+    q = inputs.q.unflatten(1, (-1, 2)).unbind(2)
+    shared = inputs.k.shape[1] == inputs.v.shape[1]
+    return Heads(
+        q, (inputs.k,) if shared else inputs.k.unflatten(1, (-1, 2)).unbind(2), inputs.v, inputs.gate
+    )
+
+
+def problem(case: AttentionCase, formula: Formula = "variant") -> Problem:
+    """The case as the choice of a backend sees it."""
+    q, k, v = (torch.empty(shape, dtype=dtype_of(case), device="meta") for shape in shapes(case))
+    inputs = Inputs(q, k, v, None if case.variant == "softmax" else q[:, ::2, :, :1])
+    heads = _streams(as_softmax(inputs) if formula == "softmax" else inputs)
+    mix = single if len(heads.q) == 1 else difference
+    found = problem_of(heads, MaskSpec(is_causal=case.causal), mix)
+    return replace(found, device="cpu", needs_grad=case.backward)
+
+
+def refusal(backend: str, problem: Problem) -> str | None:
+    """Why `backend` cannot run `problem`, or None."""
+    if backend not in (*names("kernels"), *names("engines")):
+        return f"there is no kernel {backend!r} in this installation"
+    return load_backend(backend).refusal(problem)
+
+
+def _through(backend: str, formula: Formula = "variant") -> Callable[[AttentionCase], Peer]:
+    """The public function with an explicit backend."""
+
+    def made(case: AttentionCase) -> Peer:
+        reason = refusal(backend, problem(case, formula))
+        if reason is not None:
+            raise Unavailable(reason)
+
+        def run(inputs: Inputs) -> Tensor:
+            q, k, v, gate = inputs.q, inputs.k, inputs.v, inputs.gate
+            if gate is None:
+                return attention(q, k, v, is_causal=case.causal, backend=backend)
+            return differential_attention(q, k, v, gate, is_causal=case.causal, backend=backend)
+
+        return Peer(run, formula, as_softmax if formula == "softmax" else _unchanged)
+
+    return made
+
+
+def _lowered(lowering: Lowering) -> Callable[[AttentionCase], Peer]:
+    """PyTorch's SDPA with the streams rewritten in a given way, the library's choice or not."""
+
+    def made(case: AttentionCase) -> Peer:
+        mask, engine = MaskSpec(is_causal=case.causal), load_backend("sdpa")
+        assert isinstance(engine, Engine)
+        form = engine.prepare(mask, problem(case), lowering)
+        prepared = Prepared(Plan(engine, lowering), form)
+        return Peer(lambda inputs: attend(_streams(inputs), prepared, case.width**-0.5, difference)[0])
+
+    return made
+
+
+def _sdpa(case: AttentionCase) -> Peer:
+    def run(inputs: Inputs) -> Tensor:
+        q, k, v = inputs.q, inputs.k, inputs.v
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=case.causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+    return Peer(run, "softmax", as_softmax)
+
+
+class _Layer(nn.Module):
+    """What transformers' SDPA function reads of the layer that calls it."""
+
+    def __init__(self, num_key_value_groups: int) -> None:
+        super().__init__()
+        self.num_key_value_groups = num_key_value_groups
+
+
+def _diff_llama(case: AttentionCase) -> Peer:
+    """What DiffLlamaAttention of transformers does between its rotation and its norm, on transformers' own SDPA.
+
+    Its projections, rotation and norm are left out, as everyone else's are.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    layer = _Layer(case.heads // case.groups)
+
+    def run(inputs: Inputs) -> Tensor:
+        assert inputs.gate is not None
+        outputs = []
+        for value in torch.chunk(inputs.v, 2, dim=1):
+            wide = value.repeat(1, 2, 1, 1)
+            found, _ = sdpa_attention_forward(
+                layer, inputs.q, inputs.k, wide, None, scaling=case.width**-0.5, is_causal=case.causal
+            )
+            outputs.append(found)
+        signal, noise = torch.chunk(torch.cat(outputs, dim=-1), 2, dim=2)
+        return signal - inputs.gate.to(inputs.q.dtype) * noise
+
+    return Peer(run, arrange=_as_halves, tokens_first=True)
+
+
+PEERS: dict[str, Callable[[AttentionCase], Peer]] = {
+    TWIN: _sdpa,
+    SAME_QUERIES: _sdpa,
+    KERNEL: _through("cpu"),
+    KERNEL_ONE: _through("cpu", "softmax"),
+    NAIVE: _through("eager"),
+    "FlashDiffAttn_1": _lowered(Lowering("FlashDiffAttn_1", 2)),
+    "FlashDiffAttn_1 padded": _lowered(Lowering("FlashDiffAttn_1 padded", 2, pad=True)),
+    "FlashDiffAttn_2": _lowered(Lowering("FlashDiffAttn_2", 2, slices=2)),
+    "stacked": _lowered(Lowering("stacked", 2, stack=True, slices=2)),
+    "grouped (SDPA)": _lowered(Lowering("grouped", 2, stack=True, shares_keys=True)),
+    "DiffLlama": _diff_llama,
+}

@@ -1,0 +1,60 @@
+"""Results as JSON lines, one a peer."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from clearhead.bench.machine import facts, versions
+from clearhead.bench.measure import Spread
+from clearhead.bench.run import Outcome
+
+
+def lines(verb: str, outcome: Outcome) -> list[dict[str, Any]]:
+    """One entry for every peer of a case that was measured, those that could not run with their reason."""
+    case = {key: value for key, value in asdict(outcome.case).items() if key != "peers"}
+    sticks = outcome.yardsticks
+    common = {"machine": facts(), "versions": versions(), "date": date.today().isoformat()}
+    return [
+        {
+            "verb": verb,
+            "case": case,
+            "peer": row.peer,
+            "reference": outcome.case.peers[0],
+            "reason": row.reason,
+            "rounds": outcome.rounds,
+            "time_ms": _scaled(row.seconds, 1e3),
+            "ratio": _scaled(row.ratio, 1.0),
+            "gflops": None if row.rate is None else row.rate / 1e9,
+            "over_reading_kv": {"from_memory": row.reads_memory, "of_its_size": row.reads_same},
+            "extra_bytes": row.extra_bytes,
+            "yardsticks": {
+                "matrix_gflops": sticks and sticks.matrix / 1e9,
+                "copy_from_memory_gb_s": sticks and sticks.copy_memory and sticks.copy_memory / 1e9,
+                "copy_of_its_size_gb_s": sticks and sticks.copy_same and sticks.copy_same / 1e9,
+            },
+            **common,
+        }
+        for row in outcome.rows
+    ]
+
+
+def append(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Add a line for each entry to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as out:
+        for entry in entries:
+            out.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def _scaled(found: Spread | None, factor: float) -> dict[str, float] | None:
+    if found is None:
+        return None
+    return {
+        "median": found.median * factor,
+        "q1": found.q1 * factor,
+        "q3": found.q3 * factor,
+        "min": found.least * factor,
+    }

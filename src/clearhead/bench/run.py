@@ -1,0 +1,178 @@
+"""One case from the gate to its numbers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from clearhead.bench import gate, peers, training
+from clearhead.bench.cases import AttentionCase, Case, TrainCase
+from clearhead.bench.machine import Yardsticks, limited_memory, yardsticks
+from clearhead.bench.measure import Call, Round, Spread, interleaved, ratios, reason_of, spread, warm_up
+from clearhead.bench.memory import extra_memory
+from clearhead.bench.peers import dtype_of
+
+Progress = Callable[[str], None]
+# Makes the inputs of a peer; returns its call and the FLOPs that it needs.
+Start = Callable[[], tuple[Call, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What is known of one peer: its numbers, or the reason why there are none.
+
+    seconds: of a call.   ratio: over the reference in the same round, or of memory.   rate: needed FLOPs a second.
+    reads_memory, reads_same: time over reading keys and values once at the speed of the two copies of `Yardsticks`.
+    extra_bytes: peak memory of a call beyond its inputs.
+    """
+
+    peer: str
+    reason: str | None = None
+    seconds: Spread | None = None
+    ratio: Spread | None = None
+    rate: float | None = None
+    reads_memory: float | None = None
+    reads_same: float | None = None
+    extra_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A case that was measured, as far as it came, or that failed its gate and has no rows."""
+
+    case: Case
+    rows: tuple[Row, ...] = ()
+    rounds: int = 0
+    yardsticks: Yardsticks | None = None
+    red: tuple[str, ...] = ()
+    interrupted: bool = False
+
+
+@dataclass
+class _Field:
+    """The peers of a case: who may start, why the others may not, and what the gate found wrong."""
+
+    starts: dict[str, Start] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    red: list[str] = field(default_factory=list)
+
+
+def run_case(case: Case, rounds: int, progress: Progress) -> Outcome:
+    """Check every peer of `case`, and time them if all are right. Ctrl-C ends it with the rounds that are complete."""
+    progress(f"{case.name}: checking")
+    entered = _attention_field(case) if isinstance(case, AttentionCase) else _training_field(case)
+    if entered.red:
+        return Outcome(case, red=tuple(entered.red))
+    if isinstance(case, AttentionCase) and case.memory:
+        return _memory(case, entered, progress)
+    with limited_memory():
+        return _timed(case, entered, rounds, progress)
+
+
+def _attention_field(case: AttentionCase) -> _Field:
+    entered = _Field()
+    ready: dict[str, peers.Peer] = {}
+    for name in case.peers:
+        try:
+            ready[name] = peers.build(name, case)
+        except peers.Unavailable as error:
+            entered.reasons[name] = str(error)
+    for name, verdicts in gate.check(ready, case).items():
+        entered.red += [f"{name}: {verdict}" for verdict in verdicts if not verdict.green]
+        entered.starts[name] = partial(_start_attention, ready[name], case)
+    return entered
+
+
+def _start_attention(peer: peers.Peer, case: AttentionCase) -> tuple[Call, float]:
+    return peers.timed_call(peer, case), case.flops(peer.formula)
+
+
+def _training_field(case: TrainCase) -> _Field:
+    entered = _Field()
+    for name in case.peers:
+        arm = training.ARMS[name]
+        try:
+            entered.red += [
+                f"{name}: {verdict}" for verdict in training.check(arm, case) if not verdict.green
+            ]
+        except peers.Unavailable as error:
+            entered.reasons[name] = str(error)
+        else:
+            entered.starts[name] = partial(_start_training, arm, case)
+    return entered
+
+
+def _start_training(arm: training.Arm, case: TrainCase) -> tuple[Call, float]:
+    model = training.build(arm, case)
+    return training.timed_step(model, case), training.step_flops(arm, model, case)
+
+
+def _timed(case: Case, entered: _Field, rounds: int, progress: Progress) -> Outcome:
+    progress(f"{case.name}: warming up")
+    sticks = yardsticks(dtype_of(case), _bytes_read(case))
+    calls: dict[str, Call] = {}
+    flops: dict[str, float] = {}
+    for name, start in entered.starts.items():
+        try:
+            calls[name], flops[name] = start()
+        except (RuntimeError, MemoryError) as error:
+            entered.reasons[name] = reason_of(error)
+    entered.reasons |= warm_up(calls)
+    calls = {name: call for name, call in calls.items() if name not in entered.reasons}
+    done: list[Round] = []
+    interrupted = False
+    try:
+        for found in interleaved(calls, rounds):
+            done.append(found)
+            progress(f"{case.name}: round {len(done)} of {rounds}")
+    except KeyboardInterrupt:
+        interrupted = True
+    rows = tuple(
+        Row(name, entered.reasons.get(name, "interrupted before the first round was complete"))
+        if name in entered.reasons or not done
+        else _row(name, case, done, flops[name], sticks)
+        for name in case.peers
+    )
+    return Outcome(case, rows, len(done), sticks, interrupted=interrupted)
+
+
+def _memory(case: AttentionCase, entered: _Field, progress: Progress) -> Outcome:
+    found: dict[str, int] = {}
+    interrupted = False
+    try:
+        for name in entered.starts:
+            progress(f"{case.name}: {name}")
+            count, reason = extra_memory(case, name, torch.get_num_threads())
+            if count is None:
+                entered.reasons[name] = reason or "unknown"
+            else:
+                found[name] = count
+    except KeyboardInterrupt:
+        interrupted = True
+    base = found.get(case.peers[0])
+    rows = []
+    for name in case.peers:
+        count = found.get(name)
+        reason = entered.reasons.get(name, "interrupted before its turn") if count is None else None
+        ratio = spread([count / base]) if count is not None and base else None
+        rows.append(Row(name, reason, ratio=ratio, extra_bytes=count))
+    return Outcome(case, tuple(rows), 1, interrupted=interrupted)
+
+
+def _row(name: str, case: Case, done: Sequence[Round], flops: float, sticks: Yardsticks) -> Row:
+    seconds = spread([found[name] for found in done])
+    reference, read = case.peers[0], _bytes_read(case)
+    return Row(
+        name,
+        seconds=seconds,
+        ratio=ratios(done, name, reference) if reference in done[0] else None,
+        rate=flops / seconds.median,
+        reads_memory=seconds.median * sticks.copy_memory / read if read and sticks.copy_memory else None,
+        reads_same=seconds.median * sticks.copy_same / read if read and sticks.copy_same else None,
+    )
+
+
+def _bytes_read(case: Case) -> int | None:
+    """Bytes of the keys and values of a case with one query, whose time is that of reading them."""
+    return case.key_value_bytes if isinstance(case, AttentionCase) and case.queries == 1 else None

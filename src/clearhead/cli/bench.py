@@ -1,0 +1,135 @@
+"""`clearhead bench`: how fast the attention runs here, beside everything it can be compared with."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clearhead.cli.console import interruptible, say
+
+if TYPE_CHECKING:
+    from clearhead.bench.cases import Case
+
+# Seconds between two lines about one case where there is no terminal.
+LINE_SECONDS = 30.0
+# Characters of a line where there is no terminal to ask.
+FILE_WIDTH = 120
+
+
+class What(StrEnum):
+    """What can be measured."""
+
+    attention = "attention"
+    decode = "decode"
+    train = "train"
+
+
+def command(
+    what: Annotated[
+        What,
+        typer.Argument(
+            help="attention: forward and backward passes, and memory; decode: one query over a long cache; "
+            "train: whole training steps.",
+            show_default=False,
+        ),
+    ],
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="Only cases whose name matches, such as 'v1-2048-*'; may be given several times."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of every peer of a case.")] = 15,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="By default PyTorch's own choice.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines to add to, by default runs/bench/WHAT.jsonl.", show_default=False),
+    ] = None,
+    chart: Annotated[
+        bool, typer.Option("--chart", help="Also draw what was measured, as .png and .svg beside OUT.")
+    ] = False,
+    list_cases: Annotated[bool, typer.Option("--list", help="Only list the cases.")] = False,
+) -> None:
+    """Measure every way to compute an attention that can run here, interleaved in one process, against its twin.
+
+    Every peer is first checked against float64: where one is wrong the case is not timed, and the exit code is 1.
+    Ctrl-C prints what has been measured so far.
+    """
+    from clearhead.bench.cases import select
+
+    cases = select(what.value, case or [])
+    if list_cases:
+        for found in cases:
+            print(f"{found.name:42} {found.title}")
+        return
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    if not run_cases(what.value, cases, rounds, out or Path("runs/bench") / f"{what.value}.jsonl", chart):
+        raise typer.Exit(1)
+
+
+def run_cases(verb: str, cases: "Sequence[Case]", rounds: int, out: Path, chart: bool = False) -> bool:
+    """Measure, print and record `cases`; whether all of them passed their gates."""
+    from rich.console import Console
+
+    from clearhead.bench.chart import draw
+    from clearhead.bench.machine import facts
+    from clearhead.bench.records import append, lines
+    from clearhead.bench.run import run_case
+    from clearhead.cli.bench_table import render
+    from clearhead.train.rundir import check_writable
+
+    check_writable(out.parent)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    console.print(
+        ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in facts().items()), markup=False
+    )
+    measured: list[dict[str, Any]] = []
+    passed = True
+    with interruptible(f"interrupted; what was measured to its end is in {out}"):
+        for case in cases:
+            with _progress() as progress:
+                outcome = run_case(case, rounds, progress)
+            console.print(render(outcome))
+            if outcome.interrupted:
+                raise KeyboardInterrupt
+            if outcome.red:
+                passed = False
+                continue
+            entries = lines(verb, outcome)
+            append(out, entries)
+            measured += entries
+    if measured:
+        say(f"results: {out}")
+    if measured and chart:
+        say(f"chart: {', '.join(str(path) for path in draw(measured, out))}")
+    return passed
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """What is going on: a line that changes in a terminal, a line now and then elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status("") as status:
+            yield status.update
+        return
+    spoken = float("-inf")
+
+    def speak(text: str) -> None:
+        nonlocal spoken
+        if time.monotonic() - spoken >= LINE_SECONDS:
+            say(text)
+            spoken = time.monotonic()
+
+    yield speak

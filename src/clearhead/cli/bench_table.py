@@ -1,0 +1,86 @@
+"""One measured case as a table."""
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from clearhead.bench.machine import Yardsticks
+from clearhead.bench.measure import Spread
+from clearhead.bench.run import Outcome, Row
+
+
+def render(outcome: Outcome) -> RenderableType:
+    """The peers of a case, or what its gate found wrong."""
+    case = outcome.case
+    title = Text.assemble((case.name, "bold"), f"  {case.title}")
+    if outcome.red:
+        lines = [Text(f"  {line}", style="red") for line in outcome.red]
+        return Group(title, Text("failed its check against float64, not timed:", style="red"), *lines)
+    memory = all(row.seconds is None for row in outcome.rows) and any(row.extra_bytes for row in outcome.rows)
+    table = _memory_table(outcome) if memory else _time_table(outcome)
+    notes = [Text(f"  {row.peer}: {row.reason}", style="dim") for row in outcome.rows if row.reason]
+    if outcome.interrupted:
+        notes.append(Text(f"  interrupted after {outcome.rounds} complete rounds", style="yellow"))
+    return Group(title, table, *([] if memory else [_footer(outcome)]), *notes)
+
+
+def _time_table(outcome: Outcome) -> Table:
+    decoding = any(row.reads_memory for row in outcome.rows)
+    table = _table("peer", "median ms", "quartiles", "min", "time over the first's", "GFLOP/s")
+    if decoding:
+        table.add_column("over reading K, V", justify="right")
+    for row in outcome.rows:
+        if row.seconds is None:
+            table.add_row(escape(row.peer), *(["–"] * (len(table.columns) - 1)), style="dim")
+            continue
+        cells = [
+            f"{row.seconds.median * 1e3:.4g}",
+            f"{row.seconds.q1 * 1e3:.4g} to {row.seconds.q3 * 1e3:.4g}",
+            f"{row.seconds.least * 1e3:.4g}",
+            _ratio(row.ratio),
+            _rate(row, outcome.yardsticks),
+        ]
+        if decoding:
+            cells.append(f"{row.reads_memory or 0:.2f} | {row.reads_same or 0:.2f}")
+        table.add_row(escape(row.peer), *cells)
+    return table
+
+
+def _memory_table(outcome: Outcome) -> Table:
+    table = _table("peer", "peak beyond inputs, MB", "over the first's")
+    for row in outcome.rows:
+        size = "–" if row.extra_bytes is None else f"{row.extra_bytes / 1e6:,.0f}"
+        ratio = "–" if row.ratio is None else f"{row.ratio.median:.2f}"
+        table.add_row(escape(row.peer), size, ratio, style="dim" if row.extra_bytes is None else None)
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left", no_wrap=not index)
+    return table
+
+
+def _ratio(ratio: Spread | None) -> str:
+    return "–" if ratio is None else f"{ratio.median:.2f} ({ratio.q1:.2f} to {ratio.q3:.2f})"
+
+
+def _rate(row: Row, sticks: Yardsticks | None) -> str:
+    assert row.rate is not None and sticks is not None
+    return f"{row.rate / 1e9:.3g} ({row.rate / sticks.matrix:.0%})"
+
+
+def _footer(outcome: Outcome) -> Text:
+    """What the table's last columns are measured against."""
+    sticks = outcome.yardsticks
+    assert sticks is not None
+    text = f"  {outcome.rounds} rounds; torch.mm reaches {sticks.matrix / 1e9:.0f} GFLOP/s in {outcome.case.dtype}"
+    if sticks.copy_memory and sticks.copy_same:
+        text += (
+            f"; copying moves {sticks.copy_memory / 1e9:.1f} GB/s through memory (left of |) and "
+            f"{sticks.copy_same / 1e9:.1f} GB/s with a buffer as large as K and V (right)"
+        )
+    return Text(text, style="dim")

@@ -1,0 +1,155 @@
+"""`clearhead bench` from the command line to its files, on cases small enough for a test."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from clearhead import registry
+from clearhead.bench import cases, peers
+from clearhead.cli.main import app
+from tests.bench.tiny import TINY, V1
+
+KEYS = {
+    "verb": str,
+    "case": dict,
+    "peer": str,
+    "reference": str,
+    "reason": str | None,
+    "rounds": int,
+    "time_ms": dict | None,
+    "ratio": dict | None,
+    "gflops": float | None,
+    "over_reading_kv": dict,
+    "extra_bytes": int | None,
+    "yardsticks": dict,
+    "machine": dict,
+    "versions": dict,
+    "date": str,
+}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    for verb, found in TINY.items():
+        monkeypatch.setitem(cases.CASES, verb, found)
+    monkeypatch.setattr("clearhead.bench.machine.MATRIX_SIZE", 64)
+    monkeypatch.setattr("clearhead.bench.machine.YARDSTICK_ROUNDS", (1, 2))
+    monkeypatch.setattr("clearhead.bench.machine.last_level_cache", lambda: 0)
+    monkeypatch.setattr("clearhead.bench.machine.LARGE_BUFFER", 2**16)
+
+
+def bench(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("verb", ["attention", "decode", "train"])
+def test_a_run_from_end_to_end(verb: str, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "found.jsonl"
+    done = bench(verb, "--rounds", "2", "--out", str(out), "--chart")
+    assert done.exit_code == 0, done.output
+    entries = lines(out)
+    assert [entry["peer"] for entry in entries] == [peer for case in TINY[verb] for peer in case.peers]
+    for entry in entries:
+        assert entry.keys() == KEYS.keys()
+        for key, kind in KEYS.items():
+            assert isinstance(entry[key], kind), key
+        measured = entry["time_ms"] or entry["extra_bytes"] is not None
+        assert bool(entry["reason"]) != bool(measured)
+        assert entry["peer"] in done.stdout
+        assert entry["machine"].keys() == {"processor", "instruction_set", "cores", "threads", "system"}
+        if entry["time_ms"]:
+            assert entry["time_ms"].keys() == entry["ratio"].keys() == {"median", "q1", "q3", "min"}
+            assert entry["gflops"] > 0
+            assert entry["yardsticks"]["matrix_gflops"] > 0
+            assert bool(entry["over_reading_kv"]["from_memory"]) == (verb == "decode")
+    assert {entry["ratio"]["median"] for entry in entries if entry["peer"] == entry["reference"]} == {1.0}
+    assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    assert "<svg" in out.with_suffix(".svg").read_text()
+
+
+def test_results_are_added_to(tmp_path: Path) -> None:
+    out = tmp_path / "found.jsonl"
+    for _ in range(2):
+        assert bench("decode", "--rounds", "1", "--out", str(out)).exit_code == 0
+    assert len(lines(out)) == 2 * len(TINY["decode"][0].peers)
+
+
+def test_a_wrong_peer_stops_its_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = peers.PEERS["FlashDiffAttn_2"]
+
+    def wrong(case: cases.AttentionCase) -> peers.Peer:
+        peer = right(case)
+        return replace(peer, run=lambda inputs: peer.run(inputs) * 1.001)
+
+    monkeypatch.setitem(peers.PEERS, "FlashDiffAttn_2", wrong)
+    out = tmp_path / "found.jsonl"
+    done = bench("attention", "--case", "tiny-v1", "--rounds", "1", "--out", str(out), "--chart")
+    assert done.exit_code == 1
+    assert "FlashDiffAttn_2: output at 24 keys: off by" in done.stdout
+    assert "GFLOP" not in done.stdout
+    assert list(tmp_path.glob("found.*")) == []
+
+
+def test_without_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(registry.KERNELS, "cpu", raising=False)
+    out = tmp_path / "found.jsonl"
+    done = bench("attention", "--case", "tiny-v1", "--rounds", "1", "--out", str(out))
+    assert done.exit_code == 0, done.output
+    reasons = {entry["peer"]: entry["reason"] for entry in lines(out) if entry["reason"]}
+    assert reasons.keys() == {cases.KERNEL, cases.KERNEL_ONE}
+    for peer, reason in reasons.items():
+        assert f"{peer}: {reason}" in done.stdout
+
+
+def test_an_interruption_shows_the_rounds_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = peers.PEERS["naive maps"](V1)
+    calls = 0
+
+    def run(inputs: peers.Inputs) -> Any:
+        nonlocal calls
+        calls += 1
+        # One of the gate, two to warm up, two rounds.
+        if calls == 6:
+            raise KeyboardInterrupt
+        return built.run(inputs)
+
+    monkeypatch.setitem(peers.PEERS, "naive maps", lambda case: replace(built, run=run))
+    out = tmp_path / "found.jsonl"
+    done = bench("attention", "--rounds", "9", "--out", str(out))
+    assert done.exit_code != 0
+    assert "interrupted after 2 complete rounds" in done.stdout
+    assert "FlashDiffAttn_1 padded" in done.stdout
+    assert not out.exists()
+
+
+def test_the_list_and_mistakes(tmp_path: Path) -> None:
+    done = bench("attention", "--list")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["tiny-v1", "tiny-memory"]
+    done = bench("attention", "--case", "tiny-v3")
+    assert isinstance(done.exception, ValueError)
+    assert "the nearest is 'tiny-v1'" in str(done.exception)
+    assert bench("inference").exit_code == 2
+
+
+def test_help() -> None:
+    text = bench("--help").stdout
+    for word in (
+        "attention",
+        "decode",
+        "train",
+        "--case",
+        "--rounds",
+        "--threads",
+        "--out",
+        "--chart",
+        "--list",
+    ):
+        assert word in text
