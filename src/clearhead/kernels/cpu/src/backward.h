@@ -22,7 +22,7 @@ namespace clearhead::CLEARHEAD_ISA {
 template <class Unit, class Number>
 class Backward {
  public:
-  Backward(const clearhead_problem& problem, const Ids& ids) : p(problem), ids(ids), z(problem) {
+  Backward(const clearhead_problem& problem, const Ids& ids) : p(problem), ids(ids), z(problem, BLOCK) {
     e_units = units<Unit>(z.e);
     e_left = rounded_up(e_units, VL) + VL;
   }

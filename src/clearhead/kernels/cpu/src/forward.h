@@ -28,22 +28,26 @@ struct Sizes {
   int64_t d_panels, e_panels;  // and to whole panels, the room a stacked operand takes for each row
   int64_t d_left;        // row stride of a left operand of width D
   int64_t rows;          // rows of a group's list
+  int64_t block;         // keys of a block, at most BLOCK
   int64_t chunks, blocks;
   float exponent;        // |scale| · log2(e), so that 2^(exponent · x) = e^(|scale| · x)
   int32_t flip;          // sign bits that turn Q into −Q when scale is negative
 
-  explicit Sizes(const clearhead_problem& p)
+  Sizes(const clearhead_problem& p, int64_t block)
       : streams(p.streams), key_streams(p.key_streams), d(p.key_width), e(p.value_width), d_units(units<Unit>(p.key_width)),
         d_wide(rounded_up(p.key_width, VL)), e_wide(rounded_up(p.value_width, VL)),
         d_panels(rounded_up(p.key_width, PANEL)), e_panels(rounded_up(p.value_width, PANEL)),
         d_left(rounded_up(units<Unit>(p.key_width), VL) + VL), rows(p.heads / p.groups * p.queries),
-        chunks((rows + ROWS - 1) / ROWS), blocks((p.keys + BLOCK - 1) / BLOCK) {
+        block(block), chunks((rows + ROWS - 1) / ROWS), blocks((p.keys + block - 1) / block) {
     const float magnitude = p.scale < 0 ? -p.scale : p.scale;
     exponent = magnitude * LOG2_E;
     if (exponent < 1e-30f) exponent = 1e-30f;  // −inf · 0 would be NaN
     flip = p.scale < 0 ? (Unit::PER_UNIT == 2 ? static_cast<int32_t>(0x80008000u) : static_cast<int32_t>(0x80000000u)) : 0;
   }
 };
+
+// Keys of a block when they are used by one chunk of rows only: few enough that what is packed is used from the L1 cache.
+constexpr int64_t FEW_KEYS = 32;
 
 template <class Number>
 CLEARHEAD_INLINE Number* row_of(const clearhead_tensor& tensor, int64_t b, int64_t head, int64_t token) {
@@ -53,9 +57,10 @@ CLEARHEAD_INLINE Number* row_of(const clearhead_tensor& tensor, int64_t b, int64
 template <class Unit, class Number>
 class Forward {
  public:
-  Forward(const clearhead_problem& problem, const Ids& ids) : p(problem), ids(ids), z(problem) {}
+  Forward(const clearhead_problem& problem, const Ids& ids)
+      : p(problem), ids(ids), z(problem, problem.heads / problem.groups * problem.queries <= ROWS ? FEW_KEYS : BLOCK) {}
 
-  int64_t block_floats() const { return z.key_streams * z.d_units * BLOCK + units<Unit>(BLOCK) * z.e_panels; }
+  int64_t block_floats() const { return z.key_streams * z.d_units * z.block + units<Unit>(z.block) * z.e_panels; }
   int64_t scratch_floats() const {
     return z.streams * ROWS * (z.d_left + TILE + z.e_wide + VL) + 2 * block_floats();
   }
@@ -64,15 +69,15 @@ class Forward {
 
   // One block of keys and values in the layouts of the products; false if a number in it is not finite.
   bool pack_block(int64_t b, int64_t g, int64_t block, const uint8_t* visible, float* to) const {
-    const int64_t begin = block * BLOCK, count = keys_of(block);
+    const int64_t begin = block * z.block, count = keys_of(block);
     bool finite = true;
-    for (int s = 0; s < z.key_streams; s++, to += z.d_units * BLOCK)
+    for (int s = 0; s < z.key_streams; s++, to += z.d_units * z.block)
       finite &= pack_transposed<Unit>(row_of<Number>(p.k[s], b, g, begin), p.k[s].token, count, z.d, visible, to);
     return pack_stacked<Unit>(row_of<Number>(p.v, b, g, begin), p.v.token, count, z.e, visible, 0, to) && finite;
   }
 
   const uint8_t* padding(int64_t b, int64_t block) const {
-    return p.padding ? p.padding + b * p.padding_batch + block * BLOCK : nullptr;
+    return p.padding ? p.padding + b * p.padding_batch + block * z.block : nullptr;
   }
 
   // State of a chunk: per stream ROWS outputs, ROWS x VL partial sums, ROWS references.
@@ -95,10 +100,10 @@ class Forward {
     for (int s = 0; s < z.streams; s++)
       for (int64_t i = 0; i < rows.count; i++)
         pack_left_row<Unit>(query_row(s, b, g, begin + i), z.d, z.flip, left + (s * ROWS + i) * z.d_left);
-    int64_t block = rows.first / BLOCK;
+    int64_t block = rows.first / z.block;
     block += (first - block % step + step) % step;
-    for (; block * BLOCK < rows.last; block += step) {
-      const View view = rows.view(block * BLOCK, keys_of(block));
+    for (; block * z.block < rows.last; block += step) {
+      const View view = rows.view(block * z.block, keys_of(block));
       if (view == View::NONE) continue;
       const float* operands = packed + block * block_floats();
       bool clean = true;
@@ -108,10 +113,15 @@ class Forward {
         clean = pack_block(b, g, block, padding(b, block), local);
         operands = local;
       }
-      if (clean || view == View::ALL)
-        add_block(rows, 0, view, block, left, operands, tile, state);
-      else
+      if (!clean && view == View::PART) {
         add_block_by_rows(rows, b, g, block, left, local + block_floats(), tile, state);
+      } else if (packed) {
+        Nothing nothing;
+        add_block(rows, 0, view, block, left, operands, tile, state, nothing);
+      } else {
+        Lines next = (block + step) * z.block < rows.last ? lines_of(b, g, block + step) : Lines();
+        add_block(rows, 0, view, block, left, operands, tile, state, next);
+      }
     }
   }
 
@@ -171,7 +181,7 @@ class Forward {
   const Ids& ids;
   const Sizes<Unit> z;
 
-  int64_t keys_of(int64_t block) const { return p.keys - block * BLOCK < BLOCK ? p.keys - block * BLOCK : BLOCK; }
+  int64_t keys_of(int64_t block) const { return p.keys - block * z.block < z.block ? p.keys - block * z.block : z.block; }
   int64_t head_of(int64_t g, int64_t row) const { return g * (p.heads / p.groups) + row / p.queries; }
   const Number* query_row(int s, int64_t b, int64_t g, int64_t row) const {
     return row_of<Number>(p.q[s], b, head_of(g, row), row % p.queries);
@@ -185,25 +195,36 @@ class Forward {
     for (int64_t i = 0; i < z.streams * ROWS; i++) state.reference[i] = -__builtin_inff();
   }
 
+  // The memory of a block's keys and values.
+  Lines lines_of(int64_t b, int64_t g, int64_t block) const {
+    const int64_t size = sizeof(Number), begin = block * z.block, count = keys_of(block);
+    Lines lines;
+    for (int s = 0; s < z.key_streams; s++)
+      lines.add(row_of<Number>(p.k[s], b, g, begin), count, p.k[s].token * size, z.d * size);
+    lines.add(row_of<Number>(p.v, b, g, begin), count, p.v.token * size, z.e * size);
+    return lines;
+  }
+
   // `at`: where the rows begin in left, tile and state.
+  template <class Ahead>
   void add_block(const Rows& rows, int64_t at, View view, int64_t block, const float* left, const float* operands,
-                 float* tile, const State& state) const {
-    const int64_t begin = block * BLOCK;
+                 float* tile, const State& state, Ahead& ahead) const {
+    const int64_t begin = block * z.block;
     int64_t count = keys_of(block);
     if (rows.last - begin < count) count = rows.last - begin;  // the columns above a causal diagonal are not computed
     const int64_t columns = rounded_up(count, VL);
-    const float* values = operands + z.key_streams * z.d_units * BLOCK;
+    const float* values = operands + z.key_streams * z.d_units * z.block;
     const int64_t value_panel = PANEL * units<Unit>(keys_of(block));
     for (int s = 0; s < z.streams; s++) {
       const int64_t row = s * ROWS + at;
       float* logits = tile + row * TILE;
-      const float* keys = operands + (z.key_streams == 2 ? s : 0) * z.d_units * BLOCK;
+      const float* keys = operands + (z.key_streams == 2 ? s : 0) * z.d_units * z.block;
       product<Unit, true>(rows.count, columns, z.d_units, left + row * z.d_left, z.d_left, keys, PANEL,
-                          PANEL * z.d_units, logits, TILE, false);
+                          PANEL * z.d_units, logits, TILE, false, ahead);
       if (view == View::PART) rows.hide(logits, TILE, begin, columns);
       weigh(rows.count, columns, logits, state.reference + row, state.sums + row * VL, state.out + row * z.e_wide);
       product<Unit, true>(rows.count, z.e_wide, units<Unit>(count), logits, TILE, values, PANEL, value_panel,
-                          state.out + row * z.e_wide, z.e_wide, true);
+                          state.out + row * z.e_wide, z.e_wide, true, ahead);
     }
   }
 
@@ -213,10 +234,11 @@ class Forward {
     uint8_t visible[BLOCK];
     for (int64_t i = 0; i < rows.count; i++) {
       bool some = false;
-      for (int64_t j = 0; j < keys_of(block); j++) some |= visible[j] = rows.sees(i, block * BLOCK + j);
+      for (int64_t j = 0; j < keys_of(block); j++) some |= visible[j] = rows.sees(i, block * z.block + j);
       if (!some) continue;
       pack_block(b, g, block, visible, local);
-      add_block(rows.only(i), i, View::PART, block, left, local, tile, state);
+      Nothing nothing;
+      add_block(rows.only(i), i, View::PART, block, left, local, tile, state, nothing);
     }
   }
 

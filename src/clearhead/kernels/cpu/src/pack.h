@@ -89,27 +89,36 @@ static void pack_left_row(const Number* row, int64_t width, int32_t flip, float*
     store(to + u, (vf)((vi)load_units<Unit>(row, u * Unit::PER_UNIT, width) ^ all_ints(flip)));
 }
 
+constexpr int64_t WIDEST = 512;  // numbers of a row; `Cpu.refusal` keeps to it
+
 // Row r is at from + r·stride, or reads as zeros when visible[r] is 0. Column r of panel r / PANEL, unit u in row u.
+// Returns whether every number is finite.
 template <class Unit, class Number>
 static bool pack_transposed(const Number* from, int64_t stride, int64_t rows, int64_t width, const uint8_t* visible,
                             float* to) {
-  const int64_t depth = units<Unit>(width), columns = rounded_up(rows, VL);
+  const int64_t depth = units<Unit>(width), wide = rounded_up(depth, VL), columns = rounded_up(rows, VL);
   Finite finite;
+  // VL rows are first copied as they lie: memory read in order is fetched ahead of time, memory read by columns is not.
+  alignas(64) float copy[VL * WIDEST];
   for (int64_t r = 0; r < columns; r += VL) {
     float* panel = to + r / PANEL * PANEL * depth + r % PANEL;
+    for (int64_t i = 0; i < VL; i++) {
+      const bool real = r + i < rows && (!visible || visible[r + i]);
+      for (int64_t u = 0; u < wide; u += VL) {
+        const vf x = real ? load_units<Unit>(from + (r + i) * stride, u * Unit::PER_UNIT, width) : all(0.0f);
+        store(copy + i * wide + u, x);
+        if constexpr (Unit::PER_UNIT == 1) {
+          finite.add(x);
+        } else {  // both numbers of a unit, each as a float of its own
+          finite.add((vf)((vi)x & all_ints(static_cast<int32_t>(0xffff0000u))));
+          finite.add((vf)((vi)x << 16));
+        }
+      }
+    }
     for (int64_t u = 0; u < depth; u += VL) {
       vf block[VL];
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < VL; i++) {
-        const bool real = r + i < rows && (!visible || visible[r + i]);
-        block[i] = real ? load_units<Unit>(from + (r + i) * stride, u * Unit::PER_UNIT, width) : all(0.0f);
-        if constexpr (Unit::PER_UNIT == 1) finite.add(block[i]);
-      }
-      if constexpr (Unit::PER_UNIT == 2)
-        for (int64_t i = 0; i < VL; i++) {  // both numbers of a unit, each as a float of its own
-          finite.add((vf)((vi)block[i] & all_ints(static_cast<int32_t>(0xffff0000u))));
-          finite.add((vf)((vi)block[i] << 16));
-        }
+      for (int64_t i = 0; i < VL; i++) block[i] = load(copy + i * wide + u);
       transpose(block);
       const int64_t last = depth - u < VL ? depth - u : VL;
       for (int64_t i = 0; i < last; i++) store(panel + (u + i) * PANEL, block[i]);
