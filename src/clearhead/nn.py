@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clearhead.core.attend import Prepared, attend, prepare, problem_of
 from clearhead.core.dispatch import automatic_backends, load_backend
 from clearhead.core.heads import Heads, HeadShape, merge_heads
-from clearhead.core.masks import MaskSpec
+from clearhead.core.masks import MaskSpec, written
 from clearhead.positions.base import Position, Rotation
 from clearhead.positions.nope import Nope
 from clearhead.positions.rope import Rope
@@ -199,7 +199,7 @@ class Attention(AttentionCore):
     ) -> tuple[Tensor, Tensor | None]:
         source = x if context is None else context
         self._check(x, source, documents, cache)
-        past = None if cache is None else cache.get_seq_length(self.layer_idx)
+        past = None if cache is None else written(cache.get_seq_length(self.layer_idx))
         if positions is None:
             positions = _counted(x, 0 if past is None or context is not None else past)
         if context is not None and context_positions is None:

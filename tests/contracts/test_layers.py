@@ -1,8 +1,10 @@
 """The public layers against the oracle of a whole layer: every variant, option, mask, self- and cross-attention."""
 
+from typing import Any
+
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from clearhead import registry
 from tests.contracts.layer_cases import (
@@ -94,15 +96,21 @@ def test_effective_map_is_the_oracle_s(name: str, call: str) -> None:
     assert distance(module.effective_map(*tensors, **arguments), expected) < 1e-10
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("chunks", [(1,) * L, (3, 1, 1), (2, 3)], ids=str)
 @pytest.mark.parametrize("name", MAIN)
-def test_a_cached_layer_is_the_uncached_one(name: str, chunks: tuple[int, ...], window: int | None) -> None:
-    module, x, cache = make(CASES[name], "gqa"), rand(B, L, WIDTH), DynamicCache()
-    parts = [
-        module(part, is_causal=True, window=window, cache=cache) for part in x.split(list(chunks), dim=1)
-    ]
-    assert distance(torch.cat(parts, 1), module(x, is_causal=True, window=window)) < 1e-12
+def test_a_cached_layer_is_the_uncached_one(
+    name: str, chunks: tuple[int, ...], window: int | None, kind: str
+) -> None:
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+        module, x = make(CASES[name], "gqa", dtype), rand(B, L, WIDTH).to(dtype)
+        fixed = StaticCache(config=LlamaConfig(num_hidden_layers=2), max_cache_len=L + 2)
+        arguments: dict[str, Any] = {"is_causal": True, "window": window}
+        arguments["cache"] = fixed if kind == "static" else DynamicCache()
+        with torch.no_grad():
+            parts = [module(part, **arguments) for part in x.split(list(chunks), dim=1)]
+            assert distance(torch.cat(parts, 1), module(x, **arguments | {"cache": None})) < bound
 
 
 @pytest.mark.parametrize("name", MAIN)

@@ -134,6 +134,11 @@ def _as_four(mask: Tensor) -> Tensor:
     return mask[None, None] if mask.ndim == 2 else mask
 
 
+def written(length: int | Tensor) -> int | Tensor:
+    """The length of a cache as it is now: those of fixed size give a tensor that their next update changes in place."""
+    return length.clone() if isinstance(length, Tensor) else length
+
+
 def packed_documents(position_ids: Tensor) -> Tensor:
     """(B, L) document numbers from positions: a new one begins wherever a position does not follow its neighbour.
 

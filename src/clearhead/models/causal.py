@@ -18,7 +18,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 import clearhead.engines.hf  # noqa: F401  (registers Hugging Face's attention interface as backends)
 from clearhead.core.attend import Prepared, mixing_of, prepare
 from clearhead.core.dispatch import Backend, Problem, automatic_backends, load_backend
-from clearhead.core.masks import MaskSpec, packed_documents
+from clearhead.core.masks import MaskSpec, packed_documents, written
 from clearhead.core.norm import RMSNorm
 from clearhead.models.config import AUTOMATIC, ClearheadConfig
 from clearhead.models.layers import ClearheadDecoderLayer
@@ -187,7 +187,7 @@ class ClearheadModel(ClearheadPreTrainedModel):
     ) -> tuple[MaskSpec, Tensor, int]:
         """The mask, positions (B or 1, L) and the number of keys that attention will see."""
         batch, queries = inputs_embeds.shape[:2]
-        past = 0 if cache is None else cache.get_seq_length()
+        past = 0 if cache is None else written(cache.get_seq_length())
         keys = queries if cache is None else cache.get_mask_sizes(queries, 0)[0]
         tracing = torch.compiler.is_compiling()
         if attention_mask is not None and attention_mask.ndim == 4:
