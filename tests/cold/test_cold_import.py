@@ -37,7 +37,9 @@ except SystemExit as end:
 """
 
 
-@pytest.mark.parametrize("verb", ["", "compare", "train", "evaluate", "report", "generate", "explain", "bench"])
+@pytest.mark.parametrize(
+    "verb", ["", "compare", "train", "evaluate", "report", "generate", "explain", "bench"]
+)
 def test_help_is_light(verb: str) -> None:
     heavy = {*HEAVY, "torch", "numpy", "tokenizers"} - {"typer"}
     assert loaded_after(HELP, *verb.split(), "--help") & heavy == set()
