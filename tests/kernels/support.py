@@ -182,7 +182,7 @@ def oracle_of(case: Case) -> Callable[..., Tensor]:
     return lambda q, k, v, lam=case.lam: differential.differential_attention(q, k, v, lam, **arguments)
 
 
-def rounding(case: Case, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
+def rounding(case: Case, inputs: Inputs, dtype: torch.dtype, allowed: Tensor | None = None) -> list[Tensor]:
     """What one rounding of every number on the way may do to the output and to each gradient, element by element.
 
     Each is the formula of the value with absolute values everywhere, in float64, times ε of `dtype`: a sum whose terms
@@ -198,7 +198,7 @@ def rounding(case: Case, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
     """
     epsilon, single = torch.finfo(dtype).eps, torch.finfo(torch.float32)
     q, k, v, *rest = (x.abs() for x in inputs.tensors)
-    grad, seen = inputs.cotangent.abs(), make_masks(case).allowed
+    grad, seen = inputs.cotangent.abs(), make_masks(case).allowed if allowed is None else allowed
     scale = abs(case.width**-0.5 if case.scale is None else case.scale)
     repeats, streams = case.heads // case.groups, case.streams
 
