@@ -164,7 +164,7 @@ def answers(function: Callable[..., Tensor], inputs: Inputs, dtype: torch.dtype,
     out = function(*views)
     assert out.dtype == dtype
     dense, view = LAYOUTS["dense" if layout == "expanded" else layout](inputs.cotangent.to(dtype))
-    gradients = torch.autograd.grad(out, views, view(dense.contiguous()))
+    gradients = torch.autograd.grad(out, views, view(dense.contiguous()), materialize_grads=True)
     return [x.detach().double() for x in (out, *gradients)]
 
 
