@@ -57,7 +57,7 @@ def _reads(entry: Entry) -> tuple[float, float, float] | None:
 PANELS = (
     _Panel("time over the reference's (quartiles of the ratios by round)", _time),
     _Panel("peak memory over the reference's", _memory),
-    _Panel("time over copying as many bytes as K and V through memory", _reads),
+    _Panel("time over reading K and V once at the speed of a copy through memory", _reads),
 )
 
 

@@ -109,16 +109,18 @@ def _start_training(arm: training.Arm, case: TrainCase) -> tuple[Call, float]:
 
 
 def _timed(case: Case, entered: _Field, rounds: int, progress: Progress) -> Outcome:
-    progress(f"{case.name}: warming up")
+    progress(f"{case.name}: measuring the machine")
     sticks = yardsticks(dtype_of(case), _bytes_read(case))
     calls: dict[str, Call] = {}
     flops: dict[str, float] = {}
     for name, start in entered.starts.items():
+        progress(f"{case.name}: warming up {name}")
         try:
             calls[name], flops[name] = start()
         except (RuntimeError, MemoryError) as error:
             entered.reasons[name] = reason_of(error)
-    entered.reasons |= warm_up(calls)
+        else:
+            entered.reasons |= warm_up({name: calls[name]})
     calls = {name: call for name, call in calls.items() if name not in entered.reasons}
     done: list[Round] = []
     interrupted = False

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Seconds between two lines about one case where there is no terminal.
 LINE_SECONDS = 30.0
 # Characters of a line where there is no terminal to ask.
-FILE_WIDTH = 120
+FILE_WIDTH = 132
 
 
 class What(StrEnum):
