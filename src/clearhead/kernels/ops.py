@@ -6,7 +6,7 @@ softmax(scale · q1 k1ᵀ + mask) v, or with q2 and gate (softmax(scale · q1 k1
 without k2 both streams read k1. A device's kernel implements `fused_attention` and `fused_attention_backward` for its
 dispatch key (`clearhead.kernels.cpu.kernel` for CPU). `noise` is the second stream's own output and `statistics`
 (streams, 2, B, H, L) each row's reference logit and sum; both are empty unless `keep` asks for them, which the gradient
-needs.
+needs, and `noise` also where it would be larger than MOST_NOISE.
 
 Legend: B batch, H query heads of one stream, G key-value heads, L queries, S keys, D key width, E value width.
 """
@@ -15,6 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+# Bytes of `noise` that are kept for the gradient. Beyond them it is left out, and the backward pass computes what it
+# needs of it again: about a fifth more work for a sixth less memory.
+MOST_NOISE = 48 * 2**20
 
 _INPUTS = (
     "Tensor q1, Tensor? q2, Tensor k1, Tensor? k2, Tensor v, Tensor? gate, Tensor? padding, Tensor? documents, "
@@ -63,7 +67,8 @@ def outputs(inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     if not keep:
         return out, v.new_empty(0), q1.new_empty(0, dtype=torch.float32)
     streams = 1 if q2 is None else 2
-    noise = v.new_empty(0) if q2 is None else v.new_empty(size).transpose(1, 2)
+    large = batch * heads * queries * v.shape[3] * v.element_size() > MOST_NOISE
+    noise = v.new_empty(0) if q2 is None or large else v.new_empty(size).transpose(1, 2)
     return out, noise, q1.new_empty((streams, 2, batch, heads, queries), dtype=torch.float32)
 
 
@@ -81,12 +86,12 @@ def gradients(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, T
     return like(q1), like(q2), like(inputs.k1), like(inputs.k2), like(v), gate
 
 
-@torch.library.register_fake("clearhead::fused_attention")
+@torch.library.register_fake("clearhead::fused_attention")  # type: ignore[untyped-decorator]
 def _(*call: Any) -> tuple[Tensor, Tensor, Tensor]:
     return outputs(Inputs(*call[:-1]), call[-1])
 
 
-@torch.library.register_fake("clearhead::fused_attention_backward")
+@torch.library.register_fake("clearhead::fused_attention_backward")  # type: ignore[untyped-decorator]
 def _(grad: Tensor, out: Tensor, noise: Tensor, statistics: Tensor, *call: Any) -> tuple[Tensor, ...]:
     return gradients(Inputs(*call))
 

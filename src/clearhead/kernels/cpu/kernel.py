@@ -136,7 +136,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call.problem.out = _tensor(out)
     if keep:
         call.problem.statistics = statistics.data_ptr()
-        if inputs.q2 is not None:
+        if noise.numel():
             call.problem.noise = _tensor(noise)
     library.load().forward(call.problem)
     return out, noise, statistics
@@ -158,7 +158,9 @@ def _backward(
         problem.grad_k[s] = _tensor(gradients[2 + s])
     problem.grad_v = _tensor(gradients[4])
     if inputs.q2 is not None:
+        problem.grad_gate = gradients[5].data_ptr()
+    if noise.numel():
         noise = _contiguous_width(noise)
-        problem.noise, problem.grad_gate = _tensor(noise), gradients[5].data_ptr()
+        problem.noise = _tensor(noise)
     library.load().backward(problem)
     return gradients

@@ -40,24 +40,15 @@ class Backward {
   void run(int64_t b, int64_t g, int64_t part, int64_t parts, float* scratch, float* grad_q) const {
     Space space(scratch, *this);
     memset(grad_q, 0, sizeof(float) * static_cast<size_t>(query_floats()));
-    prepare_rows(b, g, part == 0, space);
+    prepare_rows(b, g, space);
     for (int64_t block = part; block < z.blocks; block += parts) {
       memset(space.grad_k, 0, sizeof(float) * static_cast<size_t>(BLOCK * (z.key_streams * z.d_wide + z.e_wide)));
-      const uint8_t* real = p.padding ? p.padding + b * p.padding_batch + block * BLOCK : nullptr;
-      const bool clean = pack_keys(b, g, block, real, space.keys);
-      for (int64_t chunk = 0; chunk < z.chunks; chunk++) {
-        Rows rows;
-        const int64_t begin = chunk * ROWS;
-        rows.place(p, ids, b, begin, z.rows - begin < ROWS ? z.rows - begin : ROWS);
-        const View view = rows.view(block * BLOCK, keys_of(block));
-        if (view == View::NONE) continue;
-        if (clean || view == View::ALL)
-          add_tile(rows, b, g, begin, view, block, space.keys, grad_q, space);
-        else
-          add_tile_by_rows(rows, b, g, begin, block, grad_q, space);
-      }
+      for_each_tile(b, g, block, space, [&](const Rows& rows, int64_t begin, View view, const float* keys) {
+        add_tile(rows, b, g, begin, view, block, keys, grad_q, space);
+      });
       write_keys(b, g, block, space);
     }
+    if (part == 0) write_gate(b, g, space);
   }
 
   // Writes rows of dQ as the sum over the parts' own.
@@ -115,8 +106,9 @@ class Backward {
     return *row_of<float>(p.gate, b, head_of(g, row), row % p.queries);
   }
 
-  // References, inverse sums and δ of every row; the first part also writes dλ.
-  void prepare_rows(int64_t b, int64_t g, bool write_gate, const Space& space) const {
+  // References, inverse sums and δ of every row.
+  void prepare_rows(int64_t b, int64_t g, const Space& space) const {
+    float *first = space.delta, *second = space.delta + z.rows;
     for (int64_t row = 0; row < z.rows; row++) {
       const int64_t head = head_of(g, row), token = row % p.queries;
       const int64_t size = p.batch * p.heads * p.queries, at = (b * p.heads + head) * p.queries + token;
@@ -126,16 +118,36 @@ class Backward {
         space.inverse[s * z.rows + row] = sum == 0.0f ? 0.0f : 1.0f / sum;
       }
       const Number* grad = row_of<Number>(p.grad_out, b, head, token);
-      const float mixed = dot(grad, row_of<Number>(p.out, b, head, token));
-      if (z.streams == 1) {
-        space.delta[row] = mixed;
-        continue;
-      }
-      const float noise = dot(grad, row_of<Number>(p.noise, b, head, token));
-      space.delta[row] = mixed + gate_of(b, g, row) * noise;
-      space.delta[z.rows + row] = noise;
-      if (write_gate) p.grad_gate[at] = -noise;
+      first[row] = dot(grad, row_of<Number>(p.out, b, head, token));
+      if (z.streams == 2) second[row] = p.noise.data ? dot(grad, row_of<Number>(p.noise, b, head, token)) : 0.0f;
     }
+    if (z.streams == 1) return;
+    if (!p.noise.data)
+      for (int64_t block = 0; block < z.blocks; block++)
+        for_each_tile(b, g, block, space, [&](const Rows& rows, int64_t begin, View view, const float* keys) {
+          add_delta(rows, b, g, begin, view, block, keys, space);
+        });
+    for (int64_t row = 0; row < z.rows; row++) first[row] += gate_of(b, g, row) * second[row];
+  }
+
+  // δ_2 where O_2 was not kept: the sum over the keys of P_2 ∘ dP.
+  void add_delta(const Rows& rows, int64_t b, int64_t g, int64_t begin, View view, int64_t block, const float* keys,
+                 const Space& space) const {
+    const int64_t columns = weigh_tile(rows, b, g, begin, view, block, keys, 1, space);
+    for (int64_t i = 0; i < rows.count; i++) {
+      const Row row = row_constants(b, g, begin + i, space);
+      vf sum = all(0.0f);
+      for (int64_t c = 0; c < columns; c += VL)
+        sum = row.weight(1, load(space.tile + (ROWS + i) * TILE + c), z.exponent) *
+                  load(space.tile + (2 * ROWS + i) * TILE + c) + sum;
+      space.delta[z.rows + begin + i] += sum_of(sum);
+    }
+  }
+
+  void write_gate(int64_t b, int64_t g, const Space& space) const {
+    if (z.streams == 1) return;
+    for (int64_t row = 0; row < z.rows; row++)
+      p.grad_gate[(b * p.heads + head_of(g, row)) * p.queries + row % p.queries] = -space.delta[z.rows + row];
   }
 
   float dot(const Number* a, const Number* b) const {
@@ -204,25 +216,64 @@ class Backward {
     }
   }
 
-  void add_tile(const Rows& rows, int64_t b, int64_t g, int64_t begin, View view, int64_t block, const float* keys,
-                float* grad_q, const Space& space) const {
-    const int64_t from = block * BLOCK;
-    int64_t count = keys_of(block);
-    if (rows.last - from < count) count = rows.last - from;
-    const int64_t columns = rounded_up(count, VL), each = z.d_units * BLOCK + units<Unit>(BLOCK) * z.d_panels;
-    const float* values = keys + z.key_streams * each;
-    float* grad_weights = space.tile + z.streams * ROWS * TILE;
+  // body(rows, begin, view, keys) for every chunk that sees something of a block.
+  template <class Body>
+  void for_each_tile(int64_t b, int64_t g, int64_t block, const Space& space, Body body) const {
+    const uint8_t* real = p.padding ? p.padding + b * p.padding_batch + block * BLOCK : nullptr;
+    const bool clean = pack_keys(b, g, block, real, space.keys);
+    for (int64_t chunk = 0; chunk < z.chunks; chunk++) {
+      Rows rows;
+      const int64_t begin = chunk * ROWS;
+      rows.place(p, ids, b, begin, z.rows - begin < ROWS ? z.rows - begin : ROWS);
+      const View view = rows.view(block * BLOCK, keys_of(block));
+      if (view == View::NONE) continue;
+      if (clean || view == View::ALL) {
+        body(rows, begin, view, space.keys);
+        continue;
+      }
+      // See Forward::add_block_by_rows.
+      uint8_t visible[BLOCK];
+      for (int64_t i = 0; i < rows.count; i++) {
+        bool some = false;
+        for (int64_t j = 0; j < keys_of(block); j++) some |= visible[j] = rows.sees(i, block * BLOCK + j);
+        if (!some) continue;
+        pack_keys(b, g, block, visible, space.masked_keys);
+        body(rows.only(i), begin + i, View::PART, space.masked_keys);
+      }
+    }
+  }
+
+  // Floats of one stream's keys as `pack_keys` leaves them.
+  int64_t stream_floats() const { return z.d_units * BLOCK + units<Unit>(BLOCK) * z.d_panels; }
+
+  // Keys of a block that a chunk has any use for: the columns above a causal diagonal are not computed.
+  int64_t used(const Rows& rows, int64_t block) const {
+    const int64_t left = rows.last - block * BLOCK, count = keys_of(block);
+    return left < count ? left : count;
+  }
+
+  // Packs the chunk, and fills the tiles of logits from stream `first` on and the tile of dP; returns their columns.
+  int64_t weigh_tile(const Rows& rows, int64_t b, int64_t g, int64_t begin, View view, int64_t block, const float* keys,
+                     int first, const Space& space) const {
+    const int64_t columns = rounded_up(used(rows, block), VL);
     pack_queries(b, g, begin, rows.count, space);
-    for (int s = 0; s < z.streams; s++) {
+    for (int s = first; s < z.streams; s++) {
       float* logits = space.tile + s * ROWS * TILE;
       product<Unit, true>(rows.count, columns, z.d_units, space.queries_left + s * ROWS * z.d_left, z.d_left,
-                          keys + (z.key_streams == 2 ? s : 0) * each, PANEL, PANEL * z.d_units, logits, TILE, false);
-      if (view == View::PART) rows.hide(logits, TILE, from, columns);
+                          keys + (z.key_streams == 2 ? s : 0) * stream_floats(), PANEL, PANEL * z.d_units, logits, TILE,
+                          false);
+      if (view == View::PART) rows.hide(logits, TILE, block * BLOCK, columns);
     }
-    product<Unit, true>(rows.count, columns, e_units, space.grad_left, e_left, values, PANEL, PANEL * e_units,
-                        grad_weights, TILE, false);
-    differentiate(rows.count, columns, b, g, begin, space);
+    product<Unit, true>(rows.count, columns, e_units, space.grad_left, e_left, keys + z.key_streams * stream_floats(),
+                        PANEL, PANEL * e_units, space.tile + z.streams * ROWS * TILE, TILE, false);
+    return columns;
+  }
 
+  void add_tile(const Rows& rows, int64_t b, int64_t g, int64_t begin, View view, int64_t block, const float* keys,
+                float* grad_q, const Space& space) const {
+    const int64_t count = used(rows, block);
+    const int64_t columns = weigh_tile(rows, b, g, begin, view, block, keys, 0, space);
+    differentiate(rows.count, columns, b, g, begin, space);
     const int64_t deep = units<Unit>(rows.count);
     // Under policy Pair the products over rows read copies with the rows in pairs.
     const float* turned = Unit::PER_UNIT == 1 ? space.tile : space.turned;
@@ -234,21 +285,8 @@ class Backward {
                            space.queries_stacked + s * units<Unit>(ROWS) * z.d_panels, PANEL, PANEL * deep,
                            space.grad_k + stream * BLOCK * z.d_wide, z.d_wide, true);
       product<Unit, true>(rows.count, z.d_wide, units<Unit>(count), space.tile + s * ROWS * TILE, TILE,
-                          keys + stream * each + z.d_units * BLOCK, PANEL, PANEL * units<Unit>(keys_of(block)),
-                          grad_q + (s * z.rows + begin) * z.d_wide, z.d_wide, true);
-    }
-  }
-
-  // See Forward::add_block_by_rows.
-  void add_tile_by_rows(const Rows& rows, int64_t b, int64_t g, int64_t begin, int64_t block, float* grad_q,
-                        const Space& space) const {
-    uint8_t visible[BLOCK];
-    for (int64_t i = 0; i < rows.count; i++) {
-      bool some = false;
-      for (int64_t j = 0; j < keys_of(block); j++) some |= visible[j] = rows.sees(i, block * BLOCK + j);
-      if (!some) continue;
-      pack_keys(b, g, block, visible, space.masked_keys);
-      add_tile(rows.only(i), b, g, begin + i, View::PART, block, space.masked_keys, grad_q, space);
+                          keys + stream * stream_floats() + z.d_units * BLOCK, PANEL,
+                          PANEL * units<Unit>(keys_of(block)), grad_q + (s * z.rows + begin) * z.d_wide, z.d_wide, true);
     }
   }
 
@@ -289,8 +327,8 @@ class Backward {
 
   struct Row {
     float reference[2], inverse[2], delta[2], gate;
-    vf weight(int s, vf logit, float exponent) const {
-      return exp2((logit - all(reference[s])) * all(exponent)) * all(inverse[s]);
+    vf weight(int s, vf logit, const Exponent& exponent) const {
+      return exponential(logit - all(reference[s]), exponent) * all(inverse[s]);
     }
   };
 

@@ -88,7 +88,7 @@ bool well_formed(const clearhead_problem& p, bool backward) {
     if (!stands(p.q[s]) || (s < p.key_streams && !stands(p.k[s]))) return false;
   if (!backward) return true;
   if (!p.statistics || !stands(p.grad_out) || !stands(p.grad_v)) return false;
-  if (p.streams == 2 && (!p.grad_gate || !stands(p.noise))) return false;
+  if (p.streams == 2 && !p.grad_gate) return false;
   for (int s = 0; s < p.streams; s++)
     if (!stands(p.grad_q[s]) || (s < p.key_streams && !stands(p.grad_k[s]))) return false;
   return true;
@@ -147,10 +147,14 @@ void for_each_task(int32_t threads, int64_t tasks, TaskBody body, void* context)
     work_off(0, 1, &shared);
 }
 
-void* reserve(size_t bytes) {
+Buffer::Buffer(int64_t floats) : data_(nullptr) {
   void* memory = nullptr;
-  return posix_memalign(&memory, 64, bytes ? bytes : 64) ? nullptr : memory;
+  const size_t bytes = static_cast<size_t>(floats < 1 ? 1 : floats) * sizeof(float);
+  if (posix_memalign(&memory, 64, bytes) == 0) data_ = static_cast<float*>(memory);
 }
+Buffer::~Buffer() { free(data_); }
+float* Buffer::data() const { return data_; }
+Buffer::operator bool() const { return data_ != nullptr; }
 
 }  // namespace clearhead
 

@@ -14,7 +14,6 @@
 
 namespace clearhead::CLEARHEAD_ISA {
 
-constexpr float LOG2_E = 1.44269504f;
 constexpr float SLACK = 8.0f;  // logits may exceed the reference by a factor 2^SLACK before the sums are rescaled
 constexpr int64_t TILE = BLOCK + VL;  // row stride of a tile: off the power of two that would map rows to one cache set
 
@@ -30,7 +29,7 @@ struct Sizes {
   int64_t rows;          // rows of a group's list
   int64_t block;         // keys of a block, at most BLOCK
   int64_t chunks, blocks;
-  float exponent;        // |scale| · log2(e), so that 2^(exponent · x) = e^(|scale| · x)
+  Exponent exponent;     // of |scale|
   int32_t flip;          // sign bits that turn Q into −Q when scale is negative
 
   Sizes(const clearhead_problem& p, int64_t block)
@@ -38,10 +37,8 @@ struct Sizes {
         d_wide(rounded_up(p.key_width, VL)), e_wide(rounded_up(p.value_width, VL)),
         d_panels(rounded_up(p.key_width, PANEL)), e_panels(rounded_up(p.value_width, PANEL)),
         d_left(rounded_up(units<Unit>(p.key_width), VL) + VL), rows(p.heads / p.groups * p.queries),
-        block(block), chunks((rows + ROWS - 1) / ROWS), blocks((p.keys + block - 1) / block) {
-    const float magnitude = p.scale < 0 ? -p.scale : p.scale;
-    exponent = magnitude * LOG2_E;
-    if (exponent < 1e-30f) exponent = 1e-30f;  // −inf · 0 would be NaN
+        block(block), chunks((rows + ROWS - 1) / ROWS), blocks((p.keys + block - 1) / block),
+        exponent(p.scale < 0 ? -p.scale : p.scale) {
     flip = p.scale < 0 ? (Unit::PER_UNIT == 2 ? static_cast<int32_t>(0x80008000u) : static_cast<int32_t>(0x80000000u)) : 0;
   }
 };
@@ -187,7 +184,7 @@ class Forward {
     return row_of<Number>(p.q[s], b, head_of(g, row), row % p.queries);
   }
   vf weight(float reference, float best) const {
-    return reference == -__builtin_inff() ? all(0.0f) : exp2(all((reference - best) * z.exponent));
+    return reference == -__builtin_inff() ? all(0.0f) : exponential(all(reference - best), z.exponent);
   }
 
   void clear(const State& state) const {
@@ -244,18 +241,17 @@ class Forward {
 
   // Logits to weights in place (as units), with the row's reference, sums and output kept in step.
   void weigh(int64_t rows, int64_t columns, float* tile, float* reference, float* sums, float* out) const {
-    const vf exponent = all(z.exponent);
     for (int64_t i = 0; i < rows; i++) {
       float* logits = tile + i * TILE;
       vf most = load(logits);
       for (int64_t c = VL; c < columns; c += VL) most = greater(load(logits + c), most);
-      if (any_above(most, all(reference[i] + SLACK / z.exponent)))
+      if (any_above(most, all(reference[i] + SLACK / z.exponent.high)))
         raise(greatest_of(greater(most, all(reference[i]))), reference + i, sums + i * VL, out + i * z.e_wide);
       // A row that has seen nothing yet has only −inf here, which any finite reference turns into weights of zero.
       const vf from = all(reference[i] == -__builtin_inff() ? 0.0f : reference[i]);
       vf sum = load(sums + i * VL);
       for (int64_t c = 0; c < columns; c += VL) {
-        const vf weight = exp2((load(logits + c) - from) * exponent);
+        const vf weight = exponential(load(logits + c) - from, z.exponent);
         sum = sum + weight;
         if constexpr (Unit::PER_UNIT == 1)
           store(logits + c, weight);

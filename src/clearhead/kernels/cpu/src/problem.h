@@ -34,7 +34,7 @@ typedef struct {
   clearhead_tensor q[2], k[2], v;
   clearhead_tensor gate;         // float32 (B, H, L)
   clearhead_tensor out;          // (B, H, L, E)
-  clearhead_tensor noise;        // (B, H, L, E): the second stream's own output, which the backward pass needs
+  clearhead_tensor noise;        // (B, H, L, E): the second stream's own output; null to have the backward pass do without
   float* statistics;             // (streams, 2, B, H, L): each row's reference logit (unscaled) and sum; null if unwanted
   clearhead_tensor grad_out;
   clearhead_tensor grad_q[2], grad_k[2], grad_v;

@@ -1,7 +1,6 @@
 // What all instruction sets share: threads, memory, tensors of the interface, and the entry points of each set.
 #pragma once
 #include <stdint.h>
-#include <stdlib.h>
 
 #include "problem.h"
 
@@ -12,17 +11,16 @@ namespace clearhead {
 using TaskBody = void (*)(int64_t task, int64_t worker, void* context);
 void for_each_task(int32_t threads, int64_t tasks, TaskBody body, void* context);
 
-// Memory of cache-line alignment; null when there is none.
-void* reserve(size_t bytes);
-
+// Floats at a cache line; false when there is no memory. Nothing here is defined in this header: each instruction set
+// would bring a copy of its own, and the linker would keep any one of them for all.
 class Buffer {
  public:
-  explicit Buffer(int64_t floats) : data_(static_cast<float*>(reserve(static_cast<size_t>(floats) * 4))) {}
-  ~Buffer() { free(data_); }
+  explicit Buffer(int64_t floats);
+  ~Buffer();
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  float* data() const { return data_; }
-  explicit operator bool() const { return data_ != nullptr; }
+  float* data() const;
+  explicit operator bool() const;
 
  private:
   float* data_;

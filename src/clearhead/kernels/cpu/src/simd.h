@@ -86,18 +86,32 @@ CLEARHEAD_INLINE float greatest_of(vf x) {
   return best;
 }
 
-// 2^t to 1.1e-7 relative, 0 below 2^-126 and NaN for NaN: 2^n · p(t − n), n the nearest integer, p a minimax polynomial.
-CLEARHEAD_INLINE vf exp2(vf t) {
+// What e^(scale · x) needs of a scale >= 0: scale · log2(e) in two floats, since the rounding of one alone would be
+// multiplied by x, and the x below which the result is 0.
+struct Exponent {
+  float high, low, least;
+  explicit Exponent(float scale) {
+    double exact = static_cast<double>(scale) * 1.4426950408889634;
+    if (exact < 1e-30) exact = 1e-30;  // −inf · 0 would be NaN
+    high = static_cast<float>(exact);
+    low = static_cast<float>(exact - static_cast<double>(high));
+    least = -200.0f / high;
+  }
+};
+
+// e^(scale · x) to 1.2e-7 relative, 0 where that is below 2^-126 (or its neighbourhood) and NaN for NaN:
+// 2^n · p(f), n the integer nearest to t = x · log2(e) · scale, f = t − n without cancellation, p a minimax polynomial.
+CLEARHEAD_INLINE vf exponential(vf x, const Exponent& by) {
 #if defined(__AVX512F__)
-  // max(constant, t) keeps a NaN; scalef does the underflow.
-  vf x = (vf)_mm512_max_ps((__m512)all(-200.0f), (__m512)t);
-  vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  x = (vf)_mm512_max_ps((__m512)all(by.least), (__m512)x);  // this order keeps a NaN
+  const vf n = (vf)_mm512_roundscale_ps((__m512)(x * all(by.high)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  vf x = t < all(-126.0f) ? all(-126.0f) : t;
-  vf shifted = x + all(12582912.0f);  // 1.5 · 2^23: the integer ends up in the low bits
-  vf n = shifted - all(12582912.0f);
+  x = x < all(by.least) ? all(by.least) : x;
+  const vf shifted = x * all(by.high) + all(12582912.0f);  // 1.5 · 2^23: the integer ends up in the low bits
+  const vf n = shifted - all(12582912.0f);
 #endif
-  vf f = x - n;
+  vf f = x * all(by.high) - n;
+  f = x * all(by.low) + f;
   vf p = all(0.0013264727f);
   p = p * f + all(0.0096715127f);
   p = p * f + all(0.0555073374f);
@@ -107,9 +121,9 @@ CLEARHEAD_INLINE vf exp2(vf t) {
 #if defined(__AVX512F__)
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-  vi power = ((vi)shifted - all_ints(0x4b400000) + all_ints(127)) << 23;
-  vf y = p * (vf)power;
-  return t < all(-126.0f) ? all(0.0f) : y;
+  const vi power = (vi)shifted - all_ints(0x4b400000) + all_ints(127);
+  const vf y = p * (vf)(power << 23);
+  return power > all_ints(0) ? y : (n == n ? all(0.0f) : n);
 #endif
 }
 
