@@ -8,6 +8,7 @@ import torch
 from clearhead.core.heads import Heads, split_heads
 from clearhead.core.masks import MaskSpec
 from clearhead.functional import attention, differential_attention
+from clearhead.kernels import ops
 from clearhead.kernels.cpu.kernel import Cpu
 from tests.kernels.support import (
     DTYPES,
@@ -132,6 +133,21 @@ def test_values_and_gradients(name: str, dtype: str, isa: str) -> None:
 
 @every_set
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "name", ["v1-gqa", "v2 causal padding", "v2 everything", "1 new tokens", "lambda call", "scale -0.3"]
+)
+def test_the_second_stream_s_output_need_not_be_kept(
+    name: str, dtype: str, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it would be large, the backward pass does without it."""
+    monkeypatch.setattr(ops, "MOST_NOISE", 0)
+    case, precision = CASES[name], DTYPES[dtype]
+    solution = solve(case, precision)
+    assert_right(answers(op_of(case, "cpu"), solution.inputs, precision, "model"), solution, precision)
+
+
+@every_set
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_streams_side_by_side(dtype: str, isa: str) -> None:
     """Streams that are halves of one projection, keys of a cache that packs them: the same numbers, bit by bit."""
     q, k, v, gate = (x.to(DTYPES[dtype]) for x in make_inputs(V1, DTYPES[dtype]).tensors)
@@ -170,8 +186,11 @@ def test_only_what_is_asked_for_gets_a_gradient(isa: str) -> None:
         assert torch.equal(leaves[i].grad.double(), every[i])  # type: ignore[union-attr]
 
 
+OVERFLOW = pytest.mark.xfail(strict=True, reason="the last visible position does not fit 64 bits")
+
+
 @every_set
-@pytest.mark.parametrize("window", [10**6, 2**40, 2**62])
+@pytest.mark.parametrize("window", [10**6, 2**40, 2**62, pytest.param(2**63 - 1, marks=OVERFLOW)])
 def test_a_window_wider_than_everything_is_none(window: int, isa: str) -> None:
     q, k, v = (x.float() for x in make_inputs(ONE, torch.float32).tensors)
     for causal in (False, True):
