@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clearhead.functional import attention, differential_attention
+from clearhead.kernels.cpu import library
 from tests.contracts.support import (
     HEADS,
     INDEXED,
@@ -25,6 +26,11 @@ from tests.oracles import differential, softmax
 B, L, D = 2, 6, 4
 DIFFERENTIABLE = ("eager", "sdpa", "auto")
 LOW_PRECISION = ("causal", "last", "padding", "bias", "blind_rows", "window_of_real_documents")
+needs_kernel = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+# The CPU kernel computes in low precision only, and takes no (L, S) masks.
+LOW = [(backend, kind) for backend in DIFFERENTIABLE for kind in LOW_PRECISION]
+LOW += [pytest.param("cpu", kind, marks=needs_kernel) for kind in ("none", *INDEXED, "window_of_one")]  # type: ignore[misc]
+low_precision = pytest.mark.parametrize(("backend", "kind"), LOW)
 
 
 def softmax_problem(heads: int, groups: int, extra: int, wide: int = 1) -> tuple[list[Tensor], Tensor]:
@@ -80,8 +86,7 @@ def test_differential_attention_is_exact_in_float64(form: str, layout: str, kind
     assert max(distances(found, expected)) < 1e-10
 
 
-@pytest.mark.parametrize("backend", DIFFERENTIABLE)
-@pytest.mark.parametrize("kind", LOW_PRECISION)
+@low_precision
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 def test_low_precision_attention_is_as_good_as_plain(dtype: torch.dtype, kind: str, backend: str) -> None:
     mask = make_mask(kind, B, 4, L)
@@ -93,8 +98,7 @@ def test_low_precision_attention_is_as_good_as_plain(dtype: torch.dtype, kind: s
     assert_within(found, expected, plain, dtype)
 
 
-@pytest.mark.parametrize("backend", DIFFERENTIABLE)
-@pytest.mark.parametrize("kind", LOW_PRECISION)
+@low_precision
 @pytest.mark.parametrize("form", ("v1", "v2"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 def test_low_precision_differential_is_as_good_as_plain(

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from clearhead import registry
+from clearhead.kernels.cpu import library
 from tests.contracts.layer_cases import (
     CALLS,
     CASES,
@@ -28,11 +29,16 @@ from tests.contracts.layer_cases import (
 from tests.contracts.support import assert_within, distance, rand, relative_error
 from tests.oracles.layers import layer
 
+needs_kernel = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+# Every call but the one with an (L, S) mask.
+KERNEL_CALLS = [name for name in CALLS if name != "mask"]
+
 
 def test_nothing_in_the_registry_is_left_out() -> None:
     assert set(CLASSES) == set(registry.VARIANTS)
     assert {case.position for case in CASES.values()} == set(registry.POSITIONS)
     assert set(registry.ENGINES) == {"eager", "sdpa", "flex"}
+    assert set(registry.KERNELS) == {"cpu"}
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -59,14 +65,20 @@ def test_every_head_layout_is_exact_in_float64(backend: str, name: str, layout: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("name", MAIN)
-def test_low_precision_is_as_good_as_eager(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("backend", "call_name"),
+    [("sdpa", "padding"), *(pytest.param("cpu", call, marks=needs_kernel) for call in KERNEL_CALLS)],
+)
+def test_low_precision_is_as_good_as_eager(
+    name: str, dtype: torch.dtype, backend: str, call_name: str
+) -> None:
     """Same weights and inputs, rounded to `dtype` first; the error of every item against float64.
 
     The weights are small enough that no row is one-hot: gradients through those are all cancellation.
     """
-    case, call = CASES[name], CALLS["padding"]
-    tensors = [rand(B, L, WIDTH, seed=1).to(dtype).double()]
-    eager, fused = (make(case, "gqa", dtype, backend, spread=0.4) for backend in ("eager", "sdpa"))
+    case, call = CASES[name], CALLS[call_name]
+    tensors = [rand(B, n, WIDTH, seed=n).to(dtype).double() for n in ((L, S) if call[0] else (L,))]
+    eager, fused = (make(case, "gqa", dtype, b, spread=0.4) for b in ("eager", backend))
     expected = run_oracle(case, "gqa", eager, call[2], tensors)
     plain, found = (run_layer(module, dtype, call[1], tensors) for module in (eager, fused))
     assert_within(found, expected, plain, dtype)
