@@ -36,9 +36,9 @@ def _time_table(outcome: Outcome) -> Table:
             table.add_row(escape(row.peer), *(["–"] * (len(table.columns) - 1)), style="dim")
             continue
         cells = [
-            f"{row.seconds.median * 1e3:.4g}",
-            f"{row.seconds.q1 * 1e3:.4g} to {row.seconds.q3 * 1e3:.4g}",
-            f"{row.seconds.least * 1e3:.4g}",
+            _ms(row.seconds.median),
+            f"{_ms(row.seconds.q1)} to {_ms(row.seconds.q3)}",
+            _ms(row.seconds.least),
             _ratio(row.ratio),
             _rate(row, outcome.yardsticks),
         ]
@@ -64,6 +64,11 @@ def _table(*columns: str) -> Table:
     return table
 
 
+def _ms(seconds: float) -> str:
+    found = seconds * 1e3
+    return f"{found:,.0f}" if found >= 1000 else f"{found:.4g}"
+
+
 def _ratio(ratio: Spread | None) -> str:
     return "–" if ratio is None else f"{ratio.median:.2f} ({ratio.q1:.2f} to {ratio.q3:.2f})"
 
@@ -77,7 +82,9 @@ def _footer(outcome: Outcome) -> Text:
     """What the table's last columns are measured against."""
     sticks = outcome.yardsticks
     assert sticks is not None
-    text = f"  {outcome.rounds} rounds; torch.mm reaches {sticks.matrix / 1e9:.0f} GFLOP/s in {outcome.case.dtype}"
+    plural = "s" * (outcome.rounds != 1)
+    text = f"  {outcome.rounds} round{plural}; torch.mm reaches {sticks.matrix / 1e9:.0f} GFLOP/s"
+    text += f" in {outcome.case.dtype}"
     if sticks.copy_memory and sticks.copy_same:
         text += (
             f"; copying moves {sticks.copy_memory / 1e9:.1f} GB/s through memory (left of |) and "
