@@ -46,6 +46,9 @@ struct Sizes {
 // Keys of a block when they are used by one chunk of rows only: few enough that what is packed is used from the L1 cache.
 constexpr int64_t FEW_KEYS = 32;
 
+// Rows up to which keys and values are used as they lie in memory, once for each row: packing would cost more.
+constexpr int64_t FEW_ROWS = 2;
+
 template <class Number>
 CLEARHEAD_INLINE Number* row_of(const clearhead_tensor& tensor, int64_t b, int64_t head, int64_t token) {
   return static_cast<Number*>(tensor.data) + b * tensor.batch + head * tensor.head + token * tensor.token;
@@ -102,6 +105,11 @@ class Forward {
     for (; block * z.block < rows.last; block += step) {
       const View view = rows.view(block * z.block, keys_of(block));
       if (view == View::NONE) continue;
+      // Not where a gradient will follow: it computes the logits anew, and these differ from its own in their last bit.
+      if (!packed && rows.count <= FEW_ROWS && !p.statistics) {
+        add_block_as_it_lies(rows, view, b, g, block, left, tile, state);
+        continue;
+      }
       const float* operands = packed + block * block_floats();
       bool clean = true;
       if (packed) {
@@ -219,10 +227,79 @@ class Forward {
       product<Unit, true>(rows.count, columns, z.d_units, left + row * z.d_left, z.d_left, keys, PANEL,
                           PANEL * z.d_units, logits, TILE, false, ahead);
       if (view == View::PART) rows.hide(logits, TILE, begin, columns);
-      weigh(rows.count, columns, logits, state.reference + row, state.sums + row * VL, state.out + row * z.e_wide);
+      weigh<Unit::PER_UNIT == 2>(rows.count, columns, logits, state.reference + row, state.sums + row * VL, state.out + row * z.e_wide);
       product<Unit, true>(rows.count, z.e_wide, units<Unit>(count), logits, TILE, values, PANEL, value_panel,
                           state.out + row * z.e_wide, z.e_wide, true, ahead);
     }
+  }
+
+  void add_block_as_it_lies(const Rows& rows, View view, int64_t b, int64_t g, int64_t block, const float* left,
+                            float* tile, const State& state) const {
+    const int64_t begin = block * z.block, count = keys_of(block), columns = rounded_up(count, VL);
+    for (int s = 0; s < z.streams; s++) {
+      const clearhead_tensor& keys = p.k[z.key_streams == 2 ? s : 0];
+      float* logits = tile + s * ROWS * TILE;
+      for (int64_t c = 0; c < count; c += VL)
+        dot_products(rows.count, left + s * ROWS * z.d_left, row_of<Number>(keys, b, g, begin + c), keys.token,
+                     count - c < VL ? count - c : VL, logits + c);
+      if (view == View::PART) rows.hide(logits, TILE, begin, columns);
+      weigh<false>(rows.count, columns, logits, state.reference + s * ROWS, state.sums + s * ROWS * VL,
+                   state.out + s * ROWS * z.e_wide);
+    }
+    const Number* values = row_of<Number>(p.v, b, g, begin);
+    for (int s = 0; s < z.streams; s++)
+      for (int64_t i = 0; i < rows.count; i++) {
+        float* weights = tile + (s * ROWS + i) * TILE;
+        float* out = state.out + (s * ROWS + i) * z.e_wide;
+        for (int64_t e = 0; e < z.e; e += 8 * VL) {
+          if (z.e - e >= 8 * VL)
+            add_values<8>(rows, i, view, begin, count, weights, values + e, 8 * VL, out + e);
+          else
+            for (int64_t at = e; at < z.e; at += VL)
+              add_values<1>(rows, i, view, begin, count, weights, values + at, z.e - at, out + at);
+        }
+      }
+  }
+
+  // Logits of VL keys (`count` of them real) for each row: a sum along the key for each, all summed across by a transpose.
+  void dot_products(int64_t rows, const float* left, const Number* keys, int64_t stride, int64_t count,
+                    float* logits) const {
+    const int64_t wide = rounded_up(z.d_units, VL);
+    for (int64_t i = 0; i < rows; i++) {
+      vf sums[VL];
+      for (int64_t j = 0; j < VL; j++) {
+        sums[j] = all(0.0f);
+        if (j < count)
+          for (int64_t u = 0; u < wide; u += VL)
+            sums[j] = Unit::multiply_add(load(left + i * z.d_left + u),
+                                         load_units<Unit>(keys + j * stride, u * Unit::PER_UNIT, z.d), sums[j]);
+      }
+      transpose(sums);
+#pragma GCC unroll 4
+      for (int64_t step = VL / 2; step > 0; step /= 2)
+#pragma GCC unroll 8
+        for (int64_t j = 0; j < step; j++) sums[j] = sums[j] + sums[j + step];
+      store(logits + i * TILE, sums[0]);
+    }
+  }
+
+  // Adds the weighted values of a block, COUNT vectors of them, `width` numbers being real, to one row's output.
+  template <int COUNT>
+  void add_values(const Rows& rows, int64_t row, View view, int64_t begin, int64_t count, const float* weights,
+                  const Number* values, int64_t width, float* out) const {
+    vf sums[COUNT];
+#pragma GCC unroll 8
+    for (int v = 0; v < COUNT; v++) sums[v] = load(out + v * VL);
+    for (int64_t j = 0; j < count; j++) {
+      // A value that is not seen is not touched: 0 · NaN would be NaN.
+      if (view == View::PART && !rows.sees(row, begin + j)) continue;
+      const vf weight = all(weights[j]);
+#pragma GCC unroll 8
+      for (int v = 0; v < COUNT; v++)
+        sums[v] = weight * load_some(values + j * p.v.token + v * VL, width - v * VL) + sums[v];
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < COUNT; v++) store(out + v * VL, sums[v]);
   }
 
   // A block that holds NaN or inf where some row must not look: row by row, with what the row may not see read as zero.
@@ -239,7 +316,9 @@ class Forward {
     }
   }
 
-  // Logits to weights in place (as units), with the row's reference, sums and output kept in step.
+  // Logits to weights in place (as floats, or as halves side by side), with the row's reference, sums and output kept in
+  // step.
+  template <bool HALVES>
   void weigh(int64_t rows, int64_t columns, float* tile, float* reference, float* sums, float* out) const {
     for (int64_t i = 0; i < rows; i++) {
       float* logits = tile + i * TILE;
@@ -253,10 +332,10 @@ class Forward {
       for (int64_t c = 0; c < columns; c += VL) {
         const vf weight = exponential(load(logits + c) - from, z.exponent);
         sum = sum + weight;
-        if constexpr (Unit::PER_UNIT == 1)
-          store(logits + c, weight);
-        else
+        if constexpr (HALVES)
           store_halves(reinterpret_cast<uint16_t*>(logits) + c, weight);
+        else
+          store(logits + c, weight);
       }
       store(sums + i * VL, sum);
     }
