@@ -152,8 +152,13 @@ LAYOUTS: dict[str, Callable[[Tensor], tuple[Tensor, Callable[[Tensor], Tensor]]]
 }
 
 
-def answers(function: Callable[..., Tensor], inputs: Inputs, dtype: torch.dtype, layout: str) -> list[Tensor]:
-    """The output and the gradients of q, k, v and λ, in float64; q, k, v and the cotangent laid out as told."""
+def answers(
+    function: Callable[..., Tensor], inputs: Inputs, dtype: torch.dtype, layout: str, grad: bool = True
+) -> list[Tensor]:
+    """The output and the gradients of q, k, v and λ, in float64; q, k, v and the cotangent laid out as told.
+
+    Without `grad` the output alone, computed as it is where no gradient will follow.
+    """
     views = []
     for x in inputs.tensors[:3]:
         dense, view = LAYOUTS[layout](x.to(dtype))
@@ -161,8 +166,11 @@ def answers(function: Callable[..., Tensor], inputs: Inputs, dtype: torch.dtype,
     if len(inputs.tensors) == 4:
         lam = inputs.tensors[3].to(torch.promote_types(dtype, torch.float32))
         views.append(lam.clone().requires_grad_())
-    out = function(*views)
+    with torch.set_grad_enabled(grad):
+        out = function(*views)
     assert out.dtype == dtype
+    if not grad:
+        return [out.double()]
     dense, view = LAYOUTS["dense" if layout == "expanded" else layout](inputs.cotangent.to(dtype))
     gradients = torch.autograd.grad(out, views, view(dense.contiguous()), materialize_grads=True)
     return [x.detach().double() for x in (out, *gradients)]
@@ -189,7 +197,7 @@ def rounding(case: Case, inputs: Inputs, dtype: torch.dtype, allowed: Tensor | N
     cancel may be off by ε of its terms, one whose terms agree by ε of itself, and one without terms not at all.
 
         a = |scale| |q| |k|ᵀ              κ = 1 + ε32/ε · max a of the row: exp makes a logit's error a relative one
-        W_s = κ (P_s + smallest normal / ε) where visible, for what underflows
+        W_s = κ (P_s + smallest normal / ε) where visible, for what underflows; the result may underflow, too
         |O_s| = W_s |V|                   |O| = |O_1| + |λ| |O_2|
         |dV| = (W_1 + |λ| W_2)ᵀ |dO|      |dλ| = |dO| · |O_2|
         |δ_1| = |dO| · (|O| + |λ| |O_2|)   |δ_2| = |dO| · |O_2|
@@ -239,7 +247,7 @@ def rounding(case: Case, inputs: Inputs, dtype: torch.dtype, allowed: Tensor | N
     parts.append(per_group(mixed_weights.mT @ grad))
     if rest:
         parts.append(gate_unit.sum_to_size(rest[0].shape) if rest[0].ndim else gate_unit.sum())
-    return [epsilon * x for x in parts]
+    return [epsilon * x + single.tiny * (x > 0) for x in parts]
 
 
 @dataclass(frozen=True)
@@ -265,6 +273,7 @@ def solve(case: Case, dtype: torch.dtype) -> Solution:
 
 NAMES = ("output", "gradient of q", "gradient of k", "gradient of v", "gradient of λ")
 ROUNDINGS = 2
+HANDFUL = 32
 
 
 def assert_rounding_only(
@@ -281,13 +290,13 @@ def assert_rounding_only(
 def assert_right(found: Sequence[Tensor], solution: Solution, dtype: torch.dtype) -> None:
     """`assert_rounding_only`, and each tensor as a whole at most twice as far off as eager attention's.
 
-    Give or take 2ε of the tensor itself. Not asked of a single number, which eager attention may get right by luck.
+    Give or take 2ε of the tensor itself. Not asked of a handful of numbers: eager attention may get them right by luck.
     """
-    assert len(found) == len(solution.expected)
+    assert len(found) in (1, len(solution.expected))
     assert_rounding_only(found, solution.expected, solution.units)
     for name, a, b, plain in zip(NAMES, found, solution.expected, solution.plain, strict=False):
         error, own = float((a - b).norm()), float((plain - b).norm())
         allowed = 2 * own + 2 * torch.finfo(dtype).eps * float(b.norm())
-        assert error <= allowed or b.numel() == 1, (
+        assert error <= allowed or b.numel() < HANDFUL, (
             f"the {name} is {error:.2e} off, over {allowed:.2e}; eager attention is {own:.2e} off"
         )

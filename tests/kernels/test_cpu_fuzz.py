@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from clearhead.kernels import ops
 from clearhead.kernels.cpu import library
 from tests.kernels.support import (
     DTYPES,
@@ -77,15 +79,21 @@ def cases(draw: st.DrawFn) -> Case:
     dtype=st.sampled_from(tuple(DTYPES.values())),
     isa=st.sampled_from(instruction_sets()),
     threads=st.sampled_from((1, 2, 3)),
+    most_noise=st.sampled_from((0, ops.MOST_NOISE)),
 )
-def test_any_problem(case: Case, dtype: torch.dtype, isa: str, threads: int) -> None:
+def test_any_problem(case: Case, dtype: torch.dtype, isa: str, threads: int, most_noise: int) -> None:
     library.load().set_isa(isa)
     torch.set_num_threads(threads)
     inputs = make_inputs(case, dtype)
-    found = answers(op_of(case, "cpu"), inputs, dtype, case.layout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "MOST_NOISE", most_noise)
+        found, alone = (
+            answers(op_of(case, "cpu"), inputs, dtype, case.layout, grad) for grad in (True, False)
+        )
     torch.set_num_threads(1)
-    expected = answers(oracle_of(case), inputs, torch.float64, "dense")
-    assert_rounding_only(found, expected, rounding(case, inputs, dtype))
+    expected, units = answers(oracle_of(case), inputs, torch.float64, "dense"), rounding(case, inputs, dtype)
+    assert_rounding_only(found, expected, units)
+    assert_rounding_only(alone, expected, units)
 
 
 @settings(

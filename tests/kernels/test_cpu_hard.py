@@ -64,12 +64,14 @@ def test_logits_of_ten_thousand(form: str, step: int, dtype: str, isa: str) -> N
     case, precision = replace(FORMS[form], scale=0.25), DTYPES[dtype]
     inputs = climbing(case, step)
     expected = answers(oracle_of(case), inputs, torch.float64, "dense")
-    found = answers(op_of(case, "cpu"), inputs, precision, "dense")
-    assert all(bool(x.isfinite().all()) for x in found)
-    assert_rounding_only(found, expected, rounding(case, inputs, precision))
-    # Every row has settled on one key, at an end of the list.
     values = inputs.tensors[2].repeat_interleave(case.heads // case.groups, 1)
-    if case.streams == 1:
+    for grad in (True, False):
+        found = answers(op_of(case, "cpu"), inputs, precision, "dense", grad)
+        assert all(bool(x.isfinite().all()) for x in found)
+        assert_rounding_only(found, expected, rounding(case, inputs, precision))
+        if case.streams == 2:
+            continue
+        # Every row has settled on one key, at an end of the list.
         assert torch.equal(found[0][:, :, 0], values[:, :, -1 if step == 1 else 0])
         assert torch.equal(found[0][:, :, 1], values[:, :, 0 if step == 1 else -1])
 
@@ -91,12 +93,12 @@ def test_a_row_that_sees_one_key_has_its_value_and_no_gradient(
     if mask == "documents":
         arguments = {"documents": torch.arange(case.keys)[None] * 3}
     leaves = [x.to(DTYPES[dtype]).requires_grad_() for x in inputs.tensors]
-    if case.streams == 1:
-        out = attention(*leaves, backend="cpu", **arguments)
-    else:
-        out = differential_attention(*leaves, backend="cpu", **arguments)
+    op: Any = attention if case.streams == 1 else differential_attention
+    out = op(*leaves, backend="cpu", **arguments)
     own = leaves[2].repeat_interleave(case.heads // case.groups, 1)[:, :, only]
     wanted = own if case.streams == 1 else difference((own, own), leaves[3])
+    with torch.no_grad():
+        assert torch.equal(op(*leaves, backend="cpu", **arguments), out)
     assert torch.equal(out, own) if case.streams == 1 else distance(out, wanted) <= out.abs().max() * 2**-7
     dq, dk, *_ = torch.autograd.grad(out, leaves, inputs.cotangent.to(out.dtype))
     assert not dq.any() and not dk.any()
@@ -115,11 +117,13 @@ def test_a_row_that_sees_nothing_is_zero_and_moves_nothing(form: str, dtype: str
         if poison is not None:
             leaves[1][0], leaves[2][0] = poison, poison
         leaves = [x.requires_grad_() for x in leaves]
-        op = attention if case.streams == 1 else differential_attention
-        out = op(*leaves, key_padding_mask=real, backend="cpu")  # type: ignore[operator]
+        op: Any = attention if case.streams == 1 else differential_attention
+        out = op(*leaves, key_padding_mask=real, backend="cpu")
+        with torch.no_grad():
+            alone = op(*leaves, key_padding_mask=real, backend="cpu")
         found = torch.autograd.grad(out, leaves, inputs.cotangent.to(out.dtype))
-        assert all(not x[0].any() for x in (out, *found))
-        assert all(bool(x.isfinite().all() and x[1].any()) for x in (out, *found))
+        assert all(not x[0].any() for x in (out, alone, *found))
+        assert all(bool(x.isfinite().all() and x[1].any()) for x in (out, alone, *found))
 
 
 @lru_cache(8)
@@ -165,6 +169,7 @@ def test_what_nobody_sees_may_be_anything(form: str, mask: str, dtype: str, isa:
             x.masked_fill_(unseen[:, None, :, None], poison)
         results.append(run(case, spec, leaves, cotangent))
         assert_rounding_only(results[-1], solution.expected, solution.units)
+        assert_rounding_only(run(case, spec, leaves), solution.expected, solution.units)
     # A cache of fixed size gives its length as a tensor.
     assert isinstance(spec.offset, int)
     moved = run(case, replace(spec, offset=torch.tensor(spec.offset)), leaves, cotangent)
@@ -173,14 +178,15 @@ def test_what_nobody_sees_may_be_anything(form: str, mask: str, dtype: str, isa:
         assert all(torch.equal(a, b) for x in results for a, b in zip(x, results[0], strict=True))
 
 
-def run(case: Case, spec: MaskSpec, leaves: list[Tensor], cotangent: Tensor) -> list[Tensor]:
-    """The output and gradients of the kernel under `spec`."""
-    leaves = [x.detach().requires_grad_() for x in leaves]
+def run(case: Case, spec: MaskSpec, leaves: list[Tensor], cotangent: Tensor | None = None) -> list[Tensor]:
+    """The output and, if there is a cotangent, the gradients of the kernel under `spec`."""
+    leaves = [x.detach().requires_grad_(cotangent is not None) for x in leaves]
     q, k, v, *gate = leaves
     streams = q.unflatten(1, (-1, case.streams)).unbind(2)
     keys = k.unflatten(1, (-1, 2)).unbind(2) if case.own_keys else (k,)
     out = Cpu().run(Heads(streams, keys, v, *gate), spec, case.width**-0.5)
-    return [x.detach().double() for x in (out, *torch.autograd.grad(out, leaves, cotangent))]
+    gradients = () if cotangent is None else torch.autograd.grad(out, leaves, cotangent)
+    return [x.detach().double() for x in (out, *gradients)]
 
 
 @every_set
@@ -202,6 +208,9 @@ def test_a_poisoned_key_reaches_the_rows_that_see_it_and_no_other(
         tensors[1 if where == "keys" else 2][:, :, at] = poison
         poisoned = Inputs(tuple(tensors), solution.inputs.cotangent)
         found = answers(op_of(case, "cpu"), poisoned, precision, "dense")
+        (alone,) = answers(op_of(case, "cpu"), poisoned, precision, "dense", grad=False)
+        assert_rounding_only([alone[~sees]], [solution.expected[0][~sees]], [solution.units[0][~sees]])
+        assert torch.equal(alone[sees].isfinite(), found[0][sees].isfinite())
         if where == "values" or poison != poison:
             assert not found[0][sees].isfinite().any()
         # Outputs and the gradients of queries and λ belong to rows; those of keys are sums over all rows.
@@ -220,10 +229,12 @@ def test_a_query_that_is_not_a_number_spoils_its_own_row(form: str, dtype: str, 
     q = q.clone()
     q[0, case.streams, 1] = float("nan")
     leaves = [x.to(DTYPES[dtype]) for x in (q, *others)]
-    found = op_of(case, "cpu")(*leaves)
-    assert bool(found[0, 1, 1].isnan().all())
-    found[0, 1, 1] = solution.expected[0][0, 1, 1].to(found.dtype)
-    assert_rounding_only([found.double()], solution.expected[:1], solution.units[:1])
+    for x in leaves:
+        found = op_of(case, "cpu")(*leaves).detach()
+        assert bool(found[0, 1, 1].isnan().all())
+        found[0, 1, 1] = solution.expected[0][0, 1, 1].to(found.dtype)
+        assert_rounding_only([found.double()], solution.expected[:1], solution.units[:1])
+        x.requires_grad_()
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -73,6 +73,30 @@ CASES |= {
     "decoding, documents": replace(DECODING, queries=2, hidden=("documents",), streams=1),
 }
 
+# One or two rows to a group, which read keys and values as they lie when no gradient will follow.
+FEW = Case(heads=2, groups=2, queries=1, keys=150, causal=True)
+CASES |= {
+    f"few rows, {name}": replace(FEW, **changes)  # type: ignore[arg-type]
+    for name, changes in {
+        "one": {},
+        "two tokens": {"queries": 2},
+        "two heads": {"heads": 4, "own_keys": True, "value_width": 32},
+        "one stream": {"streams": 1, "heads": 4, "width": 128, "value_width": 128},
+        "padding": {"hidden": ("padding",), "queries": 2},
+        "documents": {"hidden": ("documents", "shared padding"), "heads": 4, "causal": False},
+        "window": {"window": 40, "queries": 2, "own_keys": True},
+        "one key": {"keys": 1},
+        "few keys": {"keys": 33, "scale": -0.5, "lam": "head"},
+        "width outside": {"layout": "width outside", "queries": 2},
+        "slice": {"layout": "slice", "own_keys": True},
+        "large logits": {"spread": 10.0, "keys": 300},
+    }.items()
+}
+CASES |= {
+    f"few rows, width {d} and {e}": replace(FEW, width=d, value_width=e, heads=4, keys=70)
+    for d, e in ((1, 1), (7, 33), (33, 7), (80, 200), (256, 130), (512, 512))
+}
+
 CASES |= {
     f"width {d} and {e}": replace(V2, batch=1, queries=20, keys=20, groups=1, width=d, value_width=e)
     for d, e in (
@@ -128,7 +152,9 @@ CASES |= {
 def test_values_and_gradients(name: str, dtype: str, isa: str) -> None:
     case, precision = CASES[name], DTYPES[dtype]
     solution = solve(case, precision)
-    assert_right(answers(op_of(case, "cpu"), solution.inputs, precision, case.layout), solution, precision)
+    for grad in (True, False):
+        found = answers(op_of(case, "cpu"), solution.inputs, precision, case.layout, grad)
+        assert_right(found, solution, precision)
 
 
 @every_set
