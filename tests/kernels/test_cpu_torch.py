@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clearhead.functional import attention, differential_attention
 from clearhead.kernels import ops
+from clearhead.kernels.cpu.kernel import Cpu
 from clearhead.models import ClearheadForCausalLM
 from tests.contracts.model_cases import VARIANTS, left_padded, make_model, tokens
 from tests.contracts.support import distance, relative_error
@@ -26,9 +27,7 @@ SCHEMAS: dict[str, Case] = {
     "own keys": SMALL,
     "padding": replace(SMALL, hidden=("padding",)),
     "documents, window": replace(SMALL, hidden=("shared documents",), window=3, streams=1, own_keys=False),
-    "no mask": replace(SMALL, causal=False, keys=9),
     "token by token": replace(SMALL, queries=1, own_keys=False),
-    "model layout": replace(SMALL, layout="model"),
     "width outside": replace(SMALL, layout="width outside"),
     "expanded": replace(SMALL, layout="expanded", own_keys=False),
 }
@@ -92,7 +91,7 @@ def test_opcheck_of_a_position_that_is_a_tensor(monkeypatch: pytest.MonkeyPatch)
 )
 def test_the_op_compiles_as_one_graph(name: str, dynamic: bool) -> None:
     torch._dynamo.reset()
-    cases = [SCHEMAS[name]] + [replace(SCHEMAS[name], queries=5 + n, keys=14 + n) for n in range(3 * dynamic)]
+    cases = [SCHEMAS[name]] + [replace(SCHEMAS[name], queries=5 + n, keys=14 + n) for n in range(2 * dynamic)]
     for i, case in enumerate(cases):
         if i == 0:
             compiled = torch.compile(any_case, fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -123,10 +122,11 @@ def test_inductor_compiles_it() -> None:
 
 
 class Counted:
-    """How often the kernel ran."""
+    """How often the kernel ran, which it does wherever it can, worth it or not."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.runs = 0
+        monkeypatch.setattr(Cpu, "preferred", lambda self, problem: True)
         original = ops.outputs
 
         def outputs(*arguments: Any) -> Any:
@@ -227,6 +227,7 @@ def test_generation_gives_eager_s_tokens(name: str, cache: str, monkeypatch: pyt
 @pytest.mark.parametrize("name", VARIANTS)
 def test_autocast_runs_it_in_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, dtypes = tokens(2, 20), []
+    Counted(monkeypatch)
     original = ops.outputs
 
     def outputs(inputs: ops.Inputs, keep: bool) -> Any:
