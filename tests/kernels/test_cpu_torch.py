@@ -264,7 +264,6 @@ def test_what_the_gradient_needs_cannot_be_changed_unnoticed() -> None:
         total.backward()
 
 
-@pytest.mark.xfail(strict=True, reason="the backward operator has no gradient of its own and does not say so")
 def test_a_second_derivative_is_an_error() -> None:
     leaves = [x.float().requires_grad_() for x in make_inputs(SMALL, torch.float32).tensors]
     out = op_of(SMALL, "cpu")(*leaves)
@@ -275,7 +274,6 @@ def test_a_second_derivative_is_an_error() -> None:
             sum(x.square().sum() for x in first).backward()  # type: ignore[union-attr]
 
 
-@pytest.mark.xfail(strict=True, reason="a gradient is made with strides that the kernel does not expect")
 def test_rows_of_overlapping_windows_get_their_gradient() -> None:
     """Strides of one over tokens and over the width, from which `empty_like` may make the tokens the inner ones."""
     results = []

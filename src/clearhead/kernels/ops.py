@@ -80,7 +80,9 @@ def gradients(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, T
     def like(x: Tensor | None) -> Tensor:
         if x is None:
             return v.new_empty(0)
-        return torch.empty_like(x) if x.stride(3) == 1 else x.new_empty(x.shape)
+        gradient = torch.empty_like(x)
+        # Strides of a view whose elements overlap, or that is no row of numbers, are not those of a gradient.
+        return gradient if gradient.stride(3) == 1 else x.new_empty(x.shape)
 
     gate = q1.new_empty(0 if q2 is None else (*q1.shape[:3], 1), dtype=torch.float32)
     return like(q1), like(q2), like(inputs.k1), like(inputs.k2), like(v), gate
@@ -125,4 +127,11 @@ def _differentiate(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tup
     )
 
 
+def _refuse(ctx: Any, *unused: Tensor | None) -> None:
+    raise RuntimeError(
+        'the fused kernel has no second derivative: take backend="eager" to differentiate twice'
+    )
+
+
 torch.library.register_autograd("clearhead::fused_attention", _differentiate, setup_context=_save)
+torch.library.register_autograd("clearhead::fused_attention_backward", _refuse)

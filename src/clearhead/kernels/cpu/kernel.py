@@ -46,6 +46,14 @@ class Cpu(Kernel):
         widest = max(problem.key_width, problem.value_width)
         return f"it takes heads up to {WIDEST} wide, not {widest}" if widest > WIDEST else None
 
+    def preferred(self, problem: Problem) -> bool:
+        # benchmarks/results/choice.jsonl; tests/kernels/test_cpu_choice.py holds the two together.
+        if library.load().isa() == "portable":
+            return False
+        # Streams that share their keys are one call of PyTorch's kernel, which begins sooner: that decides where there
+        # is little to do.
+        return not (problem.shares_keys and problem.keys < (512 if problem.queries <= 2 else 32))
+
     def run(self, heads: Heads, mask: MaskSpec, scale: float) -> Tensor:
         q1, k1, v, gate = heads.q[0], heads.k[0], heads.v, heads.gate
         q2 = heads.q[1] if len(heads.q) == 2 else None

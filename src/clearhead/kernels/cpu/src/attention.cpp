@@ -34,7 +34,7 @@ struct ForwardWork {
   int64_t scratch_each;
 
   ForwardWork(const clearhead_problem& p, const Ids& ids) : pass(p, ids), groups(p.groups) {
-    scratch_each = rounded_up(pass.scratch_floats() + pass.state_floats(), 16);
+    scratch_each = rounded_up(pass.scratch_floats() + pass.state_floats() + pass.held_floats(), 16);
   }
   float* memory(int64_t worker) const { return scratch + worker * scratch_each; }
   float* state(int64_t task) const { return states + task * pass.state_floats(); }
@@ -79,6 +79,10 @@ void chunk_task(int64_t task, int64_t worker, void* context) {
   const int64_t at = task % work.held, begin = (z.chunks - 1 - task / work.held) * ROWS, group = work.wave + at;
   const int64_t b = group / work.groups, g = group % work.groups;
   float* state = work.memory(worker) + work.pass.scratch_floats();
+  if (work.pass.held_floats() &&
+      work.pass.run_holding(b, g, begin, work.blocks(at), work.finite + at * z.blocks, work.memory(worker), state,
+                            state + work.pass.state_floats()))
+    return;
   work.pass.run(b, g, begin, 0, 1, work.blocks(at), work.finite + at * z.blocks, work.memory(worker), state);
   work.pass.finish(b, g, begin, State(state, z));
 }

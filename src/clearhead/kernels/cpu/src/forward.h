@@ -8,51 +8,12 @@
 //   at the end   O = O_1 / s_1 − gate · O_2 / s_2
 //
 // Multiply-adds for a head, query and key: streams · (D + E). With D = d, E = 2d and two streams that is 6d, against 4d
-// for two softmax heads of width d. The second stream's output O_2 / s_2 is kept for the backward pass.
+// for two softmax heads of width d. The second stream's output O_2 / s_2 is kept for the backward pass; where none follows,
+// run_holding needs 4d.
 #pragma once
-#include "rows.h"
+#include "sizes.h"
 
 namespace clearhead::CLEARHEAD_ISA {
-
-constexpr float SLACK = 8.0f;  // logits may exceed the reference by a factor 2^SLACK before the sums are rescaled
-constexpr int64_t TILE = BLOCK + VL;  // row stride of a tile: off the power of two that would map rows to one cache set
-
-// Sizes in units and numbers that both passes share.
-template <class Unit>
-struct Sizes {
-  int streams, key_streams;
-  int64_t d, e;          // widths D and E
-  int64_t d_units;       // units of a row of Q or K
-  int64_t d_wide, e_wide;  // widths rounded up to whole vectors
-  int64_t d_panels, e_panels;  // and to whole panels, the room a stacked operand takes for each row
-  int64_t d_left;        // row stride of a left operand of width D
-  int64_t rows;          // rows of a group's list
-  int64_t block;         // keys of a block, at most BLOCK
-  int64_t chunks, blocks;
-  Exponent exponent;     // of |scale|
-  int32_t flip;          // sign bits that turn Q into −Q when scale is negative
-
-  Sizes(const clearhead_problem& p, int64_t block)
-      : streams(p.streams), key_streams(p.key_streams), d(p.key_width), e(p.value_width), d_units(units<Unit>(p.key_width)),
-        d_wide(rounded_up(p.key_width, VL)), e_wide(rounded_up(p.value_width, VL)),
-        d_panels(rounded_up(p.key_width, PANEL)), e_panels(rounded_up(p.value_width, PANEL)),
-        d_left(rounded_up(units<Unit>(p.key_width), VL) + VL), rows(p.heads / p.groups * p.queries),
-        block(block), chunks((rows + ROWS - 1) / ROWS), blocks((p.keys + block - 1) / block),
-        exponent(p.scale < 0 ? -p.scale : p.scale) {
-    flip = p.scale < 0 ? (Unit::PER_UNIT == 2 ? static_cast<int32_t>(0x80008000u) : static_cast<int32_t>(0x80000000u)) : 0;
-  }
-};
-
-// Keys of a block when they are used by one chunk of rows only: few enough that what is packed is used from the L1 cache.
-constexpr int64_t FEW_KEYS = 32;
-
-// Rows up to which keys and values are used as they lie in memory, once for each row: packing would cost more.
-constexpr int64_t FEW_ROWS = 2;
-
-template <class Number>
-CLEARHEAD_INLINE Number* row_of(const clearhead_tensor& tensor, int64_t b, int64_t head, int64_t token) {
-  return static_cast<Number*>(tensor.data) + b * tensor.batch + head * tensor.head + token * tensor.token;
-}
 
 template <class Unit, class Number>
 class Forward {
@@ -97,9 +58,7 @@ class Forward {
     float* left = scratch;
     float* tile = left + z.streams * ROWS * z.d_left;
     float* local = tile + z.streams * ROWS * TILE;
-    for (int s = 0; s < z.streams; s++)
-      for (int64_t i = 0; i < rows.count; i++)
-        pack_left_row<Unit>(query_row(s, b, g, begin + i), z.d, z.flip, left + (s * ROWS + i) * z.d_left);
+    pack_left(rows, b, g, begin, left);
     int64_t block = rows.first / z.block;
     block += (first - block % step + step) % step;
     for (; block * z.block < rows.last; block += step) {
@@ -128,6 +87,56 @@ class Forward {
         add_block(rows, 0, view, block, left, operands, tile, state, next);
       }
     }
+  }
+
+  // Two streams without a gradient to follow: the maps of a chunk are held until their sums are known, P_1 / s_1 − λ P_2 / s_2
+  // is formed and multiplied with V once, for D + D + E multiply-adds instead of D + D + E + E.
+  int64_t held_floats() const {
+    const bool pays = z.streams == 2 && !p.statistics && z.chunks > 1 && z.blocks <= MOST_HELD;
+    return pays ? z.blocks * 2 * ROWS * (TILE + 1) : 0;
+  }
+
+  // Writes the rows from `begin` on; false, with nothing done, where a block needs to be taken row by row.
+  bool run_holding(int64_t b, int64_t g, int64_t begin, const float* packed, const uint8_t* finite, float* scratch,
+                   float* state_at, float* held) const {
+    Rows rows;
+    rows.place(p, ids, b, begin, z.rows - begin < ROWS ? z.rows - begin : ROWS);
+    const int64_t first = rows.first / z.block, end = (rows.last + z.block - 1) / z.block;
+    for (int64_t block = first; block < end; block++)
+      if (!finite[block] && rows.view(block * z.block, keys_of(block)) == View::PART) return false;
+    State state(state_at, z);
+    clear(state);
+    pack_left(rows, b, g, begin, scratch);
+    float* references = held + z.blocks * 2 * ROWS * TILE;
+    for (int64_t block = first; block < end; block++) {
+      const View view = rows.view(block * z.block, keys_of(block));
+      const int64_t columns = view == View::NONE ? 0 : rounded_up(used(rows, block), VL);
+      const float* keys = packed + block * block_floats();
+      for (int s = 0; s < 2 && columns; s++) {
+        float* logits = held + (block * 2 + s) * ROWS * TILE;
+        product<Unit, true>(rows.count, columns, z.d_units, scratch + s * ROWS * z.d_left, z.d_left,
+                            keys + (z.key_streams == 2 ? s : 0) * z.d_units * z.block, PANEL, PANEL * z.d_units, logits,
+                            TILE, false);
+        if (view == View::PART) rows.hide(logits, TILE, block * z.block, columns);
+        weigh<false>(rows.count, columns, logits, state.reference + s * ROWS, state.sums + s * ROWS * VL,
+                     state.out + s * ROWS * z.e_wide);
+        memcpy(references + (block * 2 + s) * ROWS, state.reference + s * ROWS, ROWS * sizeof(float));
+      }
+    }
+    for (int64_t block = first; block < end; block++) {
+      if (rows.view(block * z.block, keys_of(block)) == View::NONE) continue;
+      const int64_t count = used(rows, block);
+      float* weights = held + block * 2 * ROWS * TILE;
+      mix(rows.count, rounded_up(count, VL), b, g, begin, references + block * 2 * ROWS, state, weights);
+      product<Unit, true>(rows.count, z.e_wide, units<Unit>(count), weights, TILE,
+                          packed + block * block_floats() + z.key_streams * z.d_units * z.block, PANEL,
+                          PANEL * units<Unit>(keys_of(block)), state.out, z.e_wide, true);
+    }
+    for (int64_t i = 0; i < rows.count; i++) {
+      Number* out = row_of<Number>(p.out, b, head_of(g, begin + i), (begin + i) % p.queries);
+      for (int64_t c = 0; c < z.e; c += VL) store_some(out + c, load(state.out + i * z.e_wide + c), z.e - c);
+    }
+    return true;
   }
 
   // Adds the state of another part of the keys.
@@ -195,6 +204,40 @@ class Forward {
     return reference == -__builtin_inff() ? all(0.0f) : exponential(all(reference - best), z.exponent);
   }
 
+  void pack_left(const Rows& rows, int64_t b, int64_t g, int64_t begin, float* left) const {
+    for (int s = 0; s < z.streams; s++)
+      for (int64_t i = 0; i < rows.count; i++)
+        pack_left_row<Unit>(query_row(s, b, g, begin + i), z.d, z.flip, left + (s * ROWS + i) * z.d_left);
+  }
+
+  // Keys of a block that a chunk has any use for: the columns above a causal diagonal are not computed.
+  int64_t used(const Rows& rows, int64_t block) const {
+    const int64_t left = rows.last - block * z.block, count = keys_of(block);
+    return left < count ? left : count;
+  }
+
+  // The held weights of a block, each relative to the reference its row had then, become units of P_1 / s_1 − λ P_2 / s_2.
+  void mix(int64_t count, int64_t columns, int64_t b, int64_t g, int64_t begin, const float* references,
+           const State& state, float* weights) const {
+    for (int64_t i = 0; i < count; i++) {
+      vf factor[2];
+      for (int s = 0; s < 2; s++) {
+        const float sum = sum_of(load(state.sums + (s * ROWS + i) * VL)), now = state.reference[s * ROWS + i];
+        const float then = references[s * ROWS + i];
+        factor[s] = (then == now ? all(1.0f) : weight(then, now)) * all(sum == 0.0f ? 0.0f : 1.0f / sum);
+      }
+      factor[1] = factor[1] * all(*row_of<float>(p.gate, b, head_of(g, begin + i), (begin + i) % p.queries));
+      float *first = weights + i * TILE, *second = weights + (ROWS + i) * TILE;
+      for (int64_t c = 0; c < columns; c += VL) {
+        const vf mixed = load(first + c) * factor[0] - load(second + c) * factor[1];
+        if constexpr (Unit::PER_UNIT == 1)
+          store(first + c, mixed);
+        else
+          store_halves(reinterpret_cast<uint16_t*>(first) + c, mixed);
+      }
+    }
+  }
+
   void clear(const State& state) const {
     memset(state.out, 0, sizeof(float) * static_cast<size_t>(z.streams * ROWS * (z.e_wide + VL)));
     for (int64_t i = 0; i < z.streams * ROWS; i++) state.reference[i] = -__builtin_inff();
@@ -214,10 +257,7 @@ class Forward {
   template <class Ahead>
   void add_block(const Rows& rows, int64_t at, View view, int64_t block, const float* left, const float* operands,
                  float* tile, const State& state, Ahead& ahead) const {
-    const int64_t begin = block * z.block;
-    int64_t count = keys_of(block);
-    if (rows.last - begin < count) count = rows.last - begin;  // the columns above a causal diagonal are not computed
-    const int64_t columns = rounded_up(count, VL);
+    const int64_t begin = block * z.block, count = used(rows, block), columns = rounded_up(count, VL);
     const float* values = operands + z.key_streams * z.d_units * z.block;
     const int64_t value_panel = PANEL * units<Unit>(keys_of(block));
     for (int s = 0; s < z.streams; s++) {
