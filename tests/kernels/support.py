@@ -196,7 +196,8 @@ def rounding(case: Case, inputs: Inputs, dtype: torch.dtype, allowed: Tensor | N
     Each is the formula of the value with absolute values everywhere, in float64, times ε of `dtype`: a sum whose terms
     cancel may be off by ε of its terms, one whose terms agree by ε of itself, and one without terms not at all.
 
-        a = |scale| |q| |k|ᵀ              κ = 1 + ε32/ε · max a of the row: exp makes a logit's error a relative one
+        a = |scale| |q| |k|ᵀ              κ = 1 + 2 ε32/ε · max a of the row: exp makes a logit's error a relative one,
+                                          of the weight and of the sum that it is divided by
         W_s = κ (P_s + smallest normal / ε) where visible, for what underflows; the result may underflow, too
         |O_s| = W_s |V|                   |O| = |O_1| + |λ| |O_2|
         |dV| = (W_1 + |λ| W_2)ᵀ |dO|      |dλ| = |dO| · |O_2|
@@ -226,7 +227,7 @@ def rounding(case: Case, inputs: Inputs, dtype: torch.dtype, allowed: Tensor | N
         logits = factor * signed_q[:, s::streams] @ per_head(signed_k[:, own]).mT
         p = logits.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)
         a = (scale * queries[s] @ keys[s].mT * seen).amax(-1, keepdim=True)
-        weights.append((1 + single.eps / epsilon * a) * (p + single.tiny / epsilon) * seen)
+        weights.append((1 + 2 * single.eps / epsilon * a) * (p + single.tiny / epsilon) * seen)
 
     values = per_head(v)
     outputs = [w @ values for w in weights]

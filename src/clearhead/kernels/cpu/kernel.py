@@ -50,9 +50,10 @@ class Cpu(Kernel):
         # benchmarks/results/choice.jsonl; tests/kernels/test_cpu_choice.py holds the two together.
         if library.load().isa() == "portable":
             return False
-        # Streams that share their keys are one call of PyTorch's kernel, which begins sooner: that decides where there
-        # is little to do.
-        return not (problem.shares_keys and problem.keys < (512 if problem.queries <= 2 else 32))
+        # Streams that share their keys are one call of PyTorch's kernel, which begins sooner in float32: that decides
+        # where there is little to do.
+        few = 512 if problem.queries <= 2 and problem.streams == 1 else 32
+        return not (problem.dtype == torch.float32 and problem.shares_keys and problem.keys < few)
 
     def run(self, heads: Heads, mask: MaskSpec, scale: float) -> Tensor:
         q1, k1, v, gate = heads.q[0], heads.k[0], heads.v, heads.gate

@@ -65,7 +65,7 @@ CLEARHEAD_INLINE void register_tile(int64_t K, const float* A, int64_t stride, c
 #pragma GCC unroll 16
   for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 2
-    for (int n = 0; n < COLUMNS; n++) sums[m][n] = accumulate ? load(C + m * ldc + n * VL) : all(0.0f);
+    for (int n = 0; n < COLUMNS; n++) sums[m][n] = all(0.0f);
   for (int64_t k = 0; k < K; k++) {
     ahead.next();
     vf b[COLUMNS];
@@ -78,10 +78,14 @@ CLEARHEAD_INLINE void register_tile(int64_t K, const float* A, int64_t stride, c
       for (int n = 0; n < COLUMNS; n++) sums[m][n] = Unit::multiply_add(a, b[n], sums[m][n]);
     }
   }
+  // C is added at the end, not summed upon: the roundings of one block and those of the blocks add up, not multiply.
 #pragma GCC unroll 16
   for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 2
-    for (int n = 0; n < COLUMNS; n++) store(C + m * ldc + n * VL, sums[m][n]);
+    for (int n = 0; n < COLUMNS; n++) {
+      float* to = C + m * ldc + n * VL;
+      store(to, accumulate ? load(to) + sums[m][n] : sums[m][n]);
+    }
 }
 
 template <class Unit, int COLUMNS, bool ROW_MAJOR, int ROWS, class Ahead>
