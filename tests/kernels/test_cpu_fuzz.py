@@ -69,7 +69,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @settings(
-    max_examples=200,
+    max_examples=150,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -97,7 +97,7 @@ def test_any_problem(case: Case, dtype: torch.dtype, isa: str, threads: int, mos
 
 
 @settings(
-    max_examples=80,
+    max_examples=60,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
