@@ -83,15 +83,18 @@ class Library:
         ):
             function = getattr(handle, name)
             function.argtypes, function.restype = arguments, result
+        # Kept here: `torch.compile` traces the choice of a backend, and cannot follow a call into C.
+        self._isa = str(handle.clearhead_isa().decode())
 
     def isa(self) -> str:
         """The instruction set in use: the best one that was built and that this processor has."""
-        return str(self._handle.clearhead_isa().decode())
+        return self._isa
 
     def set_isa(self, name: str) -> None:
         """Use the instruction set `name` from now on; ValueError if it was not built or the processor lacks it."""
         if self._handle.clearhead_set_isa(name.encode()):
             raise ValueError(f"the CPU kernel has no instruction set {name!r} on this processor")
+        self._isa = name
 
     def forward(self, problem: Problem) -> None:
         """Write `problem.out`, and `noise` and `statistics` where they are wanted. Raises RuntimeError."""
