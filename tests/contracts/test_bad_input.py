@@ -45,6 +45,10 @@ CALLS: list[tuple[str, Callable[[], Any]]] = [
     ("key_padding_mask must be bool", lambda: attention(Q, K, V, key_padding_mask=torch.ones(2, 5))),
     ("documents has shape", lambda: attention(Q, K, V, documents=torch.ones(3, 5).long())),
     ("documents must hold integers", lambda: attention(Q, K, V, documents=torch.ones(2, 5))),
+    (
+        "documents with 5 queries and 3 keys",
+        lambda: attention(Q, K[:, :, :3], V[:, :, :3], documents=torch.ones(2, 3).long()),
+    ),
     ("window must be at least 1, not 0", lambda: attention(Q, K, V, window=0)),
     ("window must be an integer, not 2.5", lambda: attention(Q, K, V, window=2.5)),  # type: ignore[arg-type]
     ("window must be an integer, not True", lambda: attention(Q, K, V, window=True)),

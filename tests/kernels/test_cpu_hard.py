@@ -208,6 +208,8 @@ def test_a_poisoned_key_reaches_the_rows_that_see_it_and_no_other(
     some = (allowed.any(0) & ~allowed.all(0)).nonzero()[:, 0]
     at = int(some[len(some) // 2])
     sees = make_masks(case).allowed[..., at].expand(-1, case.heads, -1)
+    # (B, S): keys that share no row with the poisoned one, of another document for instance.
+    apart = ~(make_masks(case).allowed[..., at, None] & make_masks(case).allowed).any((1, 2))
     for poison in POISONS:
         tensors = [x.clone() for x in solution.inputs.tensors]
         tensors[1 if where == "keys" else 2][:, :, at] = poison
@@ -218,7 +220,11 @@ def test_a_poisoned_key_reaches_the_rows_that_see_it_and_no_other(
         assert torch.equal(alone[sees].isfinite(), found[0][sees].isfinite())
         if where == "values" or poison != poison:
             assert not found[0][sees].isfinite().any()
-        # Outputs and the gradients of queries and λ belong to rows; those of keys are sums over all rows.
+        # Under a causal mask the last row sees them all.
+        for i in () if mask == "causal" else (2, 3):
+            clean = [x[i].transpose(1, 2)[apart] for x in (found, solution.expected, solution.units)]
+            assert_rounding_only(*([x] for x in clean))
+        # Outputs and the gradients of queries and λ belong to rows; those of keys are sums over the rows that see them.
         for i in (0, 1) if case.streams == 1 else (0, 1, 4):
             rows = sees.repeat_interleave(case.streams, 1) if i == 1 else sees
             assert_rounding_only(*([x[i][~rows]] for x in (found, solution.expected, solution.units)))
@@ -265,6 +271,14 @@ def test_what_the_gradient_needs_is_kept_only_for_a_gradient(
     assert asked == [False, False, False, True]
     with pytest.raises(RuntimeError, match="keep=True"):
         torch.ops.clearhead.fused_attention(*inputs, False)
+
+
+def test_heads_wider_than_the_kernel_holds_are_an_error_of_the_operator_too() -> None:
+    x = torch.zeros(1, 1, 3, 513)
+    with pytest.raises(RuntimeError, match="CPU kernel"):
+        torch.ops.clearhead.fused_attention(
+            x, None, x, None, x, None, None, None, None, 0, 0, False, 1.0, False
+        )
 
 
 PROBLEM = Problem(1, True, 4, 2, 5, 5, 8, 8, torch.float32, "cpu")

@@ -89,7 +89,8 @@ class Engine(ABC):
         if caps.devices is not None and problem.device not in caps.devices:
             return f"it runs on {', '.join(sorted(caps.devices))}, not on {problem.device}"
         if problem.dtype not in caps.dtypes:
-            return f"it computes in {', '.join(sorted(_short(d) for d in caps.dtypes))}, not in {_short(problem.dtype)}"
+            able = ", ".join(sorted(dtype_name(dtype) for dtype in caps.dtypes))
+            return f"it computes in {able}, not in {dtype_name(problem.dtype)}"
         if problem.needs_maps and not caps.maps:
             return "it does not return attention maps"
         if problem.needs_grad and not caps.grads:
@@ -221,5 +222,6 @@ def choose(backends: tuple[Backend, ...], problem: Problem, automatic: bool) -> 
     raise ValueError(f"{subject} ({reasons})")
 
 
-def _short(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Its name without the "torch."."""
     return str(dtype).removeprefix("torch.")

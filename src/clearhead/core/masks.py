@@ -96,8 +96,13 @@ class MaskSpec:
             raise ValueError(f"window must be an integer, not {self.window!r}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1, not {self.window}: a query sees its own position")
-        if (self.is_causal or self.window is not None) and self.offset is None and queries > keys:
-            name = "is_causal" if self.is_causal else "window"
+        placed = {
+            "is_causal": self.is_causal,
+            "window": self.window is not None,
+            "documents": self.documents is not None,
+        }
+        if any(placed.values()) and self.offset is None and queries > keys:
+            name = next(name for name, used in placed.items() if used)
             raise ValueError(
                 f"{name} with {queries} queries and {keys} keys: there must be at least as many keys as queries"
             )

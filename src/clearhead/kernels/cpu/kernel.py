@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clearhead.core.dispatch import Kernel, Problem
+from clearhead.core.dispatch import Kernel, Problem, dtype_name
 from clearhead.core.heads import Heads
 from clearhead.core.masks import MaskSpec
 from clearhead.kernels import ops
 from clearhead.kernels.cpu import library
 
 MASKS = frozenset({"causal", "padding", "documents", "window"})
-WIDEST = 512
+WIDEST = 512  # CLEARHEAD_WIDEST of src/problem.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _MIXING = {1: "single", 2: "difference"}
 
@@ -38,7 +38,7 @@ class Cpu(Kernel):
         if problem.needs_maps:
             return "it does not return attention maps"
         if problem.dtype not in _DTYPES:
-            return f"it computes in bfloat16, float32, not in {str(problem.dtype).removeprefix('torch.')}"
+            return f"it computes in bfloat16, float32, not in {dtype_name(problem.dtype)}"
         if _MIXING.get(problem.streams) != problem.mixing:
             return f"it knows one stream, or the difference of two, not {problem.streams} with another mixing"
         if problem.mask - MASKS:

@@ -147,7 +147,7 @@ void sum_task(int64_t task, int64_t, void* context) {
   const Work& work = *static_cast<Work*>(context);
   const auto& z = work.pass.sizes();
   const int64_t group = task / z.chunks, begin = task % z.chunks * ROWS;
-  work.pass.write_queries(group / work.groups, group % work.groups, begin, z.rows - begin < ROWS ? z.rows - begin : ROWS,
+  work.pass.write_queries(group / work.groups, group % work.groups, begin, z.rows_of(begin),
                           work.queries + group * work.parts * work.queries_each, work.parts);
 }
 

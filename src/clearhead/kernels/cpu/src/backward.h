@@ -22,15 +22,12 @@ namespace clearhead::CLEARHEAD_ISA {
 template <class Unit, class Number>
 class Backward {
  public:
-  Backward(const clearhead_problem& problem, const Ids& ids) : p(problem), ids(ids), z(problem, BLOCK) {
-    e_units = units<Unit>(z.e);
-    e_left = rounded_up(e_units, VL) + VL;
-  }
+  Backward(const clearhead_problem& problem, const Ids& ids) : p(problem), ids(ids), z(problem, BLOCK) {}
 
   const Sizes<Unit>& sizes() const { return z; }
   int64_t query_floats() const { return z.streams * z.rows * z.d_wide; }  // dQ of a task
   int64_t scratch_floats() const {
-    const int64_t queries = z.streams * (ROWS * z.d_left + units<Unit>(ROWS) * z.d_panels + VL) + ROWS * e_left +
+    const int64_t queries = z.streams * (ROWS * z.d_left + units<Unit>(ROWS) * z.d_panels + VL) + ROWS * z.e_left +
                             units<Unit>(ROWS) * z.e_panels;
     const int64_t tiles = (z.streams + 1) * ROWS * TILE * 2;
     const int64_t sums = BLOCK * (z.key_streams * z.d_wide + z.e_wide);
@@ -56,7 +53,7 @@ class Backward {
     const vf scale = all(p.scale);
     for (int s = 0; s < z.streams; s++)
       for (int64_t row = begin; row < begin + count; row++) {
-        Number* to = row_of<Number>(p.grad_q[s], b, head_of(g, row), row % p.queries);
+        Number* to = row_of<Number>(p.grad_q[s], b, z.head_of(g, row), z.token_of(row));
         const float* from = grad_q + (s * z.rows + row) * z.d_wide;
         for (int64_t c = 0; c < z.d; c += VL) {
           vf sum = load(from + c);
@@ -70,11 +67,10 @@ class Backward {
   const clearhead_problem& p;
   const Ids& ids;
   const Sizes<Unit> z;
-  int64_t e_units, e_left;
 
   // Both streams' Kᵀ (for the scores) and K (for dQ), and Vᵀ (for dP).
   int64_t key_floats() const {
-    return z.key_streams * (z.d_units * BLOCK + units<Unit>(BLOCK) * z.d_panels) + e_units * BLOCK;
+    return z.key_streams * (z.d_units * BLOCK + units<Unit>(BLOCK) * z.d_panels) + z.e_units * BLOCK;
   }
 
   // A worker's memory.
@@ -89,7 +85,7 @@ class Backward {
       queries_left = masked_keys + of.key_floats();
       queries_stacked = queries_left + z.streams * ROWS * z.d_left;
       grad_left = queries_stacked + z.streams * units<Unit>(ROWS) * z.d_panels;
-      grad_stacked = grad_left + ROWS * of.e_left;
+      grad_stacked = grad_left + ROWS * z.e_left;
       tile = grad_stacked + units<Unit>(ROWS) * z.e_panels;
       turned = tile + turned_floats;
       grad_k = turned + turned_floats;
@@ -100,17 +96,15 @@ class Backward {
     }
   };
 
-  int64_t keys_of(int64_t block) const { return p.keys - block * BLOCK < BLOCK ? p.keys - block * BLOCK : BLOCK; }
-  int64_t head_of(int64_t g, int64_t row) const { return g * (p.heads / p.groups) + row / p.queries; }
   float gate_of(int64_t b, int64_t g, int64_t row) const {
-    return *row_of<float>(p.gate, b, head_of(g, row), row % p.queries);
+    return *row_of<float>(p.gate, b, z.head_of(g, row), z.token_of(row));
   }
 
   // References, inverse sums and δ of every row.
   void prepare_rows(int64_t b, int64_t g, const Space& space) const {
     float *first = space.delta, *second = space.delta + z.rows;
     for (int64_t row = 0; row < z.rows; row++) {
-      const int64_t head = head_of(g, row), token = row % p.queries;
+      const int64_t head = z.head_of(g, row), token = z.token_of(row);
       const int64_t size = p.batch * p.heads * p.queries, at = (b * p.heads + head) * p.queries + token;
       for (int s = 0; s < z.streams; s++) {
         const float reference = p.statistics[2 * s * size + at], sum = p.statistics[(2 * s + 1) * size + at];
@@ -147,7 +141,7 @@ class Backward {
   void write_gate(int64_t b, int64_t g, const Space& space) const {
     if (z.streams == 1) return;
     for (int64_t row = 0; row < z.rows; row++)
-      p.grad_gate[(b * p.heads + head_of(g, row)) * p.queries + row % p.queries] = -space.delta[z.rows + row];
+      p.grad_gate[(b * p.heads + z.head_of(g, row)) * p.queries + z.token_of(row)] = -space.delta[z.rows + row];
   }
 
   float dot(const Number* a, const Number* b) const {
@@ -157,13 +151,13 @@ class Backward {
   }
 
   bool pack_keys(int64_t b, int64_t g, int64_t block, const uint8_t* visible, float* to) const {
-    const int64_t begin = block * BLOCK, count = keys_of(block);
+    const int64_t begin = block * BLOCK, count = z.keys_of(block);
     bool finite = true;
     for (int s = 0; s < z.key_streams; s++) {
       const Number* keys = row_of<Number>(p.k[s], b, g, begin);
       finite &= pack_transposed<Unit>(keys, p.k[s].token, count, z.d, visible, to);
       to += z.d_units * BLOCK;
-      pack_stacked<Unit>(keys, p.k[s].token, count, z.d, visible, 0, to);
+      pack_stacked<Unit>([&](int64_t j) { return keys + j * p.k[s].token; }, count, z.d, visible, 0, to);
       to += units<Unit>(BLOCK) * z.d_panels;
     }
     return pack_transposed<Unit>(row_of<Number>(p.v, b, g, begin), p.v.token, count, z.e, visible, to) && finite;
@@ -173,47 +167,17 @@ class Backward {
     for (int s = 0; s < z.streams; s++)
       pack_rows(p.q[s], b, g, begin, count, z.d, z.d_left, z.flip, space.queries_left + s * ROWS * z.d_left,
                 space.queries_stacked + s * units<Unit>(ROWS) * z.d_panels);
-    pack_rows(p.grad_out, b, g, begin, count, z.e, e_left, 0, space.grad_left, space.grad_stacked);
+    pack_rows(p.grad_out, b, g, begin, count, z.e, z.e_left, 0, space.grad_left, space.grad_stacked);
   }
 
   // A chunk of rows both as a left operand and, for products that reduce over the rows, stacked.
   void pack_rows(const clearhead_tensor& tensor, int64_t b, int64_t g, int64_t begin, int64_t count, int64_t width,
                  int64_t left_stride, int32_t flip, float* left, float* stacked) const {
-    for (int64_t i = 0; i < count; i++)
-      pack_left_row<Unit>(row_of<Number>(tensor, b, head_of(g, begin + i), (begin + i) % p.queries), width, flip,
-                          left + i * left_stride);
-    if (begin % p.queries + count <= p.queries) {
-      pack_stacked<Unit>(row_of<Number>(tensor, b, head_of(g, begin), begin % p.queries), tensor.token, count, width,
-                         nullptr, flip, stacked);
-      return;
-    }
-    // Rows of several heads: through a copy with one stride.
-    Number copy[ROWS * 16];
-    const int64_t depth = units<Unit>(count);
-    for (int64_t c = 0; c < width; c += 16) {
-      const int64_t columns = width - c < 16 ? width - c : 16;
-      memset(static_cast<void*>(copy), 0, sizeof copy);
-      for (int64_t i = 0; i < count; i++)
-        memcpy(static_cast<void*>(copy + i * 16), row_of<Number>(tensor, b, head_of(g, begin + i), (begin + i) % p.queries) + c,
-               sizeof(Number) * static_cast<size_t>(columns));
-      for (int64_t at = 0; at < 16 && c + at < rounded_up(width, VL); at += VL) {
-        const int64_t column = c + at;
-        pack_column<Unit>(copy + at, count, flip, stacked + column / PANEL * PANEL * depth + column % PANEL);
-      }
-    }
-  }
-
-  // VL columns of `count` rows, 16 numbers apart, as rows of a stacked panel.
-  template <class Policy>
-  static void pack_column(const Number* from, int64_t count, int32_t flip, float* to) {
-    for (int64_t k = 0; k < units<Policy>(count); k++) {
-      vf pair[Policy::PER_UNIT];
-      for (int64_t i = 0; i < Policy::PER_UNIT; i++) {
-        const int64_t r = k * Policy::PER_UNIT + i;
-        pair[i] = r < count ? load_some(from + r * 16, VL) : all(0.0f);
-      }
-      store(to + k * PANEL, (vf)((vi)pair_up<Policy>(pair[0], pair[Policy::PER_UNIT - 1]) ^ all_ints(flip)));
-    }
+    const auto row = [&](int64_t i) {
+      return row_of<const Number>(tensor, b, z.head_of(g, begin + i), z.token_of(begin + i));
+    };
+    for (int64_t i = 0; i < count; i++) pack_left_row<Unit>(row(i), width, flip, left + i * left_stride);
+    pack_stacked<Unit>(row, count, width, nullptr, flip, stacked);
   }
 
   // body(rows, begin, view, keys) for every chunk that sees something of a block.
@@ -224,8 +188,8 @@ class Backward {
     for (int64_t chunk = 0; chunk < z.chunks; chunk++) {
       Rows rows;
       const int64_t begin = chunk * ROWS;
-      rows.place(p, ids, b, begin, z.rows - begin < ROWS ? z.rows - begin : ROWS);
-      const View view = rows.view(block * BLOCK, keys_of(block));
+      rows.place(p, ids, b, begin, z.rows_of(begin));
+      const View view = rows.view(block * BLOCK, z.keys_of(block));
       if (view == View::NONE) continue;
       if (clean || view == View::ALL) {
         body(rows, begin, view, space.keys);
@@ -234,9 +198,7 @@ class Backward {
       // See Forward::add_block_by_rows.
       uint8_t visible[BLOCK];
       for (int64_t i = 0; i < rows.count; i++) {
-        bool some = false;
-        for (int64_t j = 0; j < keys_of(block); j++) some |= visible[j] = rows.sees(i, block * BLOCK + j);
-        if (!some) continue;
+        if (!rows.seen(i, block * BLOCK, z.keys_of(block), visible)) continue;
         pack_keys(b, g, block, visible, space.masked_keys);
         body(rows.only(i), begin + i, View::PART, space.masked_keys);
       }
@@ -246,16 +208,10 @@ class Backward {
   // Floats of one stream's keys as `pack_keys` leaves them.
   int64_t stream_floats() const { return z.d_units * BLOCK + units<Unit>(BLOCK) * z.d_panels; }
 
-  // Keys of a block that a chunk has any use for: the columns above a causal diagonal are not computed.
-  int64_t used(const Rows& rows, int64_t block) const {
-    const int64_t left = rows.last - block * BLOCK, count = keys_of(block);
-    return left < count ? left : count;
-  }
-
   // Packs the chunk, and fills the tiles of logits from stream `first` on and the tile of dP; returns their columns.
   int64_t weigh_tile(const Rows& rows, int64_t b, int64_t g, int64_t begin, View view, int64_t block, const float* keys,
                      int first, const Space& space) const {
-    const int64_t columns = rounded_up(used(rows, block), VL);
+    const int64_t columns = rounded_up(z.used(rows, block), VL);
     pack_queries(b, g, begin, rows.count, space);
     for (int s = first; s < z.streams; s++) {
       float* logits = space.tile + s * ROWS * TILE;
@@ -264,14 +220,14 @@ class Backward {
                           false);
       if (view == View::PART) rows.hide(logits, TILE, block * BLOCK, columns);
     }
-    product<Unit, true>(rows.count, columns, e_units, space.grad_left, e_left, keys + z.key_streams * stream_floats(),
-                        PANEL, PANEL * e_units, space.tile + z.streams * ROWS * TILE, TILE, false);
+    product<Unit, true>(rows.count, columns, z.e_units, space.grad_left, z.e_left, keys + z.key_streams * stream_floats(),
+                        PANEL, PANEL * z.e_units, space.tile + z.streams * ROWS * TILE, TILE, false);
     return columns;
   }
 
   void add_tile(const Rows& rows, int64_t b, int64_t g, int64_t begin, View view, int64_t block, const float* keys,
                 float* grad_q, const Space& space) const {
-    const int64_t count = used(rows, block);
+    const int64_t count = z.used(rows, block);
     const int64_t columns = weigh_tile(rows, b, g, begin, view, block, keys, 0, space);
     differentiate(rows.count, columns, b, g, begin, space);
     const int64_t deep = units<Unit>(rows.count);
@@ -286,7 +242,7 @@ class Backward {
                            space.grad_k + stream * BLOCK * z.d_wide, z.d_wide, true);
       product<Unit, true>(rows.count, z.d_wide, units<Unit>(count), space.tile + s * ROWS * TILE, TILE,
                           keys + stream * stream_floats() + z.d_units * BLOCK, PANEL,
-                          PANEL * units<Unit>(keys_of(block)), grad_q + (s * z.rows + begin) * z.d_wide, z.d_wide, true);
+                          PANEL * units<Unit>(z.keys_of(block)), grad_q + (s * z.rows + begin) * z.d_wide, z.d_wide, true);
     }
   }
 
@@ -308,12 +264,12 @@ class Backward {
           }
           const vf grad = load(at[z.streams] + shift);
           const vf first = row[r].weight(0, load(at[0] + shift), z.exponent);
-          grads[0][r] = unless_one(first, first * (grad - all(row[r].delta[0])));
+          grads[0][r] = of_logit(first, first * (grad - all(row[r].delta[0])));
           weights[r] = first;
           if (z.streams == 2) {
             const vf second = row[r].weight(1, load(at[1] + shift), z.exponent), gated = second * all(row[r].gate);
             weights[r] = first - gated;
-            grads[1][r] = unless_one(second, gated * (all(row[r].delta[1]) - grad));
+            grads[1][r] = of_logit(second, gated * (all(row[r].delta[1]) - grad));
           }
         }
         keep(i, c, grads, weights, at, count, space);
@@ -321,14 +277,18 @@ class Backward {
     }
   }
 
-  // A weight of one leaves nothing for the other keys, so the softmax does not move: the difference of two roundings of
-  // dP would be all there is.
-  static vf unless_one(vf weight, vf grad) { return weight == all(1.0f) ? all(0.0f) : grad; }
+  // The gradient of a logit, where it is not 0 whatever the rest is. A weight of one leaves nothing for the other keys, so
+  // the softmax does not move: the difference of two roundings of dP would be all there is. A weight of zero moves
+  // nothing: δ or dP may be NaN, which must not reach a key that the row does not see.
+  static vf of_logit(vf weight, vf grad) {
+    return ((weight == all(0.0f)) | (weight == all(1.0f))) ? all(0.0f) : grad;
+  }
 
   struct Row {
     float reference[2], inverse[2], delta[2], gate;
     vf weight(int s, vf logit, const Exponent& exponent) const {
-      return exponential(logit - all(reference[s]), exponent) * all(inverse[s]);
+      const vf x = exponential(logit - all(reference[s]), exponent);
+      return x == all(0.0f) ? x : x * all(inverse[s]);  // the inverse of a row's sum may be NaN, too
     }
   };
 
@@ -361,7 +321,7 @@ class Backward {
 
   void write_keys(int64_t b, int64_t g, int64_t block, const Space& space) const {
     const vf scale = all(p.scale < 0 ? -p.scale : p.scale);
-    for (int64_t j = 0; j < keys_of(block); j++) {
+    for (int64_t j = 0; j < z.keys_of(block); j++) {
       const int64_t token = block * BLOCK + j;
       for (int s = 0; s < z.key_streams; s++)
         for (int64_t c = 0; c < z.d; c += VL)

@@ -82,6 +82,7 @@ bool stands(const clearhead_tensor& tensor) { return tensor.data != nullptr; }
 bool well_formed(const clearhead_problem& p, bool backward) {
   if (p.streams < 1 || p.streams > 2 || p.key_streams < 1 || p.key_streams > p.streams) return false;
   if (p.batch < 1 || p.heads < 1 || p.groups < 1 || p.heads % p.groups || p.queries < 1 || p.keys < 1) return false;
+  if (p.key_width > CLEARHEAD_WIDEST || p.value_width > CLEARHEAD_WIDEST) return false;
   if (p.key_width < 1 || p.value_width < 1 || p.threads < 1 || p.dtype < 0 || p.dtype > 1) return false;
   if (!stands(p.v) || !stands(p.out) || (p.streams == 2 && !stands(p.gate))) return false;
   for (int s = 0; s < p.streams; s++)

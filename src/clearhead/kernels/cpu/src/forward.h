@@ -30,11 +30,12 @@ class Forward {
 
   // One block of keys and values in the layouts of the products; false if a number in it is not finite.
   bool pack_block(int64_t b, int64_t g, int64_t block, const uint8_t* visible, float* to) const {
-    const int64_t begin = block * z.block, count = keys_of(block);
+    const int64_t begin = block * z.block, count = z.keys_of(block);
     bool finite = true;
     for (int s = 0; s < z.key_streams; s++, to += z.d_units * z.block)
       finite &= pack_transposed<Unit>(row_of<Number>(p.k[s], b, g, begin), p.k[s].token, count, z.d, visible, to);
-    return pack_stacked<Unit>(row_of<Number>(p.v, b, g, begin), p.v.token, count, z.e, visible, 0, to) && finite;
+    const auto value = [&](int64_t j) { return row_of<const Number>(p.v, b, g, begin + j); };
+    return pack_stacked<Unit>(value, count, z.e, visible, 0, to) && finite;
   }
 
   const uint8_t* padding(int64_t b, int64_t block) const {
@@ -52,7 +53,7 @@ class Forward {
   void run(int64_t b, int64_t g, int64_t begin, int64_t first, int64_t step, const float* packed, const uint8_t* finite,
            float* scratch, float* state_at) const {
     Rows rows;
-    rows.place(p, ids, b, begin, z.rows - begin < ROWS ? z.rows - begin : ROWS);
+    rows.place(p, ids, b, begin, z.rows_of(begin));
     State state(state_at, z);
     clear(state);
     float* left = scratch;
@@ -62,21 +63,15 @@ class Forward {
     int64_t block = rows.first / z.block;
     block += (first - block % step + step) % step;
     for (; block * z.block < rows.last; block += step) {
-      const View view = rows.view(block * z.block, keys_of(block));
+      const View view = rows.view(block * z.block, z.keys_of(block));
       if (view == View::NONE) continue;
       // Not where a gradient will follow: it computes the logits anew, and these differ from its own in their last bit.
       if (!packed && rows.count <= FEW_ROWS && !p.statistics) {
         add_block_as_it_lies(rows, view, b, g, block, left, tile, state);
         continue;
       }
-      const float* operands = packed + block * block_floats();
-      bool clean = true;
-      if (packed) {
-        clean = finite[block];
-      } else {
-        clean = pack_block(b, g, block, padding(b, block), local);
-        operands = local;
-      }
+      const bool clean = packed ? finite[block] : pack_block(b, g, block, padding(b, block), local);
+      const float* operands = packed ? packed + block * block_floats() : local;
       if (!clean && view == View::PART) {
         add_block_by_rows(rows, b, g, block, left, local + block_floats(), tile, state);
       } else if (packed) {
@@ -100,17 +95,17 @@ class Forward {
   bool run_holding(int64_t b, int64_t g, int64_t begin, const float* packed, const uint8_t* finite, float* scratch,
                    float* state_at, float* held) const {
     Rows rows;
-    rows.place(p, ids, b, begin, z.rows - begin < ROWS ? z.rows - begin : ROWS);
+    rows.place(p, ids, b, begin, z.rows_of(begin));
     const int64_t first = rows.first / z.block, end = (rows.last + z.block - 1) / z.block;
     for (int64_t block = first; block < end; block++)
-      if (!finite[block] && rows.view(block * z.block, keys_of(block)) == View::PART) return false;
+      if (!finite[block] && rows.view(block * z.block, z.keys_of(block)) == View::PART) return false;
     State state(state_at, z);
     clear(state);
     pack_left(rows, b, g, begin, scratch);
     float* references = held + z.blocks * 2 * ROWS * TILE;
     for (int64_t block = first; block < end; block++) {
-      const View view = rows.view(block * z.block, keys_of(block));
-      const int64_t columns = view == View::NONE ? 0 : rounded_up(used(rows, block), VL);
+      const View view = rows.view(block * z.block, z.keys_of(block));
+      const int64_t columns = view == View::NONE ? 0 : rounded_up(z.used(rows, block), VL);
       const float* keys = packed + block * block_floats();
       for (int s = 0; s < 2 && columns; s++) {
         float* logits = held + (block * 2 + s) * ROWS * TILE;
@@ -124,16 +119,16 @@ class Forward {
       }
     }
     for (int64_t block = first; block < end; block++) {
-      if (rows.view(block * z.block, keys_of(block)) == View::NONE) continue;
-      const int64_t count = used(rows, block);
+      if (rows.view(block * z.block, z.keys_of(block)) == View::NONE) continue;
+      const int64_t count = z.used(rows, block);
       float* weights = held + block * 2 * ROWS * TILE;
       mix(rows.count, rounded_up(count, VL), b, g, begin, references + block * 2 * ROWS, state, weights);
       product<Unit, true>(rows.count, z.e_wide, units<Unit>(count), weights, TILE,
                           packed + block * block_floats() + z.key_streams * z.d_units * z.block, PANEL,
-                          PANEL * units<Unit>(keys_of(block)), state.out, z.e_wide, true);
+                          PANEL * units<Unit>(z.keys_of(block)), state.out, z.e_wide, true);
     }
     for (int64_t i = 0; i < rows.count; i++) {
-      Number* out = row_of<Number>(p.out, b, head_of(g, begin + i), (begin + i) % p.queries);
+      Number* out = row_of<Number>(p.out, b, z.head_of(g, begin + i), z.token_of(begin + i));
       for (int64_t c = 0; c < z.e; c += VL) store_some(out + c, load(state.out + i * z.e_wide + c), z.e - c);
     }
     return true;
@@ -159,9 +154,9 @@ class Forward {
 
   // Mixes the streams and writes the rows from `begin` on.
   void finish(int64_t b, int64_t g, int64_t begin, const State& state) const {
-    const int64_t count = z.rows - begin < ROWS ? z.rows - begin : ROWS;
+    const int64_t count = z.rows_of(begin);
     for (int64_t i = 0; i < count; i++) {
-      const int64_t head = head_of(g, begin + i), token = (begin + i) % p.queries;
+      const int64_t head = z.head_of(g, begin + i), token = z.token_of(begin + i);
       float inverse[2] = {0, 0};
       for (int s = 0; s < z.streams; s++) {
         const float sum = sum_of(load(state.sums + (s * ROWS + i) * VL));
@@ -195,10 +190,8 @@ class Forward {
   const Ids& ids;
   const Sizes<Unit> z;
 
-  int64_t keys_of(int64_t block) const { return p.keys - block * z.block < z.block ? p.keys - block * z.block : z.block; }
-  int64_t head_of(int64_t g, int64_t row) const { return g * (p.heads / p.groups) + row / p.queries; }
   const Number* query_row(int s, int64_t b, int64_t g, int64_t row) const {
-    return row_of<Number>(p.q[s], b, head_of(g, row), row % p.queries);
+    return row_of<Number>(p.q[s], b, z.head_of(g, row), z.token_of(row));
   }
   vf weight(float reference, float best) const {
     return reference == -__builtin_inff() ? all(0.0f) : exponential(all(reference - best), z.exponent);
@@ -208,12 +201,6 @@ class Forward {
     for (int s = 0; s < z.streams; s++)
       for (int64_t i = 0; i < rows.count; i++)
         pack_left_row<Unit>(query_row(s, b, g, begin + i), z.d, z.flip, left + (s * ROWS + i) * z.d_left);
-  }
-
-  // Keys of a block that a chunk has any use for: the columns above a causal diagonal are not computed.
-  int64_t used(const Rows& rows, int64_t block) const {
-    const int64_t left = rows.last - block * z.block, count = keys_of(block);
-    return left < count ? left : count;
   }
 
   // The held weights of a block, each relative to the reference its row had then, become units of P_1 / s_1 − λ P_2 / s_2.
@@ -226,7 +213,7 @@ class Forward {
         const float then = references[s * ROWS + i];
         factor[s] = (then == now ? all(1.0f) : weight(then, now)) * all(sum == 0.0f ? 0.0f : 1.0f / sum);
       }
-      factor[1] = factor[1] * all(*row_of<float>(p.gate, b, head_of(g, begin + i), (begin + i) % p.queries));
+      factor[1] = factor[1] * all(*row_of<float>(p.gate, b, z.head_of(g, begin + i), z.token_of(begin + i)));
       float *first = weights + i * TILE, *second = weights + (ROWS + i) * TILE;
       for (int64_t c = 0; c < columns; c += VL) {
         const vf mixed = load(first + c) * factor[0] - load(second + c) * factor[1];
@@ -245,7 +232,7 @@ class Forward {
 
   // The memory of a block's keys and values.
   Lines lines_of(int64_t b, int64_t g, int64_t block) const {
-    const int64_t size = sizeof(Number), begin = block * z.block, count = keys_of(block);
+    const int64_t size = sizeof(Number), begin = block * z.block, count = z.keys_of(block);
     Lines lines;
     for (int s = 0; s < z.key_streams; s++)
       lines.add(row_of<Number>(p.k[s], b, g, begin), count, p.k[s].token * size, z.d * size);
@@ -257,9 +244,9 @@ class Forward {
   template <class Ahead>
   void add_block(const Rows& rows, int64_t at, View view, int64_t block, const float* left, const float* operands,
                  float* tile, const State& state, Ahead& ahead) const {
-    const int64_t begin = block * z.block, count = used(rows, block), columns = rounded_up(count, VL);
+    const int64_t begin = block * z.block, count = z.used(rows, block), columns = rounded_up(count, VL);
     const float* values = operands + z.key_streams * z.d_units * z.block;
-    const int64_t value_panel = PANEL * units<Unit>(keys_of(block));
+    const int64_t value_panel = PANEL * units<Unit>(z.keys_of(block));
     for (int s = 0; s < z.streams; s++) {
       const int64_t row = s * ROWS + at;
       float* logits = tile + row * TILE;
@@ -275,7 +262,7 @@ class Forward {
 
   void add_block_as_it_lies(const Rows& rows, View view, int64_t b, int64_t g, int64_t block, const float* left,
                             float* tile, const State& state) const {
-    const int64_t begin = block * z.block, count = keys_of(block), columns = rounded_up(count, VL);
+    const int64_t begin = block * z.block, count = z.keys_of(block), columns = rounded_up(count, VL);
     for (int s = 0; s < z.streams; s++) {
       const clearhead_tensor& keys = p.k[z.key_streams == 2 ? s : 0];
       float* logits = tile + s * ROWS * TILE;
@@ -347,9 +334,7 @@ class Forward {
                          float* tile, const State& state) const {
     uint8_t visible[BLOCK];
     for (int64_t i = 0; i < rows.count; i++) {
-      bool some = false;
-      for (int64_t j = 0; j < keys_of(block); j++) some |= visible[j] = rows.sees(i, block * z.block + j);
-      if (!some) continue;
+      if (!rows.seen(i, block * z.block, z.keys_of(block), visible)) continue;
       pack_block(b, g, block, visible, local);
       Nothing nothing;
       add_block(rows.only(i), i, View::PART, block, left, local, tile, state, nothing);

@@ -3,7 +3,7 @@
 // A number of the reduction is one 32-bit unit: a float (policy Single), or two neighbouring bfloat16 numbers whose
 // products are summed into a float (policy Pair, one instruction where the processor has it).
 //
-// A: unit (m, k) at A[m·am + k·ak], read one at a time and broadcast, so both orders are as fast.
+// A: units read one at a time and broadcast, so that it may be stored either way round.
 // B: panels of PANEL columns; panel p starts at B + p·panel_stride, its rows ldb apart. The last one may be VL wide.
 // C: floats, rows ldc apart. N is a multiple of VL.
 #pragma once
@@ -78,7 +78,7 @@ CLEARHEAD_INLINE void register_tile(int64_t K, const float* A, int64_t stride, c
       for (int n = 0; n < COLUMNS; n++) sums[m][n] = Unit::multiply_add(a, b[n], sums[m][n]);
     }
   }
-  // C is added at the end, not summed upon: the roundings of one block and those of the blocks add up, not multiply.
+  // C is added once at the end: one long chain of roundings becomes two short ones.
 #pragma GCC unroll 16
   for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 2

@@ -7,6 +7,7 @@
 // Rows that nobody may see are read as zeros, so that what they hold, NaN included, goes nowhere.
 #pragma once
 #include "gemm.h"
+#include "problem.h"
 
 namespace clearhead::CLEARHEAD_ISA {
 
@@ -89,8 +90,6 @@ static void pack_left_row(const Number* row, int64_t width, int32_t flip, float*
     store(to + u, (vf)((vi)load_units<Unit>(row, u * Unit::PER_UNIT, width) ^ all_ints(flip)));
 }
 
-constexpr int64_t WIDEST = 512;  // numbers of a row; `Cpu.refusal` keeps to it
-
 // Row r is at from + r·stride, or reads as zeros when visible[r] is 0. Column r of panel r / PANEL, unit u in row u.
 // Returns whether every number is finite.
 template <class Unit, class Number>
@@ -99,7 +98,7 @@ static bool pack_transposed(const Number* from, int64_t stride, int64_t rows, in
   const int64_t depth = units<Unit>(width), wide = rounded_up(depth, VL), columns = rounded_up(rows, VL);
   Finite finite;
   // VL rows are first copied as they lie: memory read in order is fetched ahead of time, memory read by columns is not.
-  alignas(64) float copy[VL * WIDEST];
+  alignas(64) float copy[VL * CLEARHEAD_WIDEST];
   for (int64_t r = 0; r < columns; r += VL) {
     float* panel = to + r / PANEL * PANEL * depth + r % PANEL;
     for (int64_t i = 0; i < VL; i++) {
@@ -127,24 +126,28 @@ static bool pack_transposed(const Number* from, int64_t stride, int64_t rows, in
   return finite.holds();
 }
 
-// Number c of row r in column c of panel c / PANEL, row r / PER_UNIT.
-template <class Unit, class Number>
-static bool pack_stacked(const Number* from, int64_t stride, int64_t rows, int64_t width, const uint8_t* visible,
-                         int32_t flip, float* to) {
+// Row r is at row(r), or reads as zeros when visible[r] is 0. Number c of it in column c of panel c / PANEL, row
+// r / PER_UNIT. Returns whether every number is finite.
+template <class Unit, class Row>
+static bool pack_stacked(Row row, int64_t rows, int64_t width, const uint8_t* visible, int32_t flip, float* to) {
   const int64_t depth = units<Unit>(rows);
   Finite finite;
-  for (int64_t k = 0; k < depth; k++)
+  for (int64_t k = 0; k < depth; k++) {
+    decltype(row(0)) from[Unit::PER_UNIT];
+    for (int64_t i = 0; i < Unit::PER_UNIT; i++) {
+      const int64_t r = k * Unit::PER_UNIT + i;
+      from[i] = r < rows && (!visible || visible[r]) ? row(r) : nullptr;
+    }
     for (int64_t c = 0; c < width; c += VL) {
       vf pair[Unit::PER_UNIT];
       for (int64_t i = 0; i < Unit::PER_UNIT; i++) {
-        const int64_t r = k * Unit::PER_UNIT + i;
-        const bool real = r < rows && (!visible || visible[r]);
-        pair[i] = real ? load_some(from + r * stride + c, width - c) : all(0.0f);
+        pair[i] = from[i] ? load_some(from[i] + c, width - c) : all(0.0f);
         finite.add(pair[i]);
       }
       const vf unit = pair_up<Unit>(pair[0], pair[Unit::PER_UNIT - 1]);
       store(to + c / PANEL * PANEL * depth + k * PANEL + c % PANEL, (vf)((vi)unit ^ all_ints(flip)));
     }
+  }
   return finite.holds();
 }
 

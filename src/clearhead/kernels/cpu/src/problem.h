@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #define CLEARHEAD_ABI 1
+#define CLEARHEAD_WIDEST 512  // the largest D or E
 
 #ifdef __cplusplus
 extern "C" {

@@ -10,6 +10,7 @@ namespace clearhead::CLEARHEAD_ISA {
 
 constexpr int ROWS = 64;    // query rows of a chunk
 constexpr int BLOCK = 128;  // keys of a block
+constexpr int64_t FAR = int64_t{1} << 61;
 
 enum class View { NONE, PART, ALL };
 
@@ -26,12 +27,14 @@ struct Rows {
     const int32_t* query_ids = ids.keys ? ids.queries + b * ids.batch : nullptr;
     first = static_cast<int32_t>(p.keys);
     last = 0;
+    // As far as any window needs to reach; no position plus it overflows.
+    const int64_t window = p.window < FAR ? p.window : FAR;
     for (int64_t i = 0; i < rows; i++) {
       const int64_t position = (begin + i) % p.queries + p.offset;
       int64_t from = 0, to = p.keys;
-      if (p.window > 0) {
-        from = bounded(position - p.window + 1, p.keys);
-        to = bounded(position + p.window, p.keys);
+      if (window > 0) {
+        from = bounded(position - window + 1, p.keys);
+        to = bounded(position + window, p.keys);
       }
       if (p.causal) to = bounded(position + 1, p.keys);
       low[i] = static_cast<int32_t>(from);
@@ -58,6 +61,13 @@ struct Rows {
 
   bool sees(int64_t i, int64_t key) const {
     return key >= low[i] && key < high[i] && (!key_ids || key_ids[key] == id[i]);
+  }
+
+  // Which of the keys [begin, begin + keys) row i sees; false if none.
+  bool seen(int64_t i, int64_t begin, int64_t keys, uint8_t* visible) const {
+    bool some = false;
+    for (int64_t j = 0; j < keys; j++) some |= visible[j] = sees(i, begin + j);
+    return some;
   }
 
   // What the rows see of keys [begin, begin + keys), keys <= BLOCK.
