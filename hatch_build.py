@@ -28,7 +28,7 @@ FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
     # GCC 12 takes the undefined registers in its own AVX-512 headers for a mistake; Clang does not know that warning.
-    *("-Wall", "-Wextra", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"),
+    *("-Wall", "-Wextra", "-Wno-unknown-warning-option", "-Wno-uninitialized"),
 ]
 # Weakest first, which is also the order of linking: where two objects hold the same inline function, the linker keeps
 # the first, and code that runs on any processor must not get the one compiled for the newest.

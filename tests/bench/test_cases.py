@@ -27,7 +27,7 @@ def test_attention_cases_construct(case: AttentionCase) -> None:
     assert problem(case).keys == case.keys
     assert problem(case).key_width == case.width
     inputs = make_inputs(case.of_length(8))
-    read = (inputs.k.nbytes + inputs.v.nbytes) * case.keys / 8
+    read = (inputs.k.nbytes + inputs.v.nbytes) * case.keys / 8 * case.layers
     assert read == case.key_value_bytes
 
 

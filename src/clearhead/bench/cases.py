@@ -56,6 +56,8 @@ class AttentionCase:
     """One attention: `heads` output heads over `groups` key-value heads, queries and keys of `width`.
 
     causal: queries and keys are the same tokens. With a single query nothing is hidden and causal is False.
+    layers: so many attentions of this size, each with inputs of its own, are run in turn as one call, as a model's
+        layers are: what one of them reads is not in the cache when its turn comes again.
     memory: the peak of one call in a process of its own is measured, not the time.
     """
 
@@ -71,6 +73,7 @@ class AttentionCase:
     backward: bool
     dtype: Dtype
     batch: int = 1
+    layers: int = 1
     memory: bool = False
 
     @property
@@ -102,18 +105,19 @@ class AttentionCase:
             self.dtype,
             f"batch {self.batch}, {self.heads} heads, {self.groups} key-value heads, width {self.width}",
             f"{tokens}{', causal' if self.causal else ''}",
+            *([f"{self.layers} layers in turn"] if self.layers > 1 else []),
         ]
         return ", ".join(parts)
 
     @property
     def key_value_bytes(self) -> int:
         """Bytes of all keys and values."""
-        numbers = self.batch * self.groups * self.keys * (self.key_streams * self.width + self.value_width)
+        numbers = self.layers * self.batch * self.groups * self.keys * (self.key_streams * self.width + self.value_width)
         return numbers * BYTES[self.dtype]
 
     def flops(self, formula: Formula) -> float:
         """What a peer of that formula has to compute, see `attention_flops`."""
-        pairs = self.batch * self.queries * self.keys / (2 if self.causal else 1)
+        pairs = self.layers * self.batch * self.queries * self.keys / (2 if self.causal else 1)
         if formula == "softmax":
             return attention_flops(
                 pairs, self.streams * self.heads, 1, self.width, self.width, backward=self.backward
@@ -214,6 +218,7 @@ def _decode() -> tuple[AttentionCase, ...]:
             backward=False,
             dtype=dtype,
             batch=batch,
+            layers=8 // batch,
         )
         for batch, dtype in product((1, 8), DTYPES)
     )

@@ -1,9 +1,8 @@
-"""The machine: what it is, how fast it multiplies and copies, and how much memory a run may take from it."""
+"""The machine: what it is, how fast it multiplies, and how much memory a run may take from it."""
 
 import contextlib
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from clearhead.train.rundir import environment
 # Instructions that decide which kernels run, beyond the level that PyTorch names.
 EXTENSIONS = ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "bf16", "sve")
 MATRIX_SIZE = 2048
-LARGE_BUFFER = 256 * 2**20
 # A yardstick is repeated for so many seconds, but not more often than that.
 YARDSTICK_SECONDS = 0.5
 YARDSTICK_ROUNDS = (5, 200)
@@ -23,41 +21,12 @@ YARDSTICK_ROUNDS = (5, 200)
 MEMORY_SHARE = 0.85
 
 
-@dataclass(frozen=True, slots=True)
-class Yardsticks:
-    """What the machine reaches at its simplest work, in the same run and with the same threads.
-
-    matrix:      floating-point operations per second of torch.mm of two 2048 × 2048 matrices of the case's dtype.
-    copy_memory: bytes read and written per second, copying a buffer larger than the last-level cache.
-    copy_same:   the same with a buffer as large as the keys and values of the case.
-    """
-
-    matrix: float
-    copy_memory: float | None = None
-    copy_same: float | None = None
-
-
-def yardsticks(dtype: torch.dtype, key_value_bytes: int | None = None) -> Yardsticks:
-    """Measure them; the copies only for a case that has keys and values to read."""
-    if key_value_bytes is None:
-        return Yardsticks(matrix_rate(dtype))
-    large = max(LARGE_BUFFER, 4 * last_level_cache())
-    return Yardsticks(matrix_rate(dtype), copy_rate(large), copy_rate(key_value_bytes))
-
-
 def matrix_rate(dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a square matrix product."""
+    """Floating-point operations per second of torch.mm of two square matrices, the same threads as all else."""
     size = MATRIX_SIZE
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=out))
-
-
-def copy_rate(size: int) -> float:
-    """Bytes read and written per second while copying `size` bytes."""
-    source = torch.ones(max(1, size // 4))
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _seconds(lambda: target.copy_(source))
 
 
 def _seconds(call: Call) -> float:
@@ -68,16 +37,6 @@ def _seconds(call: Call) -> float:
     least, most = YARDSTICK_ROUNDS
     rounds = max(least, min(most, round(YARDSTICK_SECONDS / max(first[""], 1e-9))))
     return spread([found[""] for found in interleaved(peers, rounds)]).median
-
-
-def last_level_cache() -> int:
-    """Bytes of the largest cache that the system tells of, 0 if it tells of none."""
-    sizes = [0]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text(encoding="utf-8").strip()
-        if text.endswith("K"):
-            sizes.append(int(text[:-1]) * 1024)
-    return max(sizes)
 
 
 def facts() -> dict[str, Any]:

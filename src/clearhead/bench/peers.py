@@ -106,7 +106,12 @@ def make_inputs(case: AttentionCase, seed: int = 0) -> Inputs:
 
 def timed_call(peer: Peer, case: AttentionCase) -> Callable[[], object]:
     """One call of `peer`, its inputs made, arranged and contiguous: the output, and the gradients if asked."""
-    arranged = peer.arrange(make_inputs(case))
+    calls = [_timed_layer(peer, case, seed) for seed in range(case.layers)]
+    return calls[0] if len(calls) == 1 else lambda: [call() for call in calls]
+
+
+def _timed_layer(peer: Peer, case: AttentionCase, seed: int) -> Callable[[], object]:
+    arranged = peer.arrange(make_inputs(case, seed))
     leaves = arranged.map(lambda x: x.detach().contiguous().requires_grad_(case.backward))
     if not case.backward:
         return torch.no_grad()(lambda: peer.run(leaves))

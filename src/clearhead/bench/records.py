@@ -15,7 +15,6 @@ from clearhead.bench.run import Outcome
 def lines(verb: str, outcome: Outcome) -> list[dict[str, Any]]:
     """One entry for every peer of a case that was measured, those that could not run with their reason."""
     case = {key: value for key, value in asdict(outcome.case).items() if key != "peers"}
-    sticks = outcome.yardsticks
     common = {"machine": facts(), "versions": versions(), "date": date.today().isoformat()}
     return [
         {
@@ -28,12 +27,11 @@ def lines(verb: str, outcome: Outcome) -> list[dict[str, Any]]:
             "time_ms": _scaled(row.seconds, 1e3),
             "ratio": _scaled(row.ratio, 1.0),
             "gflops": None if row.rate is None else row.rate / 1e9,
-            "over_reading_kv": {"from_memory": row.reads_memory, "of_its_size": row.reads_same},
+            "over_reading_kv": _scaled(row.reads, 1.0),
             "extra_bytes": row.extra_bytes,
             "yardsticks": {
-                "matrix_gflops": sticks and sticks.matrix / 1e9,
-                "copy_from_memory_gb_s": sticks and sticks.copy_memory and sticks.copy_memory / 1e9,
-                "copy_of_its_size_gb_s": sticks and sticks.copy_same and sticks.copy_same / 1e9,
+                "matrix_gflops": outcome.matrix and outcome.matrix / 1e9,
+                "copy_gb_s": outcome.copy and outcome.copy / 1e9,
             },
             **common,
         }

@@ -8,12 +8,14 @@ import torch
 
 from clearhead.bench import gate, peers, training
 from clearhead.bench.cases import AttentionCase, Case, TrainCase
-from clearhead.bench.machine import Yardsticks, limited_memory, yardsticks
+from clearhead.bench.machine import limited_memory, matrix_rate
 from clearhead.bench.measure import Call, Round, Spread, interleaved, ratios, reason_of, spread, warm_up
 from clearhead.bench.memory import extra_memory
 from clearhead.bench.peers import dtype_of
 
 Progress = Callable[[str], None]
+# In the rounds beside the peers: as many bytes as keys and values have, copied. Half of its time is what reading takes.
+COPY = "copying K and V"
 # Makes the inputs of a peer; returns its call and the FLOPs that it needs.
 Start = Callable[[], tuple[Call, float]]
 
@@ -23,7 +25,7 @@ class Row:
     """What is known of one peer: its numbers, or the reason why there are none.
 
     seconds: of a call.   ratio: over the reference in the same round, or of memory.   rate: needed FLOPs a second.
-    reads_memory, reads_same: time over reading keys and values once at the speed of the two copies of `Yardsticks`.
+    reads:   over reading keys and values once at the speed at which a copy of them moves its bytes in the same round.
     extra_bytes: peak memory of a call beyond its inputs.
     """
 
@@ -32,19 +34,23 @@ class Row:
     seconds: Spread | None = None
     ratio: Spread | None = None
     rate: float | None = None
-    reads_memory: float | None = None
-    reads_same: float | None = None
+    reads: Spread | None = None
     extra_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A case that was measured, as far as it came, or that failed its gate and has no rows."""
+    """A case that was measured, as far as it came, or that failed its gate and has no rows.
+
+    matrix: floating-point operations per second of torch.mm in the case's dtype.
+    copy:   bytes read and written per second while copying keys and values, of a case that decodes.
+    """
 
     case: Case
     rows: tuple[Row, ...] = ()
     rounds: int = 0
-    yardsticks: Yardsticks | None = None
+    matrix: float | None = None
+    copy: float | None = None
     red: tuple[str, ...] = ()
     interrupted: bool = False
 
@@ -110,7 +116,7 @@ def _start_training(arm: training.Arm, case: TrainCase) -> tuple[Call, float]:
 
 def _timed(case: Case, entered: _Field, rounds: int, progress: Progress) -> Outcome:
     progress(f"{case.name}: measuring the machine")
-    sticks = yardsticks(dtype_of(case), _bytes_read(case))
+    matrix = matrix_rate(dtype_of(case))
     calls: dict[str, Call] = {}
     flops: dict[str, float] = {}
     for name, start in entered.starts.items():
@@ -122,6 +128,9 @@ def _timed(case: Case, entered: _Field, rounds: int, progress: Progress) -> Outc
         else:
             entered.reasons |= warm_up({name: calls[name]})
     calls = {name: call for name, call in calls.items() if name not in entered.reasons}
+    read = _bytes_read(case)
+    if read is not None:
+        calls[COPY] = _copying(read)
     done: list[Round] = []
     interrupted = False
     try:
@@ -133,10 +142,11 @@ def _timed(case: Case, entered: _Field, rounds: int, progress: Progress) -> Outc
     rows = tuple(
         Row(name, entered.reasons.get(name, "interrupted before the first round was complete"))
         if name in entered.reasons or not done
-        else _row(name, case, done, flops[name], sticks)
+        else _row(name, case, done, flops[name])
         for name in case.peers
     )
-    return Outcome(case, rows, len(done), sticks, interrupted=interrupted)
+    copy = 2 * read / spread([found[COPY] for found in done]).median if read is not None and done else None
+    return Outcome(case, rows, len(done), matrix, copy, interrupted=interrupted)
 
 
 def _memory(case: AttentionCase, entered: _Field, progress: Progress) -> Outcome:
@@ -162,17 +172,22 @@ def _memory(case: AttentionCase, entered: _Field, progress: Progress) -> Outcome
     return Outcome(case, tuple(rows), 1, interrupted=interrupted)
 
 
-def _row(name: str, case: Case, done: Sequence[Round], flops: float, sticks: Yardsticks) -> Row:
+def _row(name: str, case: Case, done: Sequence[Round], flops: float) -> Row:
     seconds = spread([found[name] for found in done])
-    reference, read = case.peers[0], _bytes_read(case)
+    reference = case.peers[0]
     return Row(
         name,
         seconds=seconds,
         ratio=ratios(done, name, reference) if reference in done[0] else None,
         rate=flops / seconds.median,
-        reads_memory=seconds.median * sticks.copy_memory / read if read and sticks.copy_memory else None,
-        reads_same=seconds.median * sticks.copy_same / read if read and sticks.copy_same else None,
+        reads=spread([2 * found[name] / found[COPY] for found in done]) if COPY in done[0] else None,
     )
+
+
+def _copying(size: int) -> Call:
+    source = torch.ones(size // 4)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
 
 
 def _bytes_read(case: Case) -> int | None:

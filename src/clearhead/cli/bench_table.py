@@ -6,7 +6,6 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from clearhead.bench.machine import Yardsticks
 from clearhead.bench.measure import Spread
 from clearhead.bench.run import Outcome, Row
 
@@ -27,7 +26,7 @@ def render(outcome: Outcome) -> RenderableType:
 
 
 def _time_table(outcome: Outcome) -> Table:
-    decoding = any(row.reads_memory for row in outcome.rows)
+    decoding = any(row.reads for row in outcome.rows)
     table = _table("peer", "median ms", "quartiles", "min", "time over the first's", "GFLOP/s")
     if decoding:
         table.add_column("over reading K, V", justify="right")
@@ -40,10 +39,10 @@ def _time_table(outcome: Outcome) -> Table:
             f"{_ms(row.seconds.q1)} to {_ms(row.seconds.q3)}",
             _ms(row.seconds.least),
             _ratio(row.ratio),
-            _rate(row, outcome.yardsticks),
+            _rate(row, outcome.matrix),
         ]
         if decoding:
-            cells.append(f"{row.reads_memory or 0:.2f} | {row.reads_same or 0:.2f}")
+            cells.append(_ratio(row.reads))
         table.add_row(escape(row.peer), *cells)
     return table
 
@@ -73,21 +72,17 @@ def _ratio(ratio: Spread | None) -> str:
     return "–" if ratio is None else f"{ratio.median:.2f} ({ratio.q1:.2f} to {ratio.q3:.2f})"
 
 
-def _rate(row: Row, sticks: Yardsticks | None) -> str:
-    assert row.rate is not None and sticks is not None
-    return f"{row.rate / 1e9:.3g} ({row.rate / sticks.matrix:.0%})"
+def _rate(row: Row, matrix: float | None) -> str:
+    assert row.rate is not None and matrix is not None
+    return f"{row.rate / 1e9:.3g} ({row.rate / matrix:.0%})"
 
 
 def _footer(outcome: Outcome) -> Text:
     """What the table's last columns are measured against."""
-    sticks = outcome.yardsticks
-    assert sticks is not None
+    assert outcome.matrix is not None
     plural = "s" * (outcome.rounds != 1)
-    text = f"  {outcome.rounds} round{plural}; torch.mm reaches {sticks.matrix / 1e9:.0f} GFLOP/s"
+    text = f"  {outcome.rounds} round{plural}; torch.mm reaches {outcome.matrix / 1e9:.0f} GFLOP/s"
     text += f" in {outcome.case.dtype}"
-    if sticks.copy_memory and sticks.copy_same:
-        text += (
-            f"; copying moves {sticks.copy_memory / 1e9:.1f} GB/s through memory (left of |) and "
-            f"{sticks.copy_same / 1e9:.1f} GB/s with a buffer as large as K and V (right)"
-        )
+    if outcome.copy is not None:
+        text += f"; copying as many bytes as K and V have moves {outcome.copy / 1e9:.1f} GB/s"
     return Text(text, style="dim")

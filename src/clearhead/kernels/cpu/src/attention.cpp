@@ -1,8 +1,9 @@
 // Fused attention on a CPU: one or two softmax maps, combined as P_1 − gate · P_2, times V, without ever holding a map.
-// Forward in forward.h, backward in backward.h; this file divides the work among threads.
+// Forward in forward.h, of a few rows in decode.h, backward in backward.h; this file divides the work among threads.
 //
 // Compiled once for every instruction set, each time into a namespace of that name (CLEARHEAD_ISA).
 #include "backward.h"
+#include "decode.h"
 
 namespace clearhead::CLEARHEAD_ISA {
 namespace {
@@ -41,9 +42,75 @@ struct ForwardWork {
   float* blocks(int64_t group) const { return packed + group * pass.sizes().blocks * pass.block_floats(); }
 };
 
-// Few rows: every group reads its keys and values once, from where they are; the keys of one group may be cut in parts.
+template <class Unit, class Number>
+struct DecodeWork {
+  Decode<Unit, Number> pass;
+  int64_t groups, parts;
+  float *scratch = nullptr, *weights = nullptr, *states = nullptr;
+
+  DecodeWork(const clearhead_problem& p, const Ids& ids)
+      : pass(p, ids), groups(p.groups), parts(parts_of(p.batch * p.groups, p.threads, pass.sizes().blocks / 2 + 1)) {}
+  float* memory(int64_t worker) const { return scratch + worker * pass.scratch_floats(); }
+  // Weights wait for the other parts of their group; where there are none, they are the worker's own.
+  float* weights_of(int64_t group, int64_t worker) const {
+    return weights + (parts == 1 ? worker : group) * pass.weights_floats();
+  }
+  float* states_of(int64_t group) const { return states + group * parts * pass.state_floats(); }
+};
+
 template <class Work>
-void decode_task(int64_t task, int64_t worker, void* context) {
+void weigh_task(int64_t task, int64_t worker, void* context) {
+  const Work& work = *static_cast<Work*>(context);
+  const int64_t group = task / work.parts, part = task % work.parts;
+  work.pass.weigh(group / work.groups, group % work.groups, part, work.parts, work.memory(worker),
+                  work.weights_of(group, worker), work.states_of(group) + part * work.pass.state_floats());
+}
+
+template <class Work>
+void add_up_task(int64_t task, int64_t worker, void* context) {
+  const Work& work = *static_cast<Work*>(context);
+  const int64_t group = task / work.parts;
+  work.pass.add_up(group / work.groups, group % work.groups, task % work.parts, work.parts, work.memory(worker),
+                   work.weights_of(group, worker), work.states_of(group));
+}
+
+template <class Work>
+void finish_task(int64_t group, int64_t, void* context) {
+  const Work& work = *static_cast<Work*>(context);
+  work.pass.finish(group / work.groups, group % work.groups, work.parts, work.states_of(group));
+}
+
+// A group that is not cut in parts goes through all steps at once, while its weights are in the cache.
+template <class Work>
+void whole_task(int64_t group, int64_t worker, void* context) {
+  weigh_task<Work>(group, worker, context);
+  add_up_task<Work>(group, worker, context);
+  finish_task<Work>(group, worker, context);
+}
+
+template <class Work>
+int32_t decode(const clearhead_problem& p, Work& work) {
+  const int64_t total = p.batch * p.groups;
+  const Buffer scratch(p.threads * work.pass.scratch_floats());
+  const Buffer weights((work.parts == 1 ? p.threads : total) * work.pass.weights_floats());
+  const Buffer states(total * work.parts * work.pass.state_floats());
+  if (!scratch || !weights || !states) return CLEARHEAD_NO_MEMORY;
+  work.scratch = scratch.data();
+  work.weights = weights.data();
+  work.states = states.data();
+  if (work.parts == 1) {
+    for_each_task(p.threads, total, whole_task<Work>, &work);
+    return 0;
+  }
+  for_each_task(p.threads, total * work.parts, weigh_task<Work>, &work);
+  for_each_task(p.threads, total * work.parts, add_up_task<Work>, &work);
+  for_each_task(p.threads, total, finish_task<Work>, &work);
+  return 0;
+}
+
+// Some rows: every group packs its keys and values once, block by block; the keys of one group may be cut in parts.
+template <class Work>
+void single_task(int64_t task, int64_t worker, void* context) {
   const Work& work = *static_cast<Work*>(context);
   const int64_t group = task / work.parts;
   work.pass.run(group / work.groups, group % work.groups, 0, task % work.parts, work.parts, nullptr, nullptr,
@@ -89,6 +156,8 @@ void chunk_task(int64_t task, int64_t worker, void* context) {
 
 template <class Unit, class Number>
 int32_t forward_with(const clearhead_problem& p, const Ids& ids) {
+  DecodeWork<Unit, Number> few(p, ids);
+  if (few.pass.applies()) return decode(p, few);
   using Work = ForwardWork<Unit, Number>;
   Work work(p, ids);
   const auto& z = work.pass.sizes();
@@ -101,7 +170,7 @@ int32_t forward_with(const clearhead_problem& p, const Ids& ids) {
     const Buffer states(total * work.parts * work.pass.state_floats());
     if (!states) return CLEARHEAD_NO_MEMORY;
     work.states = states.data();
-    for_each_task(p.threads, total * work.parts, decode_task<Work>, &work);
+    for_each_task(p.threads, total * work.parts, single_task<Work>, &work);
     for_each_task(p.threads, total, merge_task<Work>, &work);
     return 0;
   }

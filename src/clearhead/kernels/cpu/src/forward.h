@@ -65,11 +65,6 @@ class Forward {
     for (; block * z.block < rows.last; block += step) {
       const View view = rows.view(block * z.block, z.keys_of(block));
       if (view == View::NONE) continue;
-      // Not where a gradient will follow: it computes the logits anew, and these differ from its own in their last bit.
-      if (!packed && rows.count <= FEW_ROWS && !p.statistics) {
-        add_block_as_it_lies(rows, view, b, g, block, left, tile, state);
-        continue;
-      }
       const bool clean = packed ? finite[block] : pack_block(b, g, block, padding(b, block), local);
       const float* operands = packed ? packed + block * block_floats() : local;
       if (!clean && view == View::PART) {
@@ -258,75 +253,6 @@ class Forward {
       product<Unit, true>(rows.count, z.e_wide, units<Unit>(count), logits, TILE, values, PANEL, value_panel,
                           state.out + row * z.e_wide, z.e_wide, true, ahead);
     }
-  }
-
-  void add_block_as_it_lies(const Rows& rows, View view, int64_t b, int64_t g, int64_t block, const float* left,
-                            float* tile, const State& state) const {
-    const int64_t begin = block * z.block, count = z.keys_of(block), columns = rounded_up(count, VL);
-    for (int s = 0; s < z.streams; s++) {
-      const clearhead_tensor& keys = p.k[z.key_streams == 2 ? s : 0];
-      float* logits = tile + s * ROWS * TILE;
-      for (int64_t c = 0; c < count; c += VL)
-        dot_products(rows.count, left + s * ROWS * z.d_left, row_of<Number>(keys, b, g, begin + c), keys.token,
-                     count - c < VL ? count - c : VL, logits + c);
-      if (view == View::PART) rows.hide(logits, TILE, begin, columns);
-      weigh<false>(rows.count, columns, logits, state.reference + s * ROWS, state.sums + s * ROWS * VL,
-                   state.out + s * ROWS * z.e_wide);
-    }
-    const Number* values = row_of<Number>(p.v, b, g, begin);
-    for (int s = 0; s < z.streams; s++)
-      for (int64_t i = 0; i < rows.count; i++) {
-        float* weights = tile + (s * ROWS + i) * TILE;
-        float* out = state.out + (s * ROWS + i) * z.e_wide;
-        for (int64_t e = 0; e < z.e; e += 8 * VL) {
-          if (z.e - e >= 8 * VL)
-            add_values<8>(rows, i, view, begin, count, weights, values + e, 8 * VL, out + e);
-          else
-            for (int64_t at = e; at < z.e; at += VL)
-              add_values<1>(rows, i, view, begin, count, weights, values + at, z.e - at, out + at);
-        }
-      }
-  }
-
-  // Logits of VL keys (`count` of them real) for each row: a sum along the key for each, all summed across by a transpose.
-  void dot_products(int64_t rows, const float* left, const Number* keys, int64_t stride, int64_t count,
-                    float* logits) const {
-    const int64_t wide = rounded_up(z.d_units, VL);
-    for (int64_t i = 0; i < rows; i++) {
-      vf sums[VL];
-      for (int64_t j = 0; j < VL; j++) {
-        sums[j] = all(0.0f);
-        if (j < count)
-          for (int64_t u = 0; u < wide; u += VL)
-            sums[j] = Unit::multiply_add(load(left + i * z.d_left + u),
-                                         load_units<Unit>(keys + j * stride, u * Unit::PER_UNIT, z.d), sums[j]);
-      }
-      transpose(sums);
-#pragma GCC unroll 4
-      for (int64_t step = VL / 2; step > 0; step /= 2)
-#pragma GCC unroll 8
-        for (int64_t j = 0; j < step; j++) sums[j] = sums[j] + sums[j + step];
-      store(logits + i * TILE, sums[0]);
-    }
-  }
-
-  // Adds the weighted values of a block, COUNT vectors of them, `width` numbers being real, to one row's output.
-  template <int COUNT>
-  void add_values(const Rows& rows, int64_t row, View view, int64_t begin, int64_t count, const float* weights,
-                  const Number* values, int64_t width, float* out) const {
-    vf sums[COUNT];
-#pragma GCC unroll 8
-    for (int v = 0; v < COUNT; v++) sums[v] = load(out + v * VL);
-    for (int64_t j = 0; j < count; j++) {
-      // A value that is not seen is not touched: 0 · NaN would be NaN.
-      if (view == View::PART && !rows.sees(row, begin + j)) continue;
-      const vf weight = all(weights[j]);
-#pragma GCC unroll 8
-      for (int v = 0; v < COUNT; v++)
-        sums[v] = weight * load_some(values + j * p.v.token + v * VL, width - v * VL) + sums[v];
-    }
-#pragma GCC unroll 8
-    for (int v = 0; v < COUNT; v++) store(out + v * VL, sums[v]);
   }
 
   // A block that holds NaN or inf where some row must not look: row by row, with what the row may not see read as zero.

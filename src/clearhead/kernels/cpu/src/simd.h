@@ -167,6 +167,27 @@ CLEARHEAD_INLINE void store_halves(void* p, vf x) {
 #endif
 }
 
+// The first halves of a and b, number by number in turn; and the second halves.
+CLEARHEAD_INLINE vf interleave_low(vf a, vf b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#endif
+}
+
+CLEARHEAD_INLINE vf interleave_high(vf a, vf b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
+
 // VL vectors in, their transpose out: log2(VL) perfect shuffles.
 CLEARHEAD_INLINE void transpose(vf rows[VL]) {
 #pragma GCC unroll 4
@@ -174,17 +195,8 @@ CLEARHEAD_INLINE void transpose(vf rows[VL]) {
     vf mixed[VL];
 #pragma GCC unroll 8
     for (int i = 0; i < VL / 2; i++) {
-      vf a = rows[i], b = rows[i + VL / 2];
-#if defined(__AVX512F__)
-      mixed[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      mixed[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#elif defined(__AVX2__)
-      mixed[2 * i] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-      mixed[2 * i + 1] = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-#else
-      mixed[2 * i] = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-      mixed[2 * i + 1] = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-#endif
+      mixed[2 * i] = interleave_low(rows[i], rows[i + VL / 2]);
+      mixed[2 * i + 1] = interleave_high(rows[i], rows[i + VL / 2]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < VL; i++) rows[i] = mixed[i];

@@ -13,8 +13,8 @@ constexpr int64_t FEW_KEYS = 32;
 // Blocks of keys whose maps may be held for a chunk of rows: some five megabytes a thread.
 constexpr int64_t MOST_HELD = 64;
 
-// Rows up to which keys and values are used as they lie in memory, once for each row: packing would cost more.
-constexpr int64_t FEW_ROWS = 2;
+// Rows up to which keys and values are used as they lie in memory: packing would cost more.
+constexpr int64_t FEW_ROWS = 8;
 
 // Sizes in units and numbers that both passes share, and where things are.
 template <class Unit>

@@ -1,0 +1,280 @@
+// A few query rows, as in decoding, against keys and values where they lie: packing them would cost more than using them.
+//
+//   W_s = Q_s K_sᵀ for all keys; m_s = max W_s; W_s = exp(scale (W_s − m_s)); s_s = ΣW_s      `weigh`, one reading of K
+//   O   = (W_1 / s_1 − gate · W_2 / s_2) V                                                    `add_up`, one reading of V
+//
+// The weights of a few rows are small beside the keys, so they are held until their sums are known: V then meets one
+// map, D + D + E multiply-adds for a head and key instead of D + D + E + E. The keys may be cut into parts; a part's
+// weights are relative to its own m_s, which `add_up` sets right with what all parts found.
+//
+// Memory is the limit: for 4 rows of two streams, D = 64 and E = 128 in float32 a key brings 1 KB and needs 64 vector
+// multiply-adds at VL = 16. Each number of a key or value is therefore loaded once for up to MOST rows, VL sums across
+// a vector take VL − 1 additions, and every line is asked for AHEAD keys before it is needed.
+#pragma once
+#include "sizes.h"
+
+namespace clearhead::CLEARHEAD_ISA {
+
+// Lane i becomes the sum of all lanes of x[i]: each step interleaves two vectors and adds their halves.
+CLEARHEAD_INLINE vf sums_across(vf x[VL]) {
+#pragma GCC unroll 4
+  for (int half = VL / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; i++) x[i] = interleave_low(x[i], x[i + half]) + interleave_high(x[i], x[i + half]);
+  return x[0];
+}
+
+template <class Unit, class Number>
+class Decode {
+ public:
+  Decode(const clearhead_problem& problem, const Ids& ids)
+      : p(problem), ids(ids), z(problem, BLOCK), all_rows(z.streams * z.rows), row_stride(rounded_up(z.keys, VL) + VL) {}
+
+  // Not where a gradient will follow: it computes the logits anew, and these differ from its own in their last bit.
+  bool applies() const { return z.rows <= FEW_ROWS && !p.statistics && !p.noise.data; }
+
+  int64_t weights_floats() const { return all_rows * row_stride; }                          // of a group
+  int64_t state_floats() const { return rounded_up(2 * all_rows, VL) + z.rows * z.e_wide; }  // of a part of a group
+  int64_t scratch_floats() const { return rounded_up(all_rows * z.d_left + z.rows * TILE, VL); }
+
+  // Weights and statistics of one part of the keys of a group.
+  void weigh(int64_t b, int64_t g, int64_t part, int64_t parts, float* scratch, float* weights, float* state) const {
+    for (int s = 0; s < z.streams; s++)
+      for (int64_t i = 0; i < z.rows; i++)
+        pack_left_row<Unit>(row_of<Number>(p.q[s], b, z.head_of(g, i), z.token_of(i)), z.d, z.flip,
+                            scratch + (s * z.rows + i) * z.d_left);
+    vf most[2 * FEW_ROWS];
+    for (int64_t i = 0; i < all_rows; i++) most[i] = all(-__builtin_inff());
+    const int64_t each = all_rows / z.key_streams;
+    for_each_block(b, part, parts, [&](const Rows& rows, View view, int64_t begin, int64_t count) {
+      const int64_t columns = rounded_up(count, VL);
+      for (int s = 0; s < z.key_streams; s++)
+        for (int64_t i = 0; i < each; i += MOST) {
+          const int64_t row = s * each + i;
+          logits(each - i, scratch + row * z.d_left, row_of<Number>(p.k[s], b, g, begin), p.k[s].token, count,
+                 i ? 0 : AHEAD, weights + row * row_stride + begin);
+        }
+      for (int64_t i = 0; i < all_rows; i++) {
+        float* row = weights + i * row_stride + begin;
+        if (view == View::PART && i % z.rows == 0) rows.hide(row, row_stride, begin, columns);
+        for (int64_t c = 0; c < columns; c += VL) most[i] = greater(load(row + c), most[i]);
+      }
+    });
+    for (int64_t i = 0; i < all_rows; i++) {
+      const float reference = greatest_of(most[i]);
+      // A row that has seen nothing has only −inf here, which any finite reference turns into weights of zero.
+      const vf from = all(reference == -__builtin_inff() ? 0.0f : reference);
+      vf sum = all(0.0f);
+      for_each_block(b, part, parts, [&](const Rows&, View, int64_t begin, int64_t count) {
+        float* row = weights + i * row_stride + begin;
+        for (int64_t c = 0; c < count; c += VL) {
+          const vf weight = exponential(load(row + c) - from, z.exponent);
+          store(row + c, weight);
+          sum = sum + weight;
+        }
+      });
+      state[i] = reference;
+      state[all_rows + i] = sum_of(sum);
+    }
+  }
+
+  // The output of one part; `states`: those of all parts of the group.
+  void add_up(int64_t b, int64_t g, int64_t part, int64_t parts, float* scratch, const float* weights,
+              float* states) const {
+    float factor[2 * FEW_ROWS];
+    for (int64_t i = 0; i < all_rows; i++) factor[i] = factor_of(i, part, parts, states);
+    for (int64_t i = z.rows; i < all_rows; i++)
+      factor[i] *= *row_of<float>(p.gate, b, z.head_of(g, i - z.rows), z.token_of(i - z.rows));
+    float* out = states + part * state_floats() + rounded_up(2 * all_rows, VL);
+    memset(out, 0, sizeof(float) * static_cast<size_t>(z.rows * z.e_wide));
+    float* tile = scratch + all_rows * z.d_left;
+    for_each_block(b, part, parts, [&](const Rows& rows, View view, int64_t begin, int64_t count) {
+      for (int64_t i = 0; i < z.rows; i++)
+        for (int64_t c = 0; c < count; c += VL) {
+          vf mixed = load(weights + i * row_stride + begin + c) * all(factor[i]);
+          if (z.streams == 2)
+            mixed = mixed - load(weights + (z.rows + i) * row_stride + begin + c) * all(factor[z.rows + i]);
+          store(tile + i * TILE + c, mixed);
+        }
+      const Number* from = row_of<Number>(p.v, b, g, begin);
+      if (view == View::ALL) {
+        for (int64_t i = 0; i < z.rows; i += MOST)
+          values(z.rows - i, tile + i * TILE, from, count, i ? 0 : AHEAD, out + i * z.e_wide);
+        return;
+      }
+      // A value that is not seen is not touched: 0 · NaN would be NaN.
+      for (int64_t i = 0; i < z.rows; i++)
+        for (int64_t j = 0; j < count; j++)
+          if (rows.sees(i, begin + j))
+            values(1, tile + i * TILE + j, from + j * p.v.token, 1, 0, out + i * z.e_wide);
+    });
+  }
+
+  // Writes the sum of what the parts of a group made.
+  void finish(int64_t b, int64_t g, int64_t parts, const float* states) const {
+    for (int64_t i = 0; i < z.rows; i++)
+      for (int64_t c = 0; c < z.e; c += VL) {
+        vf sum = all(0.0f);
+        for (int64_t part = 0; part < parts; part++)
+          sum = sum + load(states + part * state_floats() + rounded_up(2 * all_rows, VL) + i * z.e_wide + c);
+        store_some(row_of<Number>(p.out, b, z.head_of(g, i), z.token_of(i)) + c, sum, z.e - c);
+      }
+  }
+
+  const Sizes<Unit>& sizes() const { return z; }
+
+ private:
+  static constexpr int MOST = 4;        // rows that share what is loaded
+  static constexpr int64_t AHEAD = 64;  // keys
+
+  const clearhead_problem& p;
+  const Ids& ids;
+  const Sizes<Unit> z;
+  const int64_t all_rows, row_stride;
+
+  // body(rows, view, first key, keys) for each block of the part that some row sees something of.
+  template <class Body>
+  void for_each_block(int64_t b, int64_t part, int64_t parts, const Body& body) const {
+    Rows rows;
+    rows.place(p, ids, b, 0, z.rows);
+    const int64_t first = rows.first / z.block, blocks = (rows.last + z.block - 1) / z.block - first;
+    for (int64_t i = blocks * part / parts; i < blocks * (part + 1) / parts; i++) {
+      const int64_t begin = (first + i) * z.block, count = z.keys_of(first + i);
+      const View view = rows.view(begin, count);
+      if (view != View::NONE) body(rows, view, begin, count);
+    }
+  }
+
+  // What the weights of row i in this part, relative to its own reference, are multiplied with.
+  float factor_of(int64_t i, int64_t part, int64_t parts, const float* states) const {
+    const auto reference = [&](int64_t of) { return states[of * state_floats() + i]; };
+    float best = reference(0), sum = 0;
+    for (int64_t of = 1; of < parts; of++) best = reference(of) > best ? reference(of) : best;
+    for (int64_t of = 0; of < parts; of++)
+      sum += states[of * state_floats() + all_rows + i] * relative(reference(of), best);
+    return sum == 0.0f ? 0.0f : relative(reference(part), best) / sum;  // a row that saw nothing gives zeros
+  }
+  float relative(float reference, float best) const {
+    if (reference == best) return 1.0f;
+    return reference == -__builtin_inff() ? 0.0f : exponential(all(reference - best), z.exponent)[0];
+  }
+
+  static void ask_for(const Number* row, int64_t width) {
+    for (int64_t c = 0; c < width * static_cast<int64_t>(sizeof(Number)); c += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(row) + c, 0, 2);
+  }
+
+  // Logits of `count` keys for the first MOST of `rows` rows; lines `ahead` keys on are asked for.
+  void logits(int64_t rows, const float* left, const Number* keys, int64_t stride, int64_t count, int64_t ahead,
+              float* to) const {
+    if (rows == 1)
+      logits_of<1>(rows, left, keys, stride, count, ahead, to);
+    else if (rows == 2)
+      logits_of<2>(rows, left, keys, stride, count, ahead, to);
+    else
+      logits_of<MOST>(rows, left, keys, stride, count, ahead, to);
+  }
+
+  // Where there are fewer rows than R, the last one is done again: the same numbers end up in the same place.
+  template <int R>
+  void logits_of(int64_t rows, const float* left, const Number* keys, int64_t stride, int64_t count, int64_t ahead,
+                 float* to) const {
+    constexpr int K = VL / R;  // keys at a time: VL sums in all
+    const float* query[R];
+    float* logits[R];
+    for (int r = 0; r < R; r++) {
+      query[r] = left + (r < rows ? r : rows - 1) * z.d_left;
+      logits[r] = to + (r < rows ? r : rows - 1) * row_stride;
+    }
+    const int64_t wide = rounded_up(z.d_units, VL), whole = z.d / (VL * Unit::PER_UNIT) * VL;
+    for (int64_t j = 0; j < count; j += K) {
+      const Number* key[K];
+      for (int k = 0; k < K; k++) {
+        key[k] = keys + (j + k < count ? j + k : count - 1) * stride;
+        if (ahead) ask_for(key[k] + ahead * stride, z.d);
+      }
+      vf sums[VL];
+#pragma GCC unroll 16
+      for (int i = 0; i < VL; i++) sums[i] = all(0.0f);
+      for (int64_t u = 0; u < whole; u += VL) {
+        vf q[R];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) q[r] = load(query[r] + u);
+#pragma GCC unroll 16
+        for (int k = 0; k < K; k++) {
+          const vf x = load_units<Unit>(key[k], u * Unit::PER_UNIT, (u + VL) * Unit::PER_UNIT);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; r++) sums[r * K + k] = Unit::multiply_add(q[r], x, sums[r * K + k]);
+        }
+      }
+      if (whole < wide)
+        for (int k = 0; k < K; k++) {
+          const vf x = load_units<Unit>(key[k], whole * Unit::PER_UNIT, z.d);
+          for (int r = 0; r < R; r++)
+            sums[r * K + k] = Unit::multiply_add(load(query[r] + whole), x, sums[r * K + k]);
+        }
+      alignas(64) float done[VL];
+      store(done, sums_across(sums));
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) memcpy(logits[r] + j, done + r * K, K * sizeof(float));
+    }
+  }
+
+  // Adds the weighted sum of `count` values to the first MOST of `rows` rows of out.
+  void values(int64_t rows, const float* weights, const Number* from, int64_t count, int64_t ahead, float* out) const {
+    if (rows == 1)
+      values_of<1, 8>(rows, weights, from, count, ahead, out);
+    else if (rows == 2)
+      values_of<2, 8>(rows, weights, from, count, ahead, out);
+    else
+      values_of<MOST, 4>(rows, weights, from, count, ahead, out);
+  }
+
+  template <int R, int COLUMNS>
+  void values_of(int64_t rows, const float* weights, const Number* from, int64_t count, int64_t ahead,
+                 float* out) const {
+    const float* weight[R];
+    float* to[R];
+    for (int r = 0; r < R; r++) {
+      weight[r] = weights + (r < rows ? r : rows - 1) * TILE;
+      to[r] = out + (r < rows ? r : rows - 1) * z.e_wide;
+    }
+    int64_t e = 0;
+    for (; e + COLUMNS * VL <= z.e; e += COLUMNS * VL)
+      values_tile<R, COLUMNS>(weight, from + e, count, COLUMNS * VL, ahead, to, e);
+    for (; e < z.e; e += VL) values_tile<R, 1>(weight, from + e, count, z.e - e, ahead, to, e);
+  }
+
+  template <int R, int COLUMNS>
+  void values_tile(const float* const* weight, const Number* from, int64_t count, int64_t width, int64_t ahead,
+                   float* const* to, int64_t e) const {
+    vf sums[R][COLUMNS];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int c = 0; c < COLUMNS; c++) sums[r][c] = all(0.0f);
+    for (int64_t j = 0; j < count; j++) {
+      const Number* row = from + j * p.v.token;
+      if (ahead) ask_for(row + ahead * p.v.token, COLUMNS * VL);
+      vf x[COLUMNS];
+#pragma GCC unroll 8
+      for (int c = 0; c < COLUMNS; c++) x[c] = load_some(row + c * VL, COLUMNS == 1 ? width : VL);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int c = 0; c < COLUMNS; c++) sums[r][c] = all(weight[r][j]) * x[c] + sums[r][c];
+    }
+    // Read before written: two rows may be one and the same.
+    vf old[R][COLUMNS];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int c = 0; c < COLUMNS; c++) old[r][c] = load(to[r] + e + c * VL);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int c = 0; c < COLUMNS; c++) store(to[r] + e + c * VL, old[r][c] + sums[r][c]);
+  }
+};
+
+}  // namespace clearhead::CLEARHEAD_ISA
