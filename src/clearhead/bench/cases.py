@@ -112,8 +112,8 @@ class AttentionCase:
     @property
     def key_value_bytes(self) -> int:
         """Bytes of all keys and values."""
-        numbers = self.layers * self.batch * self.groups * self.keys * (self.key_streams * self.width + self.value_width)
-        return numbers * BYTES[self.dtype]
+        numbers = self.key_streams * self.width + self.value_width
+        return self.layers * self.batch * self.groups * self.keys * numbers * BYTES[self.dtype]
 
     def flops(self, formula: Formula) -> float:
         """What a peer of that formula has to compute, see `attention_flops`."""
