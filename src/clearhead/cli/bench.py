@@ -43,11 +43,11 @@ def command(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Calls of every peer of a case.")] = 15,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="By default PyTorch's own choice.", show_default=False)
+        int | None, typer.Option(min=1, help="Threads of PyTorch.", show_default="its own choice")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="JSON lines to add to, by default runs/bench/WHAT.jsonl.", show_default=False),
+        typer.Option(help="JSON lines to add to.", show_default="runs/bench/WHAT.jsonl"),
     ] = None,
     chart: Annotated[
         bool, typer.Option("--chart", help="Also draw what was measured, as .png and .svg beside OUT.")

@@ -16,7 +16,7 @@ def command(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Run directory. [default: runs/NAME of the recipe]", show_default=False),
+        typer.Option(help="Run directory.", show_default="runs/NAME of the recipe"),
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Set an earlier run there aside and begin again.")

@@ -14,15 +14,12 @@ def command(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Overrides of the recipe, as for compare.")
     ] = None,
-    arm: Annotated[
-        str | None, typer.Option(help="Name of the arm. [default: the first]", show_default=False)
-    ] = None,
+    arm: Annotated[str | None, typer.Option(help="Name of the arm.", show_default="the first")] = None,
     seed: Annotated[
-        int | None, typer.Option(help="[default: the recipe's first]", show_default=False)
+        int | None, typer.Option(help="Seed of the training.", show_default="the recipe's first")
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Run directory. [default: runs/NAME of the recipe]", show_default=False),
+        Path | None, typer.Option(help="Run directory.", show_default="runs/NAME of the recipe")
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Set an earlier run there aside and begin again.")
