@@ -238,6 +238,36 @@ def mixture(**changes) -> Mixture:
     return Mixture(text, store(), tokenizer(), length, 1000, seed, document_masks=masks, **arguments)
 
 
+def test_repeats_are_runs_of_words_to_be_copied() -> None:
+    data = mixture(pair_share=0.5, needles=NeedleRange((24, 60), (1, 4), repeats=0.5))
+    words = set(vocabulary(tokenizer()).words.tolist())
+    repeated = pairs = 0
+    for i in range(300):
+        if data.kind(i) != "pairs":
+            continue
+        row = data[i]
+        starts = np.flatnonzero(row["position_ids"] == 0)
+        ends = [*starts[1:], 96]
+        first = row["input_ids"][starts[0] : ends[0]]
+        run = first[1 : 1 + (len(first) - 1) // 2]
+        if not set(run.tolist()) <= words:  # the template of a fact
+            pairs += 1
+            continue
+        repeated += 1
+        assert np.array_equal(first[1 + len(run) : 1 + 2 * len(run)], run)
+        labels = row["labels"][starts[0] : ends[0]]
+        assert (labels[: 1 + len(run)] == IGNORE).all()
+        assert np.array_equal(labels[1 + len(run) : 1 + 2 * len(run)], run)
+    assert 0.35 < repeated / (repeated + pairs) < 0.65
+
+
+def test_rows_without_repeats_are_as_they_were() -> None:
+    plain, other = mixture(), mixture(needles=NeedleRange((24, 60), (1, 4), questions=2, repeats=1.0))
+    for i in range(60):
+        same = all(np.array_equal(plain[i][key], other[i][key]) for key in plain[i])
+        assert same == (plain.kind(i) != "pairs")
+
+
 def test_mixture_rows_have_the_exact_length_and_share() -> None:
     data = mixture()
     rows = [data[i] for i in range(400)]

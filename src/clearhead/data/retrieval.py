@@ -85,12 +85,24 @@ def pair_document(spec: NeedleSpec, *, seed: int, index: int, split: Split, toke
     }
 
 
+def repeated_segment(rng: np.random.Generator, bos: int, words: NDArray[np.int64], length: int) -> Example:
+    """bos and a run of random words, twice: `length` tokens, or one less if that is even. Labels on the second run.
+
+    What followed this word before? Copying asks it at every token, and retrieval is made of nothing else.
+    """
+    run = rng.choice(words, (length - 1) // 2)
+    ids = np.concatenate([[bos], run, run])
+    labels = np.concatenate([np.full(1 + len(run), IGNORE), run])
+    return {"input_ids": ids, "labels": labels, "position_ids": np.arange(len(ids))}
+
+
 @dataclass(frozen=True)
 class NeedleRange:
     """Needle and pair documents of a training mixture: each draws its length and its number of needles.
 
     lengths, needles, pairs: (fewest, most); pairs are those of a pair document. Lengths are log-uniform: retrieval is
-    learned on short documents first; counts are uniform. A document too short for its needles or questions gets as
+    learned on short documents first; counts are uniform. repeats: the share of pair rows that hold repeated segments
+    (`repeated_segment`) of those lengths instead. A document too short for its needles or questions gets as
     many as have room.
     """
 
@@ -102,6 +114,7 @@ class NeedleRange:
     value_tokens: int = 2
     template: str = TEMPLATE
     question: str = QUESTION
+    repeats: float = 0.0
     learn_context: bool = False
 
     def __post_init__(self) -> None:
@@ -213,7 +226,12 @@ class Mixture:
 
     def _row(self, kind: Literal["pairs", "needles"], number: int) -> Example:
         rng = np.random.default_rng((self.seed, number, _ROWS[kind]))
-        pieces = self._pairs(rng, number) if kind == "pairs" else self._needles(rng, number)
+        if kind == "needles":
+            pieces = self._needles(rng, number)
+        elif self.needles.repeats and rng.random() < self.needles.repeats:
+            pieces = self._repeats(rng)
+        else:
+            pieces = self._pairs(rng, number)
         if missing := self.length - sum(len(piece["input_ids"]) for piece in pieces):
             filler = text_run(rng, self.haystack, missing)
             pieces.append(
@@ -240,6 +258,11 @@ class Mixture:
                 {"input_ids": sample.input_ids, "labels": sample.labels, "position_ids": np.arange(length)}
             )
         return pieces
+
+    def _repeats(self, rng: np.random.Generator) -> list[Example]:
+        language = vocabulary(self.tokenizer)
+        lengths = _cut(rng, self.length, self.needles.lengths)
+        return [repeated_segment(rng, language.bos, language.words, length) for length in lengths]
 
     def _pairs(self, rng: np.random.Generator, number: int) -> list[Example]:
         pieces: list[Example] = []

@@ -83,6 +83,7 @@ class NeedleRows(Table):
     value_tokens: Positive = 2
     template: str = "\n# {key}{value}"
     question: str = "\n# {key}{value}"
+    repeats: Share = 0.0  # of the pair rows: random words, twice, to be copied
     learn_context: bool = False  # also learn the text around the needles
 
     @model_validator(mode="after")
