@@ -27,6 +27,7 @@ def attention(
     documents: Tensor | None = None,
     window: int | None = None,
     attn_mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -39,6 +40,8 @@ def attention(
     window:           a query sees keys fewer than this many positions away: under is_causal the last `window`, its own
         among them, otherwise as many to either side.
     attn_mask:        (L, S) or (B, H, L, S), where a 1 stands for any size; bool (True = visible) or added.
+    alibi_slopes:     (H,) float32 constants: slope_h · |query's − key's position| is taken off the scaled logits of
+        head h (`clearhead.positions.alibi.slopes` makes them).
     Masks combine by "and"; a query that sees no key gives zeros.
     scale: 1/√D by default. backend: "auto", or the name of an engine or kernel, which runs it or raises ValueError
     with its reason. Raises ValueError, naming the argument, for what does not fit. Differs from
@@ -51,6 +54,7 @@ def attention(
         key_padding=key_padding_mask,
         documents=documents,
         dense=attn_mask,
+        slopes=alibi_slopes,
     )
     return _run(Heads((q,), (k,), v), single, mask, scale, backend)
 
@@ -66,6 +70,7 @@ def differential_attention(
     documents: Tensor | None = None,
     window: int | None = None,
     attn_mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -75,7 +80,8 @@ def differential_attention(
     k    (B, 2G, S, D): own keys for each stream, adjacent pairs again (V1), or (B, G, S, D): shared keys (V2).
     v    (B, G, S, E): G divides H, head i reads group i // (H // G).
     lam  a number or a tensor broadcastable to (B, H, L, 1): per call, per head or per token, with its gradient.
-    Returns (B, H, L, E), without V1's norm and factor. Both streams see the same keys; the rest as for `attention`.
+    Returns (B, H, L, E), without V1's norm and factor. Both streams see the same keys, and those of one
+    head share its slope; the rest as for `attention`.
 
     Source: arXiv 2410.05258, equation 1; V2: Microsoft 2026. Differs from the released naive code, which pairs keys
         wrongly under GQA.
@@ -97,6 +103,7 @@ def differential_attention(
         key_padding=key_padding_mask,
         documents=documents,
         dense=attn_mask,
+        slopes=alibi_slopes,
     )
     return _run(Heads(tuple(streams), tuple(keys), v, gate), difference, mask, scale, backend)
 

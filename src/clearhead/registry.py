@@ -1,8 +1,8 @@
 """Everything that can be chosen by name, in one literal table.
 
-A variant, position, engine, kernel or evaluation is one new file and one line here. Third parties add theirs through
-entry points in the groups `clearhead.variants`, `clearhead.positions`, `clearhead.engines`, `clearhead.kernels` and
-`clearhead.evaluations`. Nothing is imported until it is asked for.
+A variant, position, rope scaling, engine, kernel or evaluation is one new file and one line here. Third parties add
+theirs through entry points in the groups `clearhead.variants`, `clearhead.positions`, `clearhead.rope_scalings`,
+`clearhead.engines`, `clearhead.kernels` and `clearhead.evaluations`. Nothing is imported until it is asked for.
 """
 
 import difflib
@@ -16,10 +16,23 @@ VARIANTS = {
     "differential": "clearhead.variants.differential:Differential",
     "differential_v2": "clearhead.variants.differential_v2:DifferentialV2",
     "collinear": "clearhead.variants.collinear:Collinear",
+    "differential_collinear": "clearhead.variants.differential_collinear:DifferentialCollinear",
+    "differential_v2_collinear": "clearhead.variants.differential_collinear:DifferentialV2Collinear",
 }
 POSITIONS = {
     "rope": "clearhead.positions.rope:Rope",
+    "xpos": "clearhead.positions.xpos:Xpos",
+    "alibi": "clearhead.positions.alibi:Alibi",
     "nope": "clearhead.positions.nope:Nope",
+}
+ROPE_SCALINGS = {
+    "default": "clearhead.positions.scaling.default:Default",
+    "linear": "clearhead.positions.scaling.linear:Linear",
+    "ntk": "clearhead.positions.scaling.ntk:Ntk",
+    "dynamic": "clearhead.positions.scaling.dynamic:Dynamic",
+    "yarn": "clearhead.positions.scaling.yarn:Yarn",
+    "llama3": "clearhead.positions.scaling.llama3:Llama3",
+    "longrope": "clearhead.positions.scaling.longrope:LongRope",
 }
 ENGINES = {
     "sdpa": "clearhead.engines.sdpa:Sdpa",
@@ -35,11 +48,17 @@ EVALUATIONS = {
     "needles": "clearhead.evals.needles:Needles",
     "allocation": "clearhead.evals.allocation:Allocation",
     "mastery": "clearhead.evals.mastery:Mastery",
+    "perplexity": "clearhead.evals.perplexity:Perplexity",
+    "passkey": "clearhead.evals.passkey:Passkey",
+    "scaling_factors": "clearhead.evals.factors:ScalingFactors",
+    "logit_outliers": "clearhead.evals.outliers:LogitOutliers",
+    "initial_angles": "clearhead.evals.angles:InitialAngles",
 }
 
 _TABLES = {
     "variants": VARIANTS,
     "positions": POSITIONS,
+    "rope_scalings": ROPE_SCALINGS,
     "engines": ENGINES,
     "kernels": KERNELS,
     "evaluations": EVALUATIONS,
@@ -71,7 +90,7 @@ def _targets(table: str) -> dict[str, str]:
 
 
 def names(table: str) -> tuple[str, ...]:
-    """The names in `table` ("variants", "positions", "engines", "kernels", "evaluations"), the project's own first."""
+    """The names in `table` ("variants", "positions", "rope_scalings", "engines", ...), the project's own first."""
     own = _TABLES[table]
     return (*own, *(name for name in _entry_points(table) if name not in own))
 

@@ -6,7 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clearhead.nn import Attention, CollinearAttention, DifferentialAttention, DifferentialAttentionV2
+from clearhead.nn import (
+    Attention,
+    CollinearAttention,
+    DifferentialAttention,
+    DifferentialAttentionV2,
+    DifferentialCollinearAttention,
+    DifferentialCollinearAttentionV2,
+)
 from tests.contracts.support import distances, rand
 from tests.oracles.layers import LayerSpec, layer
 
@@ -15,6 +22,8 @@ CLASSES = {
     "differential": DifferentialAttention,
     "differential_v2": DifferentialAttentionV2,
     "collinear": CollinearAttention,
+    "differential_collinear": DifferentialCollinearAttention,
+    "differential_v2_collinear": DifferentialCollinearAttentionV2,
 }
 B, L, S, WIDTH, D = 2, 5, 7, 10, 4
 
@@ -44,8 +53,20 @@ CASES = {
     "collinear_softplus": Case("collinear", {"activation": "softplus"}),
     "collinear_slack": Case("collinear", {"mode": "slack"}),
     "collinear_strict": Case("collinear", {"mode": "strict"}),
+    "differential_collinear": Case("differential_collinear"),
+    "differential_collinear_slack": Case("differential_collinear", {"mode": "slack"}),
+    "differential_collinear_strict": Case("differential_collinear", {"mode": "strict"}, layer_idx=0),
+    "differential_collinear_bare": Case(
+        "differential_collinear", {"head_norm": False, "lambda_init": 0.5, "activation": "softplus"}
+    ),
+    "differential_v2_collinear": Case("differential_v2_collinear"),
+    "differential_v2_collinear_slack": Case("differential_v2_collinear", {"mode": "slack"}),
+    "differential_v2_collinear_strict": Case(
+        "differential_v2_collinear", {"mode": "strict", "activation": "softplus"}
+    ),
 }
 MAIN = ("softmax", "differential", "differential_v2", "collinear", "collinear_slack", "collinear_strict")
+MAIN += ("differential_collinear", "differential_v2_collinear")
 # V1 needs pairs, so two key-value heads of the twin are its multi-query form.
 LAYOUTS = {"mha": (8, 8), "gqa": (8, 4), "mqa": (4, 2), "one": (4, 1)}
 
@@ -59,7 +80,7 @@ def make(
     **sizes: Any,
 ) -> Attention:
     heads, kv_heads = LAYOUTS[layout]
-    position = {} if case.attention == "collinear" else {"position": case.position}
+    position = {} if "collinear" in case.attention else {"position": case.position}
     torch.manual_seed(5)
     module = CLASSES[case.attention](
         WIDTH,

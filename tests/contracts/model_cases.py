@@ -8,6 +8,7 @@ from torch import Tensor
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
 from tests.oracles.layers import LayerSpec
 from tests.oracles.models import decoder
+from tests.oracles.rotary import Turning
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "softmax": ("softmax", {}),
@@ -16,6 +17,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "collinear": ("collinear", {"mode": "exact"}),
     "collinear_slack": ("collinear", {"mode": "slack"}),
     "collinear_strict": ("collinear", {"mode": "strict", "activation": "softplus"}),
+    "differential_collinear": ("differential_collinear", {"mode": "exact"}),
+    "differential_collinear_slack": ("differential_collinear", {"mode": "slack", "lambda_init": 0.5}),
+    "differential_v2_collinear": ("differential_v2_collinear", {"mode": "exact"}),
 }
 # Heads and key-value heads of the twin; V1 pairs them, so its multi-query form has two.
 LAYOUTS = {"mha": (4, 4), "gqa": (8, 4), "mqa": (4, 1)}
@@ -24,7 +28,8 @@ VOCABULARY, WIDTH, HEAD, LAYERS = 41, 24, 4, 2
 
 def layout_of(name: str, layout: str) -> tuple[int, int]:
     heads, kv_heads = LAYOUTS[layout]
-    return heads, max(kv_heads, 2) if VARIANTS[name][0] == "differential" else kv_heads
+    pairs = VARIANTS[name][0] in ("differential", "differential_collinear")
+    return heads, max(kv_heads, 2) if pairs else kv_heads
 
 
 def make_config(name: str, layout: str = "gqa", **changes: Any) -> ClearheadConfig:
@@ -76,13 +81,21 @@ def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def oracle_of(name: str, layout: str, model: ClearheadForCausalLM, ids: Tensor, **arguments: Any) -> Any:
+def oracle_of(
+    name: str,
+    layout: str,
+    model: ClearheadForCausalLM,
+    ids: Tensor,
+    *,
+    base: float | Turning = 10_000.0,
+    **arguments: Any,
+) -> Any:
     """Logits and effective maps of the oracle with this model's weights."""
     attention, options = VARIANTS[name]
     heads, kv_heads = layout_of(name, layout)
     state = {key: value.double() for key, value in model.state_dict().items()}
     blocks = []
-    for index in range(LAYERS):
+    for index in range(model.config.num_hidden_layers):
         prefix = f"model.layers.{index}."
         block = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         attention_part = {
@@ -98,7 +111,7 @@ def oracle_of(name: str, layout: str, model: ClearheadForCausalLM, ids: Tensor, 
             "down": block["mlp.down_proj.weight"],
         }
         blocks.append(attention_part | rest)
-    spec = LayerSpec(attention, heads, kv_heads, HEAD, options=options)
+    spec = LayerSpec(attention, heads, kv_heads, HEAD, base=base, options=options)
     embedding, norm, head = (
         state[key] for key in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
     )

@@ -13,7 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from clearhead.functional import attention, differential_attention
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
-from clearhead.nn import Attention, CollinearAttention, DifferentialAttention, DifferentialAttentionV2
+from clearhead.nn import (
+    Attention,
+    CollinearAttention,
+    DifferentialAttention,
+    DifferentialAttentionV2,
+    DifferentialCollinearAttention,
+    DifferentialCollinearAttentionV2,
+)
 from tests.contracts.model_cases import make_config, make_model, tokens
 
 
@@ -68,7 +75,7 @@ CALLS: list[tuple[str, Callable[[], Any]]] = [
     ("activation must be one of", lambda: CollinearAttention(32, 4, activation="gelu")),  # type: ignore[arg-type]
     ("lambda_init", lambda: DifferentialAttention(32, 4, lambda_init=1.5)),
     ("lambda_init", lambda: DifferentialAttention(32, 4, lambda_init="dept")),  # type: ignore[arg-type]
-    ("position must be", lambda: Attention(32, 4, position="alibi")),  # type: ignore[arg-type]
+    ("did you mean 'rope'", lambda: Attention(32, 4, position="ropes")),
     ("did you mean 'eager'", lambda: Attention(32, 4, backend="eeger")),
     ("rope_theta", lambda: Attention(32, 4, rope_theta=0.0)),
     ("x has shape", lambda: Attention(32, 4)(zeros(2, 5, 16))),
@@ -96,6 +103,22 @@ CALLS: list[tuple[str, Callable[[], Any]]] = [
         lambda: make_config("collinear", attention_options={"modes": "exact"}),
     ),
     ("rotary", lambda: make_config("collinear", position="nope")),
+    ("rotary", lambda: make_config("differential_collinear", position="nope")),
+    ("rotary", lambda: make_config("differential_v2_collinear", position="nope")),
+    (
+        "mode must be one of exact, slack, strict, not 'loose'",
+        lambda: make_config("differential_v2_collinear", attention_options={"mode": "loose"}),
+    ),
+    (
+        "activation must be one of relu, softplus, not 'gelu'",
+        lambda: DifferentialCollinearAttention(32, 4, activation="gelu"),  # type: ignore[arg-type]
+    ),
+    ("num_kv_heads must be even, not 1", lambda: DifferentialCollinearAttention(32, 4, num_kv_heads=1)),
+    ("head_dim must be even, not 3", lambda: DifferentialCollinearAttentionV2(12, 4)),
+    (
+        "no option 'lambda_init'",
+        lambda: make_config("differential_v2_collinear", attention_options={"lambda_init": 0.5}),
+    ),
     ("hidden_size", lambda: make_config("softmax", head_dim=None, hidden_size=30)),
     ("num_key_value_heads", lambda: make_config("softmax", num_key_value_heads=3)),
     ("rope_type", lambda: make_config("softmax", rope_parameters={"rope_type": "yarnn"})),
@@ -119,7 +142,15 @@ def test_the_message_names_what_to_change(words: str, call: Callable[[], Any]) -
 
 
 @pytest.mark.parametrize(
-    "layer", [Attention, DifferentialAttention, DifferentialAttentionV2, CollinearAttention]
+    "layer",
+    [
+        Attention,
+        DifferentialAttention,
+        DifferentialAttentionV2,
+        CollinearAttention,
+        DifferentialCollinearAttention,
+        DifferentialCollinearAttentionV2,
+    ],
 )
 def test_not_a_number_stays_in_its_sequence(layer: type[Attention]) -> None:
     torch.manual_seed(0)

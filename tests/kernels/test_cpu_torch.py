@@ -147,7 +147,9 @@ def gradients(model: ClearheadForCausalLM, ids: Tensor, run: Any = None) -> list
     return [out.logits, *torch.autograd.grad(out.loss, list(model.parameters()))]
 
 
-@pytest.mark.parametrize("name", ["softmax", "differential", "differential_v2", "collinear"])
+@pytest.mark.parametrize(
+    "name", ["softmax", "differential", "differential_v2", "collinear", "differential_collinear"]
+)
 def test_a_model_compiles_as_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     counted, ids = Counted(monkeypatch), tokens(2, 7)

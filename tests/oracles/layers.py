@@ -2,7 +2,8 @@
 
 Weights are (out, in) matrices by name: q_proj, k_proj, v_proj, o_proj, then V1's lambda_q1, lambda_k1,
 lambda_q2, lambda_k2 and head_norm, V2's lambda_proj. Head counts are the Transformer twin's: with h heads of
-width d, V1 has h/2 heads whose values are 2d wide, V2 has h heads fed by 2h query heads, the others have h.
+width d, V1 has h/2 heads whose values are 2d wide, V2 has h heads fed by 2h query heads, the others have h. The
+collinear forms of V1 and V2 have their weights.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from .collinear import collinear_map, collinear_t
 from .differential import differential_map, finish, lambda_init, lambda_value
-from .rotary import rotate
+from .differential_collinear import differential_collinear_map
+from .rotary import Turning, rotate
 from .softmax import apply_map, attention_map, rms_norm, visible
 
 
@@ -25,7 +27,7 @@ class LayerSpec:
     head_dim: int
     layer: int = 0
     position: str = "rope"
-    base: float = 10_000.0
+    base: float | Turning = 10_000.0
     eps: float = 1e-5
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -78,34 +80,39 @@ def layer(
 
     q = heads_of(x, weights["q_proj"], d)
     k = heads_of(source, weights["k_proj"], d)
-    v = heads_of(source, weights["v_proj"], 2 * d if spec.attention == "differential" else d)
+    v1 = spec.attention in ("differential", "differential_collinear")
+    v = heads_of(source, weights["v_proj"], 2 * d if v1 else d)
     if spec.position == "rope":
-        if spec.attention != "collinear":
+        if "collinear" not in spec.attention:
             q, k = rotate(q, positions, spec.base), rotate(k, context_positions, spec.base)
     else:
         assert spec.position == "nope"
         positions, context_positions = torch.zeros(B, L), torch.zeros(B, S)
 
+    t = collinear_t(k, spec.options.get("activation", "relu"))
+    mode = spec.options.get("mode", "exact")
+    if v1:
+        vectors = [weights[f"lambda_{name}"] for name in ("q1", "k1", "q2", "k2")]
+        lam = lambda_value(*vectors, initial_lambda(spec))
+    elif spec.attention in ("differential_v2", "differential_v2_collinear"):
+        lam = 1 / (1 + torch.exp(-torch.einsum("bli,hi->bhl", x, weights["lambda_proj"])))[..., None]
+
     if spec.attention == "softmax":
         weights_map = attention_map(q, k, allowed=see.expand(B, spec.heads, L, S))
     elif spec.attention == "collinear":
-        t = collinear_t(k, spec.options.get("activation", "relu"))
-        mode = spec.options.get("mode", "exact")
         weights_map = collinear_map(
             q, t, mode, positions, context_positions, allowed=see.expand(B, spec.heads, L, S), base=spec.base
         )
-    elif spec.attention == "differential":
-        vectors = [weights[f"lambda_{name}"] for name in ("q1", "k1", "q2", "k2")]
-        lam = lambda_value(*vectors, initial_lambda(spec))
-        weights_map = differential_map(q, k, spec.kv_heads // 2, lam, allowed=see)
+    elif "collinear" in spec.attention:
+        weights_map = differential_collinear_map(
+            q, t, v.shape[1], lam, mode, positions, context_positions, allowed=see, base=spec.base
+        )
     else:
-        assert spec.attention == "differential_v2"
-        logit = torch.einsum("bli,hi->bhl", x, weights["lambda_proj"])
-        lam = 1 / (1 + torch.exp(-logit))
-        weights_map = differential_map(q, k, spec.kv_heads, lam[..., None], allowed=see)
+        assert spec.attention in ("differential", "differential_v2")
+        weights_map = differential_map(q, k, v.shape[1], lam, allowed=see)
 
     out = apply_map(weights_map, v)
-    if spec.attention == "differential" and spec.options.get("head_norm", True):
+    if v1 and spec.options.get("head_norm", True):
         out = finish(out, weights["head_norm"], initial_lambda(spec), spec.eps)
     elif spec.attention == "softmax" and spec.options.get("head_norm", False):
         out = rms_norm(out, weights["head_norm"], spec.eps)

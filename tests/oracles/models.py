@@ -27,14 +27,19 @@ def decoder(
     key_padding: Tensor | None = None,
     documents: Tensor | None = None,
     positions: Tensor | None = None,
+    layer_positions: list[str] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Logits (B, L, vocabulary) and each layer's effective map. A block is the layer's weights plus
-    attention_norm, mlp_norm, gate, up and down."""
+    attention_norm, mlp_norm, gate, up and down; layer_positions names the position of each."""
     x = embedding[tokens]
     maps = []
     for index, weights in enumerate(blocks):
         y, weights_map = layer(
-            replace(spec, layer=index),
+            replace(
+                spec,
+                layer=index,
+                position=spec.position if layer_positions is None else layer_positions[index],
+            ),
             weights,
             rms_norm(x, weights["attention_norm"], spec.eps),
             causal=True,

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.oracles import collinear, differential, rotary, softmax
+from tests.oracles import collinear, differential, differential_collinear, rotary, softmax
 from tests.oracles.layers import LayerSpec, layer
 
 EXACT = 1e-12
+ALL = ["softmax", "differential", "differential_v2", "collinear"]
+ALL += ["differential_collinear", "differential_v2_collinear"]
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -216,11 +218,64 @@ def test_t_is_tied_before_the_activation() -> None:
     assert soft.tolist() == pytest.approx([math.log1p(math.e), math.log1p(1 / math.e)] * 2)
 
 
+# --- differential and collinear ---
+
+MODES = pytest.mark.parametrize("mode", ["exact", "slack", "strict"])
+OWN_KEYS = pytest.mark.parametrize("own_keys", [True, False])
+
+
+def both(own_keys: bool, groups: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, t, v and positions of 4 heads of two streams."""
+    t = collinear.collinear_t(rand(2, 2 * groups if own_keys else groups, 5, 6, seed=2))
+    return rand(2, 8, 5, 6, seed=1), t, rand(2, groups, 5, 4, seed=3), torch.arange(5).expand(2, 5)
+
+
+@MODES
+@OWN_KEYS
+def test_without_lambda_the_signal_stream_is_collinear_attention(own_keys: bool, mode: str) -> None:
+    q, t, v, here = both(own_keys)
+    found = differential_collinear.differential_collinear_attention(
+        q, t, v, 0.0, mode, here, here, causal=True
+    )
+    signal = t[:, 0::2] if own_keys else t
+    expected = collinear.collinear_attention(q[:, 0::2], signal, v, mode, here, here, causal=True)
+    assert distance(found, expected) < EXACT
+
+
+@MODES
+@OWN_KEYS
+def test_the_noise_stream_is_collinear_attention_too(own_keys: bool, mode: str) -> None:
+    q, t, _, here = both(own_keys)
+    one, two = (
+        differential_collinear.differential_collinear_map(
+            q, t, 2, lam, mode, here, here, allowed=torch.ones(5, 5).bool()
+        )
+        for lam in (1.0, 2.0)
+    )
+    noise = collinear.collinear_map(q[:, 1::2], t[:, 1::2] if own_keys else t, mode, here, here)
+    assert distance(one - two, noise) < EXACT
+
+
+@OWN_KEYS
+def test_the_exact_combination_is_differential_attention_over_squares_and_t(own_keys: bool) -> None:
+    """|q_j|² and t_j as first components, rotated, are ordinary queries and keys for equation 1."""
+    q, t, v, here = both(own_keys)
+    zero = torch.zeros_like(q[..., :3])
+    square = rotary.rotate(torch.cat((q[..., :3] ** 2 + q[..., 3:] ** 2, zero), dim=-1), here)
+    key = rotary.rotate(torch.cat((t[..., :3], torch.zeros_like(t[..., :3])), dim=-1), here)
+    lam = rand(2, 4, 5, 1, seed=4)
+    expected = differential.differential_attention(square, key, v, lam, causal=True)
+    found = differential_collinear.differential_collinear_attention(
+        q, t, v, lam, "exact", here, here, causal=True
+    )
+    assert distance(found, expected) < EXACT
+
+
 # --- layers ---
 
 
 def weights_for(attention: str, heads: int, kv_heads: int, d: int, width: int) -> dict[str, Tensor]:
-    q_heads = 2 * heads if attention == "differential_v2" else heads
+    q_heads = 2 * heads if attention.startswith("differential_v2") else heads
     weights = {
         "q_proj": rand(q_heads * d, width, seed=1),
         "k_proj": rand(kv_heads * d, width, seed=2),
@@ -254,7 +309,7 @@ def test_a_v1_layer_with_equal_vectors_has_lambda_init() -> None:
         assert distance(maps.sum(-1), torch.full((2, 2, 5), expected, dtype=torch.float64)) < EXACT
 
 
-@pytest.mark.parametrize("attention", ["softmax", "differential", "differential_v2", "collinear"])
+@pytest.mark.parametrize("attention", ALL)
 def test_cross_attention_over_itself_is_self_attention(attention: str) -> None:
     x, weights = rand(2, 5, 12, seed=7), weights_for(attention, 4, 2, 4, 12)
     spec = LayerSpec(attention, 4, 2, 4)

@@ -1,4 +1,4 @@
-"""A variant, a position, an engine, a kernel and an evaluation are each one new file and one registry line.
+"""A variant, position, rope scaling, engine, kernel and evaluation are each one new file and one registry line.
 
 Each test copies the package, adds exactly that to the copy, and uses the newcomer from a fresh process wherever a
 built-in one can be used. If something else had to change for it, the process fails.
@@ -19,6 +19,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "clearhead"
 MODEL = """
 import torch
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
+from clearhead.registry import VARIANTS
 
 def build(**choices):
     torch.manual_seed(0)
@@ -92,16 +93,69 @@ from clearhead.positions.base import Rotation
 from clearhead.positions.rope import Rope
 
 class Toy(Rope):
-    def rotation(self, positions: Tensor, key_positions: Tensor | None = None) -> Rotation:
-        return super().rotation(2 * positions, None if key_positions is None else 2 * key_positions)
+    def rotation(
+        self, positions: Tensor, key_positions: Tensor | None = None, length: Tensor | None = None
+    ) -> Rotation:
+        keys = None if key_positions is None else 2 * key_positions
+        return super().rotation(2 * positions, keys, length)
 """,
     MODEL
     + """
-for attention in ("softmax", "differential", "differential_v2", "collinear"):
+for attention in VARIANTS:
     check(build(position="toy", attention=attention))
 assert not torch.allclose(build(position="toy")(ids).logits, build()(ids).logits)
 twice = {"position_ids": 2 * torch.arange(9)[None], "attention_mask": torch.ones_like(ids)}
 assert torch.allclose(build(position="toy")(ids).logits, build()(ids, **twice).logits, atol=1e-6)
+""",
+)
+
+ROPE_SCALING = Plugin(
+    "ROPE_SCALINGS",
+    "positions/scaling/toy.py",
+    "clearhead.positions.scaling.toy:Toy",
+    """
+from dataclasses import dataclass
+from torch import Tensor
+from clearhead.positions.scaling.base import RopeScaling, number, plain_frequencies
+
+@dataclass(frozen=True, kw_only=True)
+class Toy(RopeScaling):
+    slowdown: float
+
+    keys = ("slowdown",)
+    depends_on_length = True
+
+    @classmethod
+    def from_parameters(cls, head_dim, theta, parameters, max_positions):
+        slowdown = number("toy", parameters, "slowdown", 1.0, at_least=1)
+        return cls(head_dim=head_dim, theta=theta, slowdown=slowdown)
+
+    def tables(self, dtype=None, device=None) -> Tensor:
+        return plain_frequencies(self.head_dim, self.theta, dtype, device)[None] / self.slowdown
+
+    def at(self, tables, length):
+        return tables[0] if length is None else tables[0] / (1 + length)
+
+    def attention_factor(self, length=None):
+        return 1.0 if length is None else 1 + 1 / length
+""",
+    MODEL
+    + """
+scaled = {"rope_type": "toy", "slowdown": 2.0}
+for attention in ("softmax", "differential", "differential_v2", "collinear"):
+    check(build(attention=attention, rope_parameters=scaled))
+model = build(rope_parameters=scaled)
+assert not torch.allclose(model(ids).logits, build()(ids).logits)
+assert torch.allclose(model(ids).logits, model(ids, rope_length=9).logits)
+assert not torch.allclose(model(ids).logits, model(ids, rope_length=20).logits)
+from clearhead.nn import Attention
+Attention(32, 4, rope_parameters=scaled)(torch.randn(1, 3, 32))
+try:
+    Attention(32, 4, rope_parameters={"rope_type": "toy", "slow_down": 2.0})
+except ValueError as error:
+    assert "did you mean 'slowdown'?" in str(error), error
+else:
+    raise AssertionError("the key was not checked")
 """,
 )
 
@@ -137,7 +191,7 @@ expected = differential_attention(q, k, wide, 0.3, is_causal=True, backend="eage
 assert torch.allclose(differential_attention(q, k, wide, 0.3, is_causal=True, backend="toy"), expected, atol=1e-6)
 DifferentialAttention(32, 4, backend="toy")(torch.randn(1, 3, 32))
 before = type(load_backend("toy")).calls
-for attention in ("softmax", "differential", "differential_v2", "collinear"):
+for attention in VARIANTS:
     model = build(attention=attention)
     plain = model(ids).logits
     model.set_attn_implementation("toy")
@@ -281,7 +335,7 @@ assert "How large is it?" in (run / "report.html").read_text()
 """,
 )
 
-PLUGINS = (VARIANT, POSITION, ENGINE, KERNEL, EVALUATION)
+PLUGINS = (VARIANT, POSITION, ROPE_SCALING, ENGINE, KERNEL, EVALUATION)
 
 
 def register(registry: str, plugin: Plugin) -> str:

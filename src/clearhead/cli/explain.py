@@ -18,11 +18,9 @@ def command(
         Path, typer.Argument(help="A recipe, or a directory with a trained model.", show_default=False)
     ],
     overrides: Annotated[list[str] | None, typer.Argument(help="Overrides of the recipe.")] = None,
-    arm: Annotated[
-        str | None, typer.Option(help="Only this arm of the recipe. [default: all]", show_default=False)
-    ] = None,
+    arm: Annotated[str | None, typer.Option(help="Only this arm of the recipe.", show_default="all")] = None,
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a row. [default: as trained]", show_default=False)
+        int | None, typer.Option(min=1, help="Tokens of a row.", show_default="as trained")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
@@ -131,8 +129,10 @@ def _problems(config: "ClearheadConfig", length: int, device: str, dtype: object
         )
         return replace(problem_of(heads, mask, variant.mix, maps), device=device, needs_grad=training)
 
-    causal = MaskSpec(is_causal=True)
-    documents = MaskSpec(is_causal=True, documents=torch.zeros(1, length, dtype=torch.long, device="meta"))
+    # In a mix of layers, those with slopes: fewer backends have them.
+    biased = [found for p in config.make_positions().values() if (found := p.slopes(sizes.heads)) is not None]
+    causal = MaskSpec(is_causal=True, slopes=biased[0] if biased else None)
+    documents = replace(causal, documents=torch.zeros(1, length, dtype=torch.long, device="meta"))
     return {
         f"training on packed rows of {length} tokens": problem(length, documents, training=True),
         f"reading a prompt of {length} tokens": problem(length, causal),

@@ -93,7 +93,8 @@ def attend(
     backend, lowering = prepared.plan.backend, prepared.plan.lowering
     if isinstance(backend, Kernel) or lowering is None:
         assert isinstance(backend, Kernel)
-        return backend.run(heads, prepared.mask, scale), None
+        return backend.run(heads if backend.takes_tables else heads.expanded(), prepared.mask, scale), None
+    heads = heads.expanded()
     results = [backend(call, prepared.mask, scale) for call in lower(heads, lowering)]
     groups = heads.v.shape[1]
     output = mix(raise_streams([out for out, _ in results], lowering, groups), heads.gate)

@@ -8,7 +8,7 @@ is pure: it looks at sizes and kinds, never at tensor values, and every refusal 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from clearhead.core.legalise import Call, Lowering, WideValues, legalise
 from clearhead.core.masks import MaskSpec
 from clearhead.registry import did_you_mean, names, resolve
 
-MASK_FEATURES = frozenset({"causal", "window", "padding", "documents", "dense", "bias"})
+MASK_FEATURES = frozenset({"causal", "window", "padding", "documents", "dense", "bias", "alibi"})
 FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
@@ -119,9 +119,13 @@ class Engine(ABC):
 
 
 class Kernel(ABC):
-    """Runs a whole variant: the streams, their masks and their mixing, in one fused pass."""
+    """Runs a whole variant: the streams, their masks and their mixing, in one fused pass.
+
+    takes_tables: it takes `Heads` with a table; others get them expanded.
+    """
 
     name: str
+    takes_tables: ClassVar[bool] = False
 
     @abstractmethod
     def refusal(self, problem: Problem) -> str | None:

@@ -81,16 +81,27 @@ class Heads:
     q: one (B, H, L, D) per stream.   k: one (B, G, S, D) per stream, or a single one that all streams share.
     v: (B, G, S, E), shared.          gate: broadcastable to (B, H, L, 1), what `mix` weighs the second stream with,
         or None.
+    table: (B or 1, S, D) in float32 where keys are held at half their width, k (B, G, S, D/2): a key then is
+        (k ∘ first half of the table's row, k ∘ second half). `expanded` multiplies them out.
     """
 
     q: tuple[Tensor, ...]
     k: tuple[Tensor, ...]
     v: Tensor
     gate: Tensor | None = None
+    table: Tensor | None = None
 
     @property
     def shares_keys(self) -> bool:
         return len(self.k) == 1
+
+    def expanded(self) -> "Heads":
+        """The same with keys of full width and no table."""
+        if self.table is None:
+            return self
+        first, second = self.table[:, None].chunk(2, dim=-1)
+        keys = tuple(torch.cat((k * first, k * second), dim=-1).to(k.dtype) for k in self.k)
+        return replace(self, k=keys, table=None)
 
     def packed_keys(self) -> Tensor:
         """(B, G, S, K·D): the streams' keys side by side, the one layout a cache ever sees."""

@@ -153,3 +153,10 @@ def lower_mask(mask: Tensor, lowering: Lowering, groups: int) -> Tensor:
     if lowering.shares_keys:
         return stack_heads([mask] * lowering.streams, groups)
     return mask.repeat(1, lowering.heads_factor, 1, 1)
+
+
+def lower_slopes(slopes: Tensor, lowering: Lowering, groups: int) -> Tensor:
+    """(H,) numbers of the streams' heads for the heads of one call: streams and slices of a head share its number."""
+    if lowering.stack and lowering.shares_keys:
+        return stack_heads([slopes[None, :, None, None]] * lowering.streams, groups).flatten()
+    return slopes.repeat(lowering.heads_factor)

@@ -23,6 +23,9 @@ class MaskSpec:
     documents:   (B, S) integers; a query sees keys of its own document only.
     dense:       (L, S) or (B, H, L, S), where a 1 stands for any size: bool, True = visible, or floating point, added
                  to the scaled logits.
+    slopes:      (H,) float32 or float64 constants: slope_h · |query position − key position| is taken off the scaled
+        logits of head h (ALiBi). Positions are places among the keys, as for `window`, so their distance is the real
+        one under padding at either end and within a packed document.
     """
 
     is_causal: bool = False
@@ -31,6 +34,7 @@ class MaskSpec:
     key_padding: Tensor | None = None
     documents: Tensor | None = None
     dense: Tensor | None = None
+    slopes: Tensor | None = None
 
     @property
     def features(self) -> frozenset[str]:
@@ -42,6 +46,7 @@ class MaskSpec:
             "documents": self.documents is not None,
             "dense": self.dense is not None and not self.dense.is_floating_point(),
             "bias": self.dense is not None and self.dense.is_floating_point(),
+            "alibi": self.slopes is not None,
         }
         return frozenset(name for name, used in parts.items() if used)
 
@@ -84,11 +89,37 @@ class MaskSpec:
         return allowed
 
     def materialise(self, queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(B or 1, H or 1, L, S): bool, or additive in `dtype` when a floating-point part is present."""
+        """(B or 1, H or 1, L, S): bool, or additive in `dtype` when slopes or a floating-point part are present."""
         allowed = self.visible(queries, keys, device)
-        if self.dense is None or not self.dense.is_floating_point():
-            return allowed
-        return _as_four(self.dense).to(dtype).masked_fill(~allowed, float("-inf"))
+        bias = self._bias(queries, keys, dtype, device)
+        return allowed if bias is None else bias.masked_fill(~allowed, float("-inf"))
+
+    def diagonals(self, queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """(H, L + S − 1) additive in `dtype`, [h, j − i + L − 1] for key j and query i: all of a mask with slopes.
+
+        None where a key's distance from the query does not decide everything.
+        """
+        if self.slopes is None or self.features - {"causal", "window", "alibi"}:
+            return None
+        first = self.query_positions(1, 1 + keys - queries, device)
+        away = torch.arange(queries + keys - 1, device=device) - (queries - 1) - first
+        hidden = torch.zeros_like(away, dtype=torch.bool)
+        if self.is_causal:
+            hidden = hidden | (away > 0)
+        if self.window is not None:
+            hidden = hidden | (away.abs() >= self.window)
+        bias = -self.slopes.to(device, dtype)[:, None] * away.abs().to(dtype)
+        return bias.masked_fill(hidden, float("-inf"))
+
+    def _bias(self, queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """(B or 1, H or 1, L, S): what is added to the logits, or None."""
+        dense = self.dense if self.dense is not None and self.dense.is_floating_point() else None
+        if self.slopes is None:
+            return None if dense is None else _as_four(dense).to(dtype)
+        positions = self.query_positions(queries, keys, device)
+        distance = (torch.arange(keys, device=device) - positions[:, None]).abs().to(dtype)
+        bias = -self.slopes.to(device, dtype)[:, None, None] * distance
+        return bias[None] if dense is None else bias + _as_four(dense).to(dtype)
 
     def validate(self, batch: int, heads: int, queries: int, keys: int) -> None:
         """Raise ValueError, naming the argument, if a part does not fit the problem."""
@@ -100,6 +131,7 @@ class MaskSpec:
             "is_causal": self.is_causal,
             "window": self.window is not None,
             "documents": self.documents is not None,
+            "alibi_slopes": self.slopes is not None,
         }
         if any(placed.values()) and self.offset is None and queries > keys:
             name = next(name for name, used in placed.items() if used)
@@ -119,6 +151,8 @@ class MaskSpec:
             raise ValueError(f"documents must hold integers, not {self.documents.dtype}")
         if self.dense is not None:
             _check_dense(self.dense, (batch, heads, queries, keys))
+        if self.slopes is not None:
+            _check_slopes(self.slopes, heads)
 
 
 def _check_dense(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
@@ -133,6 +167,19 @@ def _check_dense(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
         raise ValueError(
             f"attn_mask must be bool (True = visible) or floating point (added), not {mask.dtype}"
         )
+
+
+def _check_slopes(slopes: Tensor, heads: int) -> None:
+    if slopes.shape != (heads,):
+        raise ValueError(
+            f"alibi_slopes has shape {tuple(slopes.shape)}; expected ({heads},), one for each output head"
+        )
+    if slopes.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"alibi_slopes must be float32, or float64, whatever the dtype of q, not {slopes.dtype}"
+        )
+    if slopes.requires_grad:
+        raise ValueError("alibi_slopes are constants and get no gradient: give them detached")
 
 
 def _as_four(mask: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """PyTorch's FlexAttention: masks as functions, compiled to a kernel that skips what nobody sees."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -8,45 +9,65 @@ import torch
 from torch import Tensor
 
 from clearhead.core.dispatch import Caps, Engine, Problem
-from clearhead.core.legalise import Call, Lowering
+from clearhead.core.legalise import Call, Lowering, lower_slopes
 from clearhead.core.masks import MaskSpec
 
 
+@dataclass(frozen=True, slots=True)
+class FlexMask:
+    """A block mask, None where everything is seen, and what is done to the logits, None for nothing."""
+
+    block_mask: Any
+    score: Callable[..., Tensor] | None
+
+
 class Flex(Engine):
-    """`torch.nn.attention.flex_attention` with a block mask. Forward only on CPU; no dense masks."""
+    """`torch.nn.attention.flex_attention` with a block mask. Forward only on CPU; no dense masks.
+
+    ALiBi is a function of a logit and its place, computed in the kernel in float32: no mask of queries against keys.
+    """
 
     name = "flex"
 
     def caps(self, device: str) -> Caps:
         # PyTorch 2.13 rejects float64 in the compiled CPU kernel.
         return Caps(
-            masks=frozenset({"causal", "window", "padding", "documents"}),
+            masks=frozenset({"causal", "window", "padding", "documents", "alibi"}),
             dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
-            grads=device != "cpu",
+            devices=frozenset({"cpu", "cuda", "mps", "xpu"}),
+            grads=device not in ("cpu", "mps"),
         )
 
     def prepare(self, mask: MaskSpec, problem: Problem, lowering: Lowering) -> Any:
         from torch.nn.attention.flex_attention import create_block_mask
 
-        if mask.is_open(problem.queries, problem.keys):
-            return None
+        queries, keys, device = problem.queries, problem.keys, problem.device
+        score = None
+        if mask.slopes is not None:
+            slopes = lower_slopes(mask.slopes, lowering, problem.kv_heads)
+            score = _score_mod(slopes.to(device, torch.float32), _offset(mask, queries, keys, device))
+        visibility = replace(mask, slopes=None)
+        if visibility.is_open(queries, keys):
+            return FlexMask(None, score)
         batches = [part.shape[0] for part in (mask.key_padding, mask.documents) if part is not None]
-        return create_block_mask(
-            _mask_mod(mask, problem.queries, problem.keys, problem.device),
+        block_mask = create_block_mask(
+            _mask_mod(visibility, _offset(mask, queries, keys, device)),
             max(batches) if batches else None,
             None,
-            problem.queries,
-            problem.keys,
-            device=problem.device,
+            queries,
+            keys,
+            device=device,
         )
+        return FlexMask(block_mask, score)
 
-    def __call__(self, call: Call, mask: Any, scale: float) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, call: Call, mask: FlexMask, scale: float) -> tuple[Tensor, Tensor | None]:
         run = _eager_flex() if torch.compiler.is_compiling() else _compiled_flex()
         out = run(
             call.q,
             call.k,
             call.v,
-            block_mask=mask,
+            score_mod=mask.score,
+            block_mask=mask.block_mask,
             scale=scale,
             enable_gqa=call.q.shape[1] != call.k.shape[1],
         )
@@ -65,9 +86,18 @@ def _eager_flex() -> Callable[..., Tensor]:
     return flex_attention  # type: ignore[return-value]
 
 
-def _mask_mod(mask: MaskSpec, queries: int, keys: int, device: str) -> Callable[..., Tensor]:
-    offset = torch.as_tensor(keys - queries if mask.offset is None else mask.offset, device=device)
+def _offset(mask: MaskSpec, queries: int, keys: int, device: str) -> Tensor:
+    return torch.as_tensor(keys - queries if mask.offset is None else mask.offset, device=device)
 
+
+def _score_mod(slopes: Tensor, offset: Tensor) -> Callable[..., Tensor]:
+    def biased(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score - slopes[h] * (k - q - offset).abs()
+
+    return biased
+
+
+def _mask_mod(mask: MaskSpec, offset: Tensor) -> Callable[..., Tensor]:
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = k == k
         if mask.is_causal:

@@ -1,16 +1,31 @@
-"""PyTorch's scaled_dot_product_attention."""
+"""PyTorch's scaled_dot_product_attention.
 
+Legend: B batch, H query heads, L queries, S keys.
+"""
+
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clearhead.core.dispatch import Caps, Engine, Problem
-from clearhead.core.legalise import Call, Lowering, lower_mask
+from clearhead.core.dispatch import MASK_FEATURES, Caps, Engine, Problem
+from clearhead.core.legalise import Call, Lowering, lower_mask, lower_slopes
 from clearhead.core.masks import MaskSpec
 
 _CAUSAL = "causal"
+# Queries of one call under slopes: fewer see fewer keys in vain, more make fewer calls.
+_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Some queries, the keys they may see, and the mask (1, H, rows, keys) for those queries in reverse order."""
+
+    rows: slice
+    keys: slice
+    mask: Tensor
 
 
 class Sdpa(Engine):
@@ -19,30 +34,91 @@ class Sdpa(Engine):
     Its fused kernels want values as wide as keys. On CPU keys padded to the value's width are faster than two slices
     (one softmax
     instead of two, larger products: `benchmarks/`); elsewhere the slices keep the kernels for narrow heads.
+
+    ALiBi on CPU only, whose kernels take a float32 mask beside any dtype; elsewhere a mask has the query's, and
+    bfloat16 loses distances past 256. Where distance decides everything (causal or not, windows, any cache) the mask
+    is a view of one row of L + S − 1 numbers a head, so memory stays linear, and causal or windowed attention runs in
+    bands of 512 queries with the keys they may see. With padding, documents or a dense mask it is (B or 1, H, L, S).
     """
 
     name = "sdpa"
 
     def caps(self, device: str) -> Caps:
-        return Caps(wide_values="pad" if device == "cpu" else "split")
+        if device == "cpu":
+            return Caps(wide_values="pad")
+        return Caps(wide_values="split", masks=MASK_FEATURES - {"alibi"})
+
+    def refusal(self, problem: Problem) -> str | None:
+        if "alibi" in problem.mask and problem.device != "cpu":
+            return f"on {problem.device} it takes no bias more precise than the query, so ALiBi would lose distances"
+        return super().refusal(problem)
 
     def prepare(self, mask: MaskSpec, problem: Problem, lowering: Lowering) -> Any:
-        if mask.is_open(problem.queries, problem.keys):
+        queries, keys, device = problem.queries, problem.keys, torch.device(problem.device)
+        if mask.is_open(queries, keys):
             return None
-        if mask.is_plain_causal(problem.queries, problem.keys):
+        if mask.is_plain_causal(queries, keys):
             return _CAUSAL
-        dense = mask.materialise(problem.queries, problem.keys, problem.dtype, torch.device(problem.device))
-        return lower_mask(dense, lowering, problem.kv_heads)
+        dtype = problem.dtype
+        if mask.slopes is not None:
+            dtype = torch.float64 if dtype == torch.float64 else torch.float32
+            stacked = replace(mask, slopes=lower_slopes(mask.slopes, lowering, problem.kv_heads))
+            diagonals = stacked.diagonals(queries, keys, dtype, device)
+            if diagonals is not None:
+                return _bands(mask, diagonals, queries, keys)
+        return lower_mask(mask.materialise(queries, keys, dtype, device), lowering, problem.kv_heads)
 
     def __call__(self, call: Call, mask: Any, scale: float) -> tuple[Tensor, Tensor | None]:
-        flag = isinstance(mask, str)
-        out = F.scaled_dot_product_attention(
-            call.q,
-            call.k,
-            call.v,
-            attn_mask=None if flag else mask,
-            is_causal=flag,
-            scale=scale,
-            enable_gqa=call.q.shape[1] != call.k.shape[1],
+        if not isinstance(mask, tuple):
+            return _attend(call.q, call.k, call.v, mask, scale), None
+        parts = []
+        for band in mask:
+            q, k, v = call.q[:, :, band.rows], call.k[:, :, band.keys], call.v[:, :, band.keys]
+            parts.append(_attend(q.flip(2), k, v, band.mask, scale).flip(2))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2), None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
+    causal = isinstance(mask, str)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=None if causal else mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def _bands(mask: MaskSpec, diagonals: Tensor, queries: int, keys: int) -> tuple[Band, ...]:
+    """Views of `MaskSpec.diagonals`: [h, i, j] of a band is some [h, i + j], as queries run backwards.
+
+    Forwards it would be [h, j − i], and tensors have no negative strides.
+    """
+    offset = keys - queries if mask.offset is None else mask.offset
+    narrows = (mask.is_causal or mask.window is not None) and not isinstance(offset, Tensor)
+    rows = _ROWS if narrows else queries
+    bands = []
+    for first in range(0, queries, rows):
+        end = min(first + rows, queries)
+        start, stop = 0, keys
+        if not isinstance(offset, Tensor):
+            if mask.window is not None:
+                start, stop = first + offset - mask.window + 1, end + offset + mask.window - 1
+            if mask.is_causal:
+                stop = end + offset
+        # At least one key, hidden or not: rows that see none are zeros, which takes a softmax to say.
+        start = min(max(start, 0), keys - 1)
+        stop = max(min(stop, keys), start + 1)
+        part = diagonals[:, queries - end + start :]
+        heads, stride = part.shape[0], part.stride(0)
+        shape = (1, heads, end - first, stop - start)
+        bands.append(
+            Band(
+                slice(first, end),
+                slice(start, stop),
+                part.as_strided(shape, (heads * stride, stride, 1, 1)),
+            )
         )
-        return out, None
+    return tuple(bands)

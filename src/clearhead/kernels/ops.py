@@ -8,6 +8,11 @@ dispatch key (`clearhead.kernels.cpu.kernel` for CPU). `noise` is the second str
 (streams, 2, B, H, L) each row's reference logit and sum; both are empty unless `keep` asks for them, which the gradient
 needs, and `noise` also where it would be larger than MOST_NOISE.
 
+    factored_attention(q1, q2?, t1, t2?, table, v, gate?, ...) -> out
+
+the same without gradients for up to 8 rows (queries times query heads of a group), of keys that are held at half their
+width: key n is (t_n ∘ first half of table_n, t_n ∘ second half).
+
 Legend: B batch, H query heads of one stream, G key-value heads, L queries, S keys, D key width, E value width.
 """
 
@@ -35,6 +40,13 @@ torch.library.define(
 )
 
 
+torch.library.define(
+    "clearhead::factored_attention",
+    "(Tensor q1, Tensor? q2, Tensor t1, Tensor? t2, Tensor table, Tensor v, Tensor? gate, Tensor? padding, "
+    "Tensor? position, SymInt offset, SymInt window, bool causal, float scale) -> Tensor",
+)
+
+
 class Inputs(NamedTuple):
     """What both operators take, in the order of their schemas.
 
@@ -59,17 +71,23 @@ class Inputs(NamedTuple):
 
 
 def outputs(inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Unwritten `out`, `noise` and `statistics`; tokens outermost, so that merging the heads costs nothing."""
+    """Unwritten `out`, `noise` and `statistics`."""
     q1, q2, v = inputs.q1, inputs.q2, inputs.v
     batch, heads, queries = q1.shape[:3]
     size = (batch, queries, heads, v.shape[3])
-    out = v.new_empty(size).transpose(1, 2)
+    out = unwritten(q1, v)
     if not keep:
         return out, v.new_empty(0), q1.new_empty(0, dtype=torch.float32)
     streams = 1 if q2 is None else 2
     large = batch * heads * queries * v.shape[3] * v.element_size() > MOST_NOISE
     noise = v.new_empty(0) if q2 is None or large else v.new_empty(size).transpose(1, 2)
     return out, noise, q1.new_empty((streams, 2, batch, heads, queries), dtype=torch.float32)
+
+
+def unwritten(q: Tensor, v: Tensor) -> Tensor:
+    """(B, H, L, E) for an output; tokens outermost, so that merging the heads costs nothing."""
+    batch, heads, queries = q.shape[:3]
+    return v.new_empty((batch, queries, heads, v.shape[3])).transpose(1, 2)
 
 
 def gradients(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -96,6 +114,13 @@ def _(*call: Any) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.register_fake("clearhead::fused_attention_backward")  # type: ignore[untyped-decorator]
 def _(grad: Tensor, out: Tensor, noise: Tensor, statistics: Tensor, *call: Any) -> tuple[Tensor, ...]:
     return gradients(Inputs(*call))
+
+
+@torch.library.register_fake("clearhead::factored_attention")  # type: ignore[untyped-decorator]
+def _(
+    q1: Tensor, q2: Tensor | None, t1: Tensor, t2: Tensor | None, table: Tensor, v: Tensor, *rest: Any
+) -> Tensor:
+    return unwritten(q1, v)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

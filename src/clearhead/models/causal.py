@@ -3,12 +3,15 @@
 Legend: B batch, H output heads, L queries, S keys, V vocabulary.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
@@ -18,11 +21,20 @@ from transformers.utils.loading_report import LoadStateDictInfo
 import clearhead.engines.hf  # noqa: F401  (registers Hugging Face's attention interface as backends)
 from clearhead.core.attend import Prepared, mixing_of, prepare
 from clearhead.core.dispatch import Backend, Problem, automatic_backends, load_backend
-from clearhead.core.masks import MaskSpec, packed_documents, written
+from clearhead.core.masks import MaskSpec
 from clearhead.core.norm import RMSNorm
 from clearhead.models.config import AUTOMATIC, ClearheadConfig
+from clearhead.models.inputs import (
+    Placed,
+    depends_on_length,
+    key_positions,
+    place,
+    request_lengths,
+    shortest_trained_length,
+)
 from clearhead.models.layers import ClearheadDecoderLayer
-from clearhead.positions.rope import Rope
+from clearhead.positions.base import Position, Rotation
+from clearhead.positions.length import check_cached_length
 from clearhead.registry import names
 from clearhead.variants.base import Variant
 
@@ -76,8 +88,8 @@ class ClearheadPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.embedding_initializer_range)
             if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 init.zeros_(module.weight[module.padding_idx])
-        elif isinstance(module, Rope):
-            init.copy_(module.inv_freq, module.frequencies())
+        elif isinstance(module, Position):
+            module.reset_buffers()
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: LoadStateDictInfo) -> None:
         # Hugging Face would start missing weights at random and drop the others with a warning. A missing head is
@@ -103,7 +115,9 @@ class ClearheadModel(ClearheadPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(ClearheadDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.position = config.make_position()
+        # One instance for each distinct method; `layer_positions` says which layer has which.
+        self.positions = nn.ModuleDict(config.make_positions())
+        self.layer_positions = config.positions_by_layer
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -119,6 +133,7 @@ class ClearheadModel(ClearheadPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        rope_length: int | Tensor | None = None,
     ) -> BaseModelOutputWithPast:
         """Token ids (B, L) to hidden states (B, L, hidden_size).
 
@@ -126,6 +141,11 @@ class ClearheadModel(ClearheadPreTrainedModel):
             everything.
         position_ids:   (B or 1, L). Without them they count real tokens. Given without mask and past_key_values,
             positions that restart mean packed documents that cannot see each other.
+        rope_length:    the length of the whole request in tokens, or (B,) of each row's, for rope scalings that depend
+            on it; others do not look at it. By default the longest position + 1 of the row, or of each packed document:
+            no neighbour changes a row. Calls that extend a cache past the trained length must all be given the same
+            one (`generate` does); one that is missing is an error. A cache of fixed size counts as full, because
+            asking how full it is would stall its device.
         output_attentions: effective maps (B, H, L, S) a layer, A1 − λ A2 for the differential variants, from the
             engine that has maps: chosen by itself under "clearhead", to be named otherwise ("eager").
         """
@@ -148,24 +168,30 @@ class ClearheadModel(ClearheadPreTrainedModel):
         packed_ok = past_key_values is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        mask, position_ids, keys = self._mask_and_positions(
-            inputs_embeds, attention_mask, position_ids, past_key_values, packed_ok
-        )
-        prepared = self._prepare(inputs_embeds, mask, keys, output_attentions)
-        rotation = self.position.rotation(position_ids)
+        placed = place(inputs_embeds, attention_mask, position_ids, past_key_values, packed_ok)
+        methods = self.position_methods()
+        length = request_lengths(methods.values(), rope_length, placed, inputs_embeds.shape[0])
+        compact = self.config.compact_cache and past_key_values is not None
+        keys = key_positions(placed) if compact else None
+        rotations = {
+            name: method.rotation(placed.positions, keys, length=length) for name, method in methods.items()
+        }
+        tables = self._tables(rotations, inputs_embeds) if compact else {}
+        prepared = self._prepare_each(inputs_embeds, placed, output_attentions)
 
         hidden_states = inputs_embeds
         states: tuple[Tensor, ...] = ()
         maps: tuple[Tensor, ...] = ()
-        for layer in self.layers:
+        for layer, position in zip(self.layers, self.layer_positions, strict=True):
             if output_hidden_states:
                 states = (*states, hidden_states)
             hidden_states, layer_map = layer(
                 hidden_states,
-                rotation,
-                prepared,
+                rotations[position],
+                prepared[position],
                 past_key_values=past_key_values,
                 output_attentions=output_attentions,
+                table=tables.get(position),
             )
             if layer_map is not None:
                 maps = (*maps, layer_map)
@@ -177,44 +203,34 @@ class ClearheadModel(ClearheadPreTrainedModel):
             attentions=maps if output_attentions else None,
         )
 
-    def _mask_and_positions(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: Cache | None,
-        packed_ok: bool,
-    ) -> tuple[MaskSpec, Tensor, int]:
-        """The mask, positions (B or 1, L) and the number of keys that attention will see."""
-        batch, queries = inputs_embeds.shape[:2]
-        past = 0 if cache is None else written(cache.get_seq_length())
-        keys = queries if cache is None else cache.get_mask_sizes(queries, 0)[0]
-        tracing = torch.compiler.is_compiling()
-        if attention_mask is not None and attention_mask.ndim == 4:
-            if position_ids is None:
-                position_ids = (torch.arange(queries, device=inputs_embeds.device) + past)[None]
-            return MaskSpec(dense=attention_mask[..., :keys]), position_ids, keys
-        if position_ids is not None and tuple(position_ids.shape) not in ((1, queries), (batch, queries)):
-            raise ValueError(
-                f"position_ids has shape {tuple(position_ids.shape)}; expected {(batch, queries)} or {(1, queries)}"
-            )
-        if attention_mask is not None:
-            _check_mask(attention_mask, batch, queries, past, keys)
-        documents = None
-        padding = None
-        if attention_mask is not None and (tracing or not bool(attention_mask.all())):
-            padding = _fit(attention_mask.bool(), batch, keys)
-            if position_ids is None:
-                # Real tokens are counted, so that left padding moves nothing: slack collinear attention would notice.
-                counted = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-                position_ids = counted[:, -queries:]
-        elif position_ids is not None and attention_mask is None and packed_ok:
-            numbered = packed_documents(position_ids.expand(batch, -1))
-            documents = numbered if tracing or bool((numbered > 1).any()) else None
-        if position_ids is None:
-            position_ids = (torch.arange(queries, device=inputs_embeds.device) + past)[None]
-        mask = MaskSpec(is_causal=True, offset=past, key_padding=padding, documents=documents)
-        return mask, position_ids, keys
+    def _tables(self, rotations: Mapping[str, Rotation], inputs_embeds: Tensor) -> dict[str, Tensor]:
+        """What turns held keys into keys, for each position method; in float64 for float64 models."""
+        placement = self._decoder_layers()[0].self_attn.variant.placement
+        assert placement is not None
+        wide = torch.promote_types(torch.float32, inputs_embeds.dtype)
+        return {name: placement.table(found, inputs_embeds.device, wide) for name, found in rotations.items()}
+
+    def position_methods(self) -> dict[str, Position]:
+        """The position methods in use, by name."""
+        return {name: cast(Position, method) for name, method in self.positions.items()}
+
+    def _prepare_each(
+        self, inputs_embeds: Tensor, placed: Placed, output_attentions: bool
+    ) -> dict[str, Prepared]:
+        """A plan and a mask for each position method; those without slopes share theirs."""
+        heads = self._decoder_layers()[0].self_attn.variant.sizes.heads
+        plain: Prepared | None = None
+        found = {}
+        for name, method in self.position_methods().items():
+            slopes = method.slopes(heads)
+            if slopes is not None:
+                own = replace(placed.mask, slopes=slopes, offset=placed.past)
+                found[name] = self._prepare(inputs_embeds, own, placed.keys, output_attentions)
+                continue
+            if plain is None:
+                plain = self._prepare(inputs_embeds, placed.mask, placed.keys, output_attentions)
+            found[name] = plain
+        return found
 
     def _prepare(self, inputs_embeds: Tensor, mask: MaskSpec, keys: int, output_attentions: bool) -> Prepared:
         variant = self._decoder_layers()[0].self_attn.variant
@@ -269,6 +285,52 @@ class ClearheadForCausalLM(ClearheadPreTrainedModel, GenerationMixin):
         """Keep the 2-D mask: the model turns it into its engine's form, for caches of fixed size too."""
         return attention_mask
 
+    def _prepare_generated_length(
+        self,
+        generation_config: GenerationConfig,
+        has_default_max_length: bool,
+        has_default_min_length: bool,
+        model_input_name: str,
+        input_ids_length: int,
+        inputs_tensor: Tensor,
+    ) -> GenerationConfig:
+        prepared: GenerationConfig = super()._prepare_generated_length(  # type: ignore[misc]
+            generation_config,
+            has_default_max_length,
+            has_default_min_length,
+            model_input_name,
+            input_ids_length,
+            inputs_tensor,
+        )
+        # Noted for the next step: only here is it known what of `max_length` is new, whatever the input was.
+        prepared._max_new_tokens = prepared.max_length - input_ids_length  # type: ignore[attr-defined]
+        return prepared
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Freezes the length of each row's request, real prompt tokens and all that may be generated, for rope scalings
+        that depend on it. Called once a request, after beams are expanded and positions are counted."""
+        cache = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        methods = self.model.position_methods().values()
+        if model_kwargs.get("rope_length") is not None or not depends_on_length(methods):
+            return
+        new: int = generation_config._max_new_tokens  # type: ignore[attr-defined]
+        lengths = model_kwargs["position_ids"].amax(dim=1) + 1 + new
+        if cache is not None:
+            check_cached_length(
+                shortest_trained_length(methods), int(cache.get_seq_length()), int(lengths.max())
+            )
+        model_kwargs["rope_length"] = lengths
+
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
@@ -284,6 +346,7 @@ class ClearheadForCausalLM(ClearheadPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
+        rope_length: int | Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Token ids (B, L) to logits (B, L, V), and the loss in nats a token if labels (B, L) are given.
 
@@ -300,6 +363,7 @@ class ClearheadForCausalLM(ClearheadPreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            rope_length=rope_length,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
@@ -339,21 +403,3 @@ class ClearheadForCausalLM(ClearheadPreTrainedModel, GenerationMixin):
             if index not in found and gate is not None:
                 found[index] = float(gate.mean())
         return found
-
-
-def _check_mask(mask: Tensor, batch: int, queries: int, past: int | Tensor, keys: int) -> None:
-    # How much of a cache of fixed size is written is on its device; asking would stall it.
-    least, most = (past + queries,) * 2 if isinstance(past, int) else (queries, keys)
-    if mask.ndim != 2 or mask.shape[0] not in (1, batch) or not least <= mask.shape[1] <= most:
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}; expected 4 dimensions or ({batch}, {most}), "
-            "one column for each token so far, those in the cache too"
-        )
-
-
-def _fit(mask: Tensor, batch: int, keys: int) -> Tensor:
-    """(B, S) for a cache of `keys` positions: cut, or continued with what is not written yet."""
-    missing = keys - mask.shape[1]
-    if missing > 0:
-        mask = torch.nn.functional.pad(mask, (0, missing), value=False)
-    return mask[:, :keys].expand(batch, -1)

@@ -25,9 +25,10 @@ class ClearheadAttention(AttentionCore):
         prepared: Prepared,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
+        table: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, hidden_size) -> the same, and the effective map (B, H, L, S) if asked."""
-        heads = self.project(hidden_states, hidden_states, rotation, past_key_values)
+        heads = self.project(hidden_states, hidden_states, rotation, past_key_values, table)
         return self.combine(heads, prepared, output_attentions)
 
 
@@ -63,10 +64,11 @@ class ClearheadDecoderLayer(GradientCheckpointingLayer):
         prepared: Prepared,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
+        table: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, hidden_size) -> the same, and the effective map if asked."""
         attended, maps = self.self_attn(
-            self.input_layernorm(hidden_states), rotation, prepared, past_key_values, output_attentions
+            self.input_layernorm(hidden_states), rotation, prepared, past_key_values, output_attentions, table
         )
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), maps

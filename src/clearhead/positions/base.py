@@ -1,16 +1,24 @@
-"""What a position method gives a layer."""
+"""What a position method gives a layer.
+
+Legend: B batch, N tokens, H query heads, G key-value heads, L queries, S keys, D key width.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+# Which components of a head are pair j: (j, j + D/2) or (2j, 2j + 1).
+Layout = Literal["half", "interleaved"]
+
 
 class Rotation(ABC):
     """A map of query and key streams at given positions, applied where the variant asks for it."""
+
+    layout: Layout = "half"
 
     @abstractmethod
     def query(self, x: Tensor) -> Tensor:
@@ -19,6 +27,19 @@ class Rotation(ABC):
     @abstractmethod
     def key(self, x: Tensor) -> Tensor:
         """x (B, G, S, D) at the keys' positions."""
+
+    def pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The first and the second components of the pairs that are turned, (..., D) -> (..., D/2) each."""
+        if self.layout == "interleaved":
+            return x[..., 0::2], x[..., 1::2]
+        first, second = x.chunk(2, dim=-1)
+        return first, second
+
+    def join(self, first: Tensor, second: Tensor) -> Tensor:
+        """The inverse of `pairs`."""
+        if self.layout == "interleaved":
+            return torch.stack((first, second), dim=-1).flatten(-2)
+        return torch.cat((first, second), dim=-1)
 
 
 class NoRotation(Rotation):
@@ -33,41 +54,75 @@ class NoRotation(Rotation):
 
 @dataclass(frozen=True, slots=True)
 class PlaneRotation(Rotation):
-    """Turns pairs (j, j + D/2) by the angle position · θ_j.
+    """Turns pair j by the angle position · θ_j, and may stretch it.
 
-    cos, sin: (B or 1, 1, N, D/2) in float32 (float64 for float64 models), for queries and for keys. The product is
-        taken in that precision
-    and cast back, whatever the dtype of x: bfloat16 cannot tell positions past 256 apart.
+    cos, sin: (B or 1, 1, N, D/2) in float32 (float64 for float64 models), for queries and for keys; both times a common
+        factor where the position method stretches. The product is taken in that precision and cast back, whatever the
+        dtype of x: bfloat16 cannot tell positions past 256 apart.
     """
 
     query_cos: Tensor
     query_sin: Tensor
     key_cos: Tensor
     key_sin: Tensor
+    layout: Layout = "half"
 
     def query(self, x: Tensor) -> Tensor:
-        return _turn(x, self.query_cos, self.query_sin)
+        return self._turn(x, self.query_cos, self.query_sin)
 
     def key(self, x: Tensor) -> Tensor:
-        return _turn(x, self.key_cos, self.key_sin)
+        return self._turn(x, self.key_cos, self.key_sin)
 
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    first, second = first.to(cos.dtype), second.to(cos.dtype)
-    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = self.pairs(x)
+        first, second = first.to(cos.dtype), second.to(cos.dtype)
+        return self.join(first * cos - second * sin, first * sin + second * cos).to(x.dtype)
 
 
 class Position(nn.Module, ABC):
-    """A position method of a whole model: one instance, one rotation a forward pass, shared by all layers."""
+    """A position method: one instance and one rotation a forward pass, shared by all layers that use it.
+
+    rotates:    whether it turns pairs, which collinear variants are defined by.
+    causal_only: whether it is defined only where a query sees no later key.
+    """
 
     rotates: ClassVar[bool] = True
+    causal_only: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
-    def from_rope_parameters(cls, head_dim: int, parameters: Mapping[str, Any]) -> Self:
-        """The method for heads of width `head_dim`, from a configuration's `rope_parameters`, or ValueError."""
+    def from_rope_parameters(
+        cls, head_dim: int, parameters: Mapping[str, Any], max_positions: int | None
+    ) -> Self:
+        """The method for heads of width `head_dim`, from a configuration's `rope_parameters`, or ValueError.
+
+        max_positions: the length that the model was trained with, where `rope_parameters` do not say it.
+        """
 
     @abstractmethod
-    def rotation(self, positions: Tensor, key_positions: Tensor | None = None) -> Rotation:
-        """For queries at `positions` (B or 1, L) and keys at `key_positions` (B or 1, S), by default the same."""
+    def rotation(
+        self, positions: Tensor, key_positions: Tensor | None = None, length: Tensor | None = None
+    ) -> Rotation:
+        """For queries at `positions` (B or 1, L) and keys at `key_positions` (B or 1, S), by default the same.
+
+        length: integers, (B or 1, 1) for each row or, where L = S, (B or 1, L) for each token: the length of the
+            request that it belongs to. Only methods with `depends_on_length` look at it; by default the row's longest
+            position + 1.
+        """
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the rotation of a token depends on how long its request is."""
+        return False
+
+    @property
+    def trained_length(self) -> int | None:
+        """The length up to which all requests are rotated the same; None where there is no such length."""
+        return None
+
+    def slopes(self, heads: int) -> Tensor | None:
+        """(H,) in float32: what is taken off each head's scaled logits for each token of distance; None for nothing."""
+        return None
+
+    def reset_buffers(self) -> None:
+        """Compute the buffers that no checkpoint holds anew, after the module was built without memory."""

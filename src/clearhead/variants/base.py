@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clearhead.core.attend import Mix, single
 from clearhead.core.heads import Heads, HeadShape, Widths, split_heads
 from clearhead.positions.base import Rotation
+from clearhead.variants.placement import CollinearPlacement
 
 
 class Variant(nn.Module, ABC):
@@ -23,6 +24,8 @@ class Variant(nn.Module, ABC):
     """
 
     needs_rotation: ClassVar[bool] = False
+    # How the streams are placed where they are collinear, which is what a compact cache rests on.
+    placement: CollinearPlacement | None = None
 
     def __init__(self, shape: HeadShape) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from clearhead.kernels.cpu import library
 
 MASKS = frozenset({"causal", "padding", "documents", "window"})
 WIDEST = 512  # CLEARHEAD_WIDEST of src/problem.h
+FEW_ROWS = 8  # of src/sizes.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _MIXING = {1: "single", 2: "difference"}
 
@@ -24,6 +25,7 @@ class Cpu(Kernel):
     """
 
     name = "cpu"
+    takes_tables = True
 
     def __init__(self) -> None:
         # Looked for here, so that nothing is left to load inside `torch.compile`.
@@ -65,6 +67,16 @@ class Cpu(Kernel):
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
         shifted = isinstance(mask.offset, Tensor)
         offset = k1.shape[2] - q1.shape[2] if mask.offset is None or shifted else mask.offset
+        if heads.table is not None:
+            rows = q1.shape[1] // k1.shape[1] * q1.shape[2]
+            if keep or rows > FEW_ROWS or mask.documents is not None:
+                return self.run(heads.expanded(), mask, scale)
+            position = mask.offset if shifted else None
+            numbers = (offset, mask.window or 0, mask.is_causal, scale)
+            narrow: Tensor = torch.ops.clearhead.factored_attention(
+                q1, q2, k1, k2, heads.table, v, gate, mask.key_padding, position, *numbers
+            )
+            return narrow
         out, _, _ = torch.ops.clearhead.fused_attention(
             q1,
             q2,
@@ -149,6 +161,27 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             call.problem.noise = _tensor(noise)
     library.load().forward(call.problem)
     return out, noise, statistics
+
+
+@torch.library.impl("clearhead::factored_attention", "CPU")  # type: ignore[untyped-decorator]
+def _factored(
+    q1: Tensor,
+    q2: Tensor | None,
+    t1: Tensor,
+    t2: Tensor | None,
+    table: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    padding: Tensor | None,
+    *numbers: Any,
+) -> Tensor:
+    call = _Call(ops.Inputs(q1, q2, t1, t2, v, gate, padding, None, *numbers))
+    table = table.contiguous()
+    call.problem.table = library.Tensor(table.data_ptr(), _row_stride(table), 0, table.stride(1))
+    out = ops.unwritten(q1, v)
+    call.problem.out = _tensor(out)
+    library.load().forward(call.problem)
+    return out
 
 
 @torch.library.impl("clearhead::fused_attention_backward", "CPU")  # type: ignore[untyped-decorator]

@@ -10,7 +10,7 @@ import sys
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-ABI = 1
+ABI = 2
 FOLDER = Path(__file__).parent
 FILE = "libclearhead_cpu.dylib" if sys.platform == "darwin" else "libclearhead_cpu.so"
 FAILURES = {
@@ -57,6 +57,7 @@ class Problem(Structure):
         ("q", Tensor * 2),
         ("k", Tensor * 2),
         ("v", Tensor),
+        ("table", Tensor),
         ("gate", Tensor),
         ("out", Tensor),
         ("noise", Tensor),

@@ -42,9 +42,9 @@ struct ForwardWork {
   float* blocks(int64_t group) const { return packed + group * pass.sizes().blocks * pass.block_floats(); }
 };
 
-template <class Unit, class Number>
+template <class Unit, class Number, bool FACTORED>
 struct DecodeWork {
-  Decode<Unit, Number> pass;
+  Decode<Unit, Number, FACTORED> pass;
   int64_t groups, parts;
   float *scratch = nullptr, *weights = nullptr, *states = nullptr;
 
@@ -156,7 +156,7 @@ void chunk_task(int64_t task, int64_t worker, void* context) {
 
 template <class Unit, class Number>
 int32_t forward_with(const clearhead_problem& p, const Ids& ids) {
-  DecodeWork<Unit, Number> few(p, ids);
+  DecodeWork<Unit, Number, false> few(p, ids);
   if (few.pass.applies()) return decode(p, few);
   using Work = ForwardWork<Unit, Number>;
   Work work(p, ids);
@@ -187,6 +187,13 @@ int32_t forward_with(const clearhead_problem& p, const Ids& ids) {
     for_each_task(p.threads, work.held * z.chunks, chunk_task<Work>, &work);
   }
   return 0;
+}
+
+// Keys that come with a table, see decode.h; in floats, whatever they are stored in.
+template <class Number>
+int32_t factored_with(const clearhead_problem& p, const Ids& ids) {
+  DecodeWork<Single, Number, true> few(p, ids);
+  return few.pass.applies() ? decode(p, few) : CLEARHEAD_BAD_PROBLEM;
 }
 
 template <class Unit, class Number>
@@ -246,6 +253,7 @@ using HalfUnit = Single;  // bfloat16 numbers are widened when they are packed
 #endif
 
 int32_t forward(const clearhead_problem& p, const Ids& ids) {
+  if (p.table.data) return p.dtype == 1 ? factored_with<Half>(p, ids) : factored_with<float>(p, ids);
   return p.dtype == 1 ? forward_with<HalfUnit, Half>(p, ids) : forward_with<Single, float>(p, ids);
 }
 

@@ -7,6 +7,9 @@
 // map, D + D + E multiply-adds for a head and key instead of D + D + E + E. The keys may be cut into parts; a part's
 // weights are relative to its own m_s, which `add_up` sets right with what all parts found.
 //
+// FACTORED: a key of width D is held as D / 2 numbers t, and is (t ∘ T_1, t ∘ T_2) with a table T of its place that all
+// heads share (collinear attention's keys before they are turned).
+//
 // Memory is the limit: for 4 rows of two streams, D = 64 and E = 128 in float32 a key brings 1 KB and needs 64 vector
 // multiply-adds at VL = 16. Each number of a key or value is therefore loaded once for up to MOST rows, VL sums across
 // a vector take VL − 1 additions, and every line is asked for AHEAD keys before it is needed.
@@ -24,25 +27,30 @@ CLEARHEAD_INLINE vf sums_across(vf x[VL]) {
   return x[0];
 }
 
-template <class Unit, class Number>
+template <class Unit, class Number, bool FACTORED = false>
 class Decode {
  public:
   Decode(const clearhead_problem& problem, const Ids& ids)
-      : p(problem), ids(ids), z(problem, BLOCK), all_rows(z.streams * z.rows), row_stride(rounded_up(z.keys, VL) + VL) {}
+      : p(problem), ids(ids), z(problem, BLOCK), all_rows(z.streams * z.rows), row_stride(rounded_up(z.keys, VL) + VL),
+        held(FACTORED ? z.d / 2 : z.d), held_wide(rounded_up(units<Unit>(held), VL)),
+        left_stride((FACTORED ? 2 : 1) * held_wide + VL) {
+    static_assert(!FACTORED || Unit::PER_UNIT == 1, "a table is of floats");
+  }
 
   // Not where a gradient will follow: it computes the logits anew, and these differ from its own in their last bit.
   bool applies() const { return z.rows <= FEW_ROWS && !p.statistics && !p.noise.data; }
 
   int64_t weights_floats() const { return all_rows * row_stride; }                          // of a group
   int64_t state_floats() const { return rounded_up(2 * all_rows, VL) + z.rows * z.e_wide; }  // of a part of a group
-  int64_t scratch_floats() const { return rounded_up(all_rows * z.d_left + z.rows * TILE, VL); }
+  int64_t scratch_floats() const { return rounded_up(all_rows * left_stride + z.rows * TILE, VL); }
 
   // Weights and statistics of one part of the keys of a group.
   void weigh(int64_t b, int64_t g, int64_t part, int64_t parts, float* scratch, float* weights, float* state) const {
     for (int s = 0; s < z.streams; s++)
       for (int64_t i = 0; i < z.rows; i++)
-        pack_left_row<Unit>(row_of<Number>(p.q[s], b, z.head_of(g, i), z.token_of(i)), z.d, z.flip,
-                            scratch + (s * z.rows + i) * z.d_left);
+        for (int64_t half = 0; half < (FACTORED ? 2 : 1); half++)
+          pack_left_row<Unit>(row_of<Number>(p.q[s], b, z.head_of(g, i), z.token_of(i)) + half * held, held, z.flip,
+                              scratch + (s * z.rows + i) * left_stride + half * held_wide);
     vf most[2 * FEW_ROWS];
     for (int64_t i = 0; i < all_rows; i++) most[i] = all(-__builtin_inff());
     const int64_t each = all_rows / z.key_streams;
@@ -51,8 +59,9 @@ class Decode {
       for (int s = 0; s < z.key_streams; s++)
         for (int64_t i = 0; i < each; i += MOST) {
           const int64_t row = s * each + i;
-          logits(each - i, scratch + row * z.d_left, row_of<Number>(p.k[s], b, g, begin), p.k[s].token, count,
-                 i ? 0 : AHEAD, weights + row * row_stride + begin);
+          logits(each - i, scratch + row * left_stride, row_of<Number>(p.k[s], b, g, begin), p.k[s].token,
+                 FACTORED ? row_of<float>(p.table, b, 0, begin) : nullptr, count, i ? 0 : AHEAD,
+                 weights + row * row_stride + begin);
         }
       for (int64_t i = 0; i < all_rows; i++) {
         float* row = weights + i * row_stride + begin;
@@ -87,7 +96,7 @@ class Decode {
       factor[i] *= *row_of<float>(p.gate, b, z.head_of(g, i - z.rows), z.token_of(i - z.rows));
     float* out = states + part * state_floats() + rounded_up(2 * all_rows, VL);
     memset(out, 0, sizeof(float) * static_cast<size_t>(z.rows * z.e_wide));
-    float* tile = scratch + all_rows * z.d_left;
+    float* tile = scratch + all_rows * left_stride;
     for_each_block(b, part, parts, [&](const Rows& rows, View view, int64_t begin, int64_t count) {
       for (int64_t i = 0; i < z.rows; i++)
         for (int64_t c = 0; c < count; c += VL) {
@@ -131,6 +140,7 @@ class Decode {
   const Ids& ids;
   const Sizes<Unit> z;
   const int64_t all_rows, row_stride;
+  const int64_t held, held_wide, left_stride;  // numbers of a key as it lies; vectors of a query that meet them
 
   // body(rows, view, first key, keys) for each block of the part that some row sees something of.
   template <class Body>
@@ -165,53 +175,65 @@ class Decode {
   }
 
   // Logits of `count` keys for the first MOST of `rows` rows; lines `ahead` keys on are asked for.
-  void logits(int64_t rows, const float* left, const Number* keys, int64_t stride, int64_t count, int64_t ahead,
-              float* to) const {
+  void logits(int64_t rows, const float* left, const Number* keys, int64_t stride, const float* table, int64_t count,
+              int64_t ahead, float* to) const {
     if (rows == 1)
-      logits_of<1>(rows, left, keys, stride, count, ahead, to);
+      logits_of<1>(rows, left, keys, stride, table, count, ahead, to);
     else if (rows == 2)
-      logits_of<2>(rows, left, keys, stride, count, ahead, to);
+      logits_of<2>(rows, left, keys, stride, table, count, ahead, to);
     else
-      logits_of<MOST>(rows, left, keys, stride, count, ahead, to);
+      logits_of<MOST>(rows, left, keys, stride, table, count, ahead, to);
   }
 
   // Where there are fewer rows than R, the last one is done again: the same numbers end up in the same place.
   template <int R>
-  void logits_of(int64_t rows, const float* left, const Number* keys, int64_t stride, int64_t count, int64_t ahead,
-                 float* to) const {
+  void logits_of(int64_t rows, const float* left, const Number* keys, int64_t stride, const float* table, int64_t count,
+                 int64_t ahead, float* to) const {
     constexpr int K = VL / R;  // keys at a time: VL sums in all
     const float* query[R];
     float* logits[R];
     for (int r = 0; r < R; r++) {
-      query[r] = left + (r < rows ? r : rows - 1) * z.d_left;
+      query[r] = left + (r < rows ? r : rows - 1) * left_stride;
       logits[r] = to + (r < rows ? r : rows - 1) * row_stride;
     }
-    const int64_t wide = rounded_up(z.d_units, VL), whole = z.d / (VL * Unit::PER_UNIT) * VL;
+    const int64_t whole = held / (VL * Unit::PER_UNIT) * VL;
     for (int64_t j = 0; j < count; j += K) {
       const Number* key[K];
+      const float* place[K];
       for (int k = 0; k < K; k++) {
-        key[k] = keys + (j + k < count ? j + k : count - 1) * stride;
-        if (ahead) ask_for(key[k] + ahead * stride, z.d);
+        const int64_t number = j + k < count ? j + k : count - 1;
+        key[k] = keys + number * stride;
+        place[k] = FACTORED ? table + number * p.table.token : nullptr;
+        if (ahead) ask_for(key[k] + ahead * stride, held);
       }
       vf sums[VL];
 #pragma GCC unroll 16
       for (int i = 0; i < VL; i++) sums[i] = all(0.0f);
       for (int64_t u = 0; u < whole; u += VL) {
-        vf q[R];
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) q[r] = load(query[r] + u);
+        vf q[2 * R];
+#pragma GCC unroll 8
+        for (int r = 0; r < (FACTORED ? 2 : 1) * R; r++) q[r] = load(query[r % R] + r / R * held_wide + u);
 #pragma GCC unroll 16
         for (int k = 0; k < K; k++) {
           const vf x = load_units<Unit>(key[k], u * Unit::PER_UNIT, (u + VL) * Unit::PER_UNIT);
+          if constexpr (FACTORED) {
+            const vf first = x * load(place[k] + u), second = x * load(place[k] + held + u);
 #pragma GCC unroll 4
-          for (int r = 0; r < R; r++) sums[r * K + k] = Unit::multiply_add(q[r], x, sums[r * K + k]);
+            for (int r = 0; r < R; r++) sums[r * K + k] = q[r] * first + (q[R + r] * second + sums[r * K + k]);
+          } else {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) sums[r * K + k] = Unit::multiply_add(q[r], x, sums[r * K + k]);
+          }
         }
       }
-      if (whole < wide)
+      if (whole < held_wide)
         for (int k = 0; k < K; k++) {
-          const vf x = load_units<Unit>(key[k], whole * Unit::PER_UNIT, z.d);
-          for (int r = 0; r < R; r++)
-            sums[r * K + k] = Unit::multiply_add(load(query[r] + whole), x, sums[r * K + k]);
+          const vf x = load_units<Unit>(key[k], whole * Unit::PER_UNIT, held);
+          for (int half = 0; half < (FACTORED ? 2 : 1); half++) {
+            const vf y = FACTORED ? x * load_some(place[k] + half * held + whole, held - whole) : x;
+            for (int r = 0; r < R; r++)
+              sums[r * K + k] = Unit::multiply_add(load(query[r] + half * held_wide + whole), y, sums[r * K + k]);
+          }
         }
       alignas(64) float done[VL];
       store(done, sums_across(sums));

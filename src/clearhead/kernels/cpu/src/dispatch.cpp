@@ -87,6 +87,7 @@ bool well_formed(const clearhead_problem& p, bool backward) {
   if (!stands(p.v) || !stands(p.out) || (p.streams == 2 && !stands(p.gate))) return false;
   for (int s = 0; s < p.streams; s++)
     if (!stands(p.q[s]) || (s < p.key_streams && !stands(p.k[s]))) return false;
+  if (stands(p.table) && (backward || p.key_width % 2)) return false;
   if (!backward) return true;
   if (!p.statistics || !stands(p.grad_out) || !stands(p.grad_v)) return false;
   if (p.streams == 2 && !p.grad_gate) return false;

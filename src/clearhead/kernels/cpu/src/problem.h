@@ -5,7 +5,7 @@
 #pragma once
 #include <stdint.h>
 
-#define CLEARHEAD_ABI 1
+#define CLEARHEAD_ABI 2
 #define CLEARHEAD_WIDEST 512  // the largest D or E
 
 #ifdef __cplusplus
@@ -33,6 +33,9 @@ typedef struct {
   const int64_t* documents;      // (B or 1, S); null for none
   int64_t documents_batch;
   clearhead_tensor q[2], k[2], v;
+  // float32 (B or 1, 1, S, D), for a few rows without a gradient: the keys are (k ∘ first half, k ∘ second half), k of width
+  // D / 2. Null: the keys are k.
+  clearhead_tensor table;
   clearhead_tensor gate;         // float32 (B, H, L)
   clearhead_tensor out;          // (B, H, L, E)
   clearhead_tensor noise;        // (B, H, L, E): the second stream's own output; null to have the backward pass do without

@@ -1,83 +1,24 @@
-"""Attention layers for anyone's model.
+"""The attention layer with softmax maps, and the base of those with others.
 
 Legend: B batch, H query heads, G key-value heads, L queries, S keys, D key width, E value width, K key streams.
 """
 
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from clearhead.core.attend import Prepared, attend, prepare, problem_of
+from clearhead.core.attend import prepare, problem_of
 from clearhead.core.dispatch import automatic_backends, load_backend
-from clearhead.core.heads import Heads, HeadShape, merge_heads
+from clearhead.core.heads import HeadShape
 from clearhead.core.masks import MaskSpec, written
-from clearhead.positions.base import Position, Rotation
-from clearhead.positions.nope import Nope
-from clearhead.positions.rope import Rope
+from clearhead.nn.core import AttentionCore, KeyValueCache
+from clearhead.positions.base import Position
+from clearhead.positions.length import check_cached_length, given_length, longest_request
+from clearhead.registry import resolve
 from clearhead.variants.base import Variant
-from clearhead.variants.collinear import Activation, Collinear, Mode
-from clearhead.variants.differential import Differential
-from clearhead.variants.differential_v2 import DifferentialV2
 from clearhead.variants.softmax import Softmax
-
-__all__ = [
-    "Attention",
-    "AttentionCore",
-    "CollinearAttention",
-    "DifferentialAttention",
-    "DifferentialAttentionV2",
-]
-
-PositionName = Literal["rope", "nope"]
-
-
-class KeyValueCache(Protocol):
-    """What a cache must do; Hugging Face's `DynamicCache` and `StaticCache` do."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Add keys (B, G, L, K·D) and values (B, G, L, E) of one layer; return all of that layer's, old and new."""
-        ...
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens of that layer already in the cache."""
-        ...
-
-
-class AttentionCore(nn.Module):
-    """Projections and a variant: what the layers here and the models share.
-
-    The projections are called q_proj, k_proj, v_proj and o_proj whatever the variant makes of them.
-    """
-
-    def __init__(self, variant: Variant, *, bias: bool = False, context_dim: int | None = None) -> None:
-        super().__init__()
-        shape, widths = variant.shape, variant.sizes
-        context_dim = shape.embed_dim if context_dim is None else context_dim
-        self.variant = variant
-        self.layer_idx = shape.layer_idx
-        self.scale = widths.key_width**-0.5
-        self.q_proj = nn.Linear(shape.embed_dim, widths.q, bias=bias)
-        self.k_proj = nn.Linear(context_dim, widths.k, bias=bias)
-        self.v_proj = nn.Linear(context_dim, widths.v, bias=bias)
-        self.o_proj = nn.Linear(widths.o, shape.embed_dim, bias=bias)
-
-    def project(
-        self, x: Tensor, context: Tensor, rotation: Rotation, cache: KeyValueCache | None = None
-    ) -> Heads:
-        """Placed heads: queries of x (B, L, ·), keys and values of context (B, S, ·), behind those in `cache`."""
-        heads = self.variant.split(self.q_proj(x), self.k_proj(context), self.v_proj(context), x)
-        heads = self.variant.place(heads, rotation)
-        if cache is None:
-            return heads
-        return heads.with_cached(*cache.update(heads.packed_keys(), heads.v, self.layer_idx))
-
-    def combine(
-        self, heads: Heads, prepared: Prepared, with_maps: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """The layer's output (B, L, embed_dim) and, if asked, its effective map (B, H, L, S)."""
-        output, maps = attend(heads, prepared, self.scale, self.variant.mix, with_maps)
-        return self.o_proj(merge_heads(self.variant.finish(output))), maps
 
 
 class Attention(AttentionCore):
@@ -89,7 +30,10 @@ class Attention(AttentionCore):
 
     embed_dim:    width of x and of the output.        context_dim: width of `context`, by default embed_dim.
     layer_idx:    place in the stack from 0; which layer of a cache is this one's, and λ_init's argument.
-    position:     "rope" or "nope"; rope_theta is RoPE's base.
+    position:     a registered position: "rope", "xpos", "alibi", "nope".
+    rope_parameters: RoPE's base, scaling and layout as in `ClearheadConfig`, for example {"rope_type": "dynamic",
+        "factor": 4.0}; rope_theta=θ is short for {"rope_theta": θ}.
+    max_positions: the length trained with, which scalings count from unless `rope_parameters` say it.
     head_norm:    RMSNorm on each head's output (a control, see `variants.softmax.Softmax`).
     backend:      "auto", or the name of an engine or kernel, which is then used or raises with its reason.
     Raises ValueError for sizes that do not fit, naming the argument.
@@ -105,28 +49,26 @@ class Attention(AttentionCore):
         layer_idx: int = 0,
         context_dim: int | None = None,
         bias: bool = False,
-        position: PositionName = "rope",
-        rope_theta: float = 10000.0,
+        position: str = "rope",
+        rope_theta: float | None = None,
+        rope_parameters: Mapping[str, Any] | None = None,
+        max_positions: int | None = None,
         head_norm: bool = False,
         backend: str = "auto",
     ) -> None:
-        shape = _shape(embed_dim, num_heads, num_kv_heads, head_dim, layer_idx)
-        self._build(Softmax(shape, head_norm=head_norm), bias, context_dim, position, rope_theta, backend)
+        shape = head_shape(embed_dim, num_heads, num_kv_heads, head_dim, layer_idx)
+        place = make_position(position, shape.head_dim, rope_theta, rope_parameters, max_positions)
+        self._build(Softmax(shape, head_norm=head_norm), place, bias, context_dim, backend)
 
     def _build(
-        self,
-        variant: Variant,
-        bias: bool,
-        context_dim: int | None,
-        position: str,
-        rope_theta: float,
-        backend: str,
+        self, variant: Variant, position: Position, bias: bool, context_dim: int | None, backend: str
     ) -> None:
         AttentionCore.__init__(self, variant, bias=bias, context_dim=context_dim)
-        self.position = _position(position, variant.shape.head_dim, rope_theta)
-        if variant.needs_rotation and not self.position.rotates:
+        self.position = position
+        if variant.needs_rotation and not position.rotates:
             raise ValueError(
-                f'{type(self).__name__} is defined by RoPE\'s angles: position must be "rope", not {position!r}'
+                f"{type(self).__name__} is defined by rotary angles: position must be one that rotates (rope, xpos), "
+                f"not {type(position).__name__.lower()!r}"
             )
         self.automatic = backend == "auto"
         self.backends = automatic_backends() if self.automatic else (load_backend(backend),)
@@ -144,6 +86,7 @@ class Attention(AttentionCore):
         positions: Tensor | None = None,
         context_positions: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        rope_length: int | Tensor | None = None,
     ) -> Tensor:
         """x (B, L, embed_dim) -> (B, L, embed_dim).
 
@@ -159,10 +102,14 @@ class Attention(AttentionCore):
         positions:         (B or 1, L) integers, by default counted from 0 or from the cache's end; context_positions
             alike for S.
         cache:             a key-value cache in Hugging Face's protocol, updated in place.
+        rope_length:       the length of the whole request in tokens, or (B,) for each row, for rope scalings that
+            depend on it (dynamic, longrope); others do not look at it. By default the longest position + 1 of the row
+            or document; calls that extend a cache past the trained length must be given the same one.
         A query that sees no key gets zeros from the attention. Raises ValueError for masks that do not fit.
         """
         masks = (is_causal, key_padding_mask, documents, window, attn_mask)
-        return self._run(x, context, *masks, positions, context_positions, cache, with_maps=False)[0]
+        where = (positions, context_positions, rope_length)
+        return self._run(x, context, *masks, *where, cache, with_maps=False)[0]
 
     def effective_map(
         self,
@@ -176,10 +123,12 @@ class Attention(AttentionCore):
         attn_mask: Tensor | None = None,
         positions: Tensor | None = None,
         context_positions: Tensor | None = None,
+        rope_length: int | Tensor | None = None,
     ) -> Tensor:
         """(B, H, L, S): what each query takes of each value, A1 − λ A2 for DIFF. Arguments as for `forward`."""
         masks = (is_causal, key_padding_mask, documents, window, attn_mask)
-        maps = self._run(x, context, *masks, positions, context_positions, None, with_maps=True)[1]
+        where = (positions, context_positions, rope_length)
+        maps = self._run(x, context, *masks, *where, None, with_maps=True)[1]
         assert maps is not None
         return maps
 
@@ -194,11 +143,12 @@ class Attention(AttentionCore):
         attn_mask: Tensor | None,
         positions: Tensor | None,
         context_positions: Tensor | None,
+        rope_length: int | Tensor | None,
         cache: KeyValueCache | None,
         with_maps: bool,
     ) -> tuple[Tensor, Tensor | None]:
         source = x if context is None else context
-        self._check(x, source, documents, cache)
+        self._check(x, source, documents, cache, is_causal)
         past = None if cache is None else written(cache.get_seq_length(self.layer_idx))
         if positions is None:
             positions = _counted(x, 0 if past is None or context is not None else past)
@@ -207,7 +157,15 @@ class Attention(AttentionCore):
         _check_positions("positions", positions, x)
         if context_positions is not None:
             _check_positions("context_positions", context_positions, source)
-        heads = self.project(x, source, self.position.rotation(positions, context_positions), cache)
+        length = None
+        if self.position.depends_on_length:
+            if rope_length is not None:
+                length = given_length(rope_length, x.shape[0], x.device)
+            else:
+                length = self._longest_request(
+                    positions, context_positions, key_padding_mask, documents, past
+                )
+        heads = self.project(x, source, self.position.rotation(positions, context_positions, length), cache)
         mask = MaskSpec(
             is_causal=is_causal,
             offset=past if context is None else None,
@@ -215,14 +173,47 @@ class Attention(AttentionCore):
             key_padding=key_padding_mask,
             documents=documents,
             dense=attn_mask,
+            slopes=self.position.slopes(self.variant.sizes.heads),
         )
         mask.validate(x.shape[0], self.variant.sizes.heads, x.shape[1], heads.v.shape[2])
         problem = problem_of(heads, mask, self.variant.mix, with_maps)
         return self.combine(heads, prepare(self.backends, problem, mask, self.automatic), with_maps)
 
+    def _longest_request(
+        self,
+        positions: Tensor,
+        context_positions: Tensor | None,
+        real: Tensor | None,
+        documents: Tensor | None,
+        past: int | Tensor | None,
+    ) -> Tensor:
+        if past is not None:
+            added = positions if context_positions is None else context_positions
+            total = None if isinstance(past, Tensor) else past + added.shape[1]
+            check_cached_length(self.position.trained_length, past, total)
+            # The padding of a cache has no positions here, and all lengths that pass the check are turned alike.
+            real = None
+        if context_positions is None:
+            return longest_request(positions, documents, real)
+        if documents is not None:
+            raise ValueError(
+                "rope_length is missing: with a context, documents do not say how long each of them is"
+            )
+        return torch.maximum(longest_request(positions), longest_request(context_positions, real=real))
+
     def _check(
-        self, x: Tensor, source: Tensor, documents: Tensor | None, cache: KeyValueCache | None
+        self,
+        x: Tensor,
+        source: Tensor,
+        documents: Tensor | None,
+        cache: KeyValueCache | None,
+        is_causal: bool,
     ) -> None:
+        if self.position.causal_only and not is_causal:
+            raise ValueError(
+                f"position {type(self.position).__name__.lower()!r} grows without bound towards later keys: is_causal "
+                "must be True"
+            )
         for name, value, width in (
             ("x", x, self.q_proj.in_features),
             ("context", source, self.k_proj.in_features),
@@ -239,91 +230,7 @@ class Attention(AttentionCore):
             )
 
 
-class DifferentialAttention(Attention):
-    """Differential attention V1: (softmax(q1 k1ᵀ/√D) − λ softmax(q2 k2ᵀ/√D)) v, normed per head, × (1 − λ_init).
-
-    Replaces a Transformer layer of the same `num_heads`, `num_kv_heads` and `head_dim` (both head counts even) at
-    the same projection sizes, plus 6 · head_dim parameters: it has num_heads / 2 heads with values 2 · head_dim
-    wide. Formula, sources and differences from
-    the released code: `variants.differential.Differential`; the other arguments: `Attention`.
-    """
-
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        layer_idx: int = 0,
-        context_dim: int | None = None,
-        bias: bool = False,
-        position: PositionName = "rope",
-        rope_theta: float = 10000.0,
-        lambda_init: Literal["depth"] | float = "depth",
-        head_norm: bool = True,
-        backend: str = "auto",
-    ) -> None:
-        shape = _shape(embed_dim, num_heads, num_kv_heads, head_dim, layer_idx)
-        variant = Differential(shape, lambda_init=lambda_init, head_norm=head_norm)
-        self._build(variant, bias, context_dim, position, rope_theta, backend)
-
-
-class DifferentialAttentionV2(Attention):
-    """Differential attention V2: softmax(q_2i kᵀ/√D) v − sigmoid(λ_i(x)) softmax(q_2i+1 kᵀ/√D) v.
-
-    num_heads output heads from 2 · num_heads query heads; keys, values and cache are the Transformer's. Formula,
-    sources and differences
-    from the released code: `variants.differential_v2.DifferentialV2`; the arguments: `Attention`.
-    """
-
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        layer_idx: int = 0,
-        context_dim: int | None = None,
-        bias: bool = False,
-        position: PositionName = "rope",
-        rope_theta: float = 10000.0,
-        backend: str = "auto",
-    ) -> None:
-        shape = _shape(embed_dim, num_heads, num_kv_heads, head_dim, layer_idx)
-        self._build(DifferentialV2(shape), bias, context_dim, position, rope_theta, backend)
-
-
-class CollinearAttention(Attention):
-    """Collinear constrained attention: softmax(Σ_j t_j |q_j|² cos((m − n) θ_j) / √D) v in mode "exact".
-
-    Same parameters as the Transformer layer it replaces; always rotary. The three modes, sources and differences
-    from the released code: `variants.collinear.Collinear`; the other arguments: `Attention`.
-    """
-
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        layer_idx: int = 0,
-        context_dim: int | None = None,
-        bias: bool = False,
-        rope_theta: float = 10000.0,
-        mode: Mode = "exact",
-        activation: Activation = "relu",
-        backend: str = "auto",
-    ) -> None:
-        shape = _shape(embed_dim, num_heads, num_kv_heads, head_dim, layer_idx)
-        self._build(
-            Collinear(shape, mode=mode, activation=activation), bias, context_dim, "rope", rope_theta, backend
-        )
-
-
-def _shape(
+def head_shape(
     embed_dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None, layer_idx: int
 ) -> HeadShape:
     if head_dim is None:
@@ -337,12 +244,21 @@ def _shape(
     )
 
 
-def _position(name: str, head_dim: int, rope_theta: float) -> Position:
-    if name == "rope":
-        return Rope(head_dim, rope_theta)
-    if name == "nope":
-        return Nope()
-    raise ValueError(f'position must be "rope" or "nope", not {name!r}')
+def make_position(
+    name: str,
+    head_dim: int,
+    rope_theta: float | None,
+    rope_parameters: Mapping[str, Any] | None,
+    max_positions: int | None,
+) -> Position:
+    """The registered position `name`, with rope_theta put into its parameters."""
+    parameters = dict(rope_parameters or {})
+    if rope_theta is not None and "rope_theta" in parameters:
+        raise ValueError("rope_theta is given twice: as an argument and in rope_parameters")
+    if rope_theta is not None:
+        parameters["rope_theta"] = rope_theta
+    made: Position = resolve("positions", name).from_rope_parameters(head_dim, parameters, max_positions)
+    return made
 
 
 def _check_positions(name: str, positions: Tensor, x: Tensor) -> None:
