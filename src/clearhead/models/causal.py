@@ -5,13 +5,12 @@ Legend: B batch, H output heads, L queries, S keys, V vocabulary.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
@@ -24,17 +23,15 @@ from clearhead.core.dispatch import Backend, Problem, automatic_backends, load_b
 from clearhead.core.masks import MaskSpec
 from clearhead.core.norm import RMSNorm
 from clearhead.models.config import AUTOMATIC, ClearheadConfig
+from clearhead.models.generation import ClearheadGeneration
 from clearhead.models.inputs import (
     Placed,
-    depends_on_length,
     key_positions,
     place,
     request_lengths,
-    shortest_trained_length,
 )
 from clearhead.models.layers import ClearheadDecoderLayer
 from clearhead.positions.base import Position, Rotation
-from clearhead.positions.length import check_cached_length
 from clearhead.registry import names
 from clearhead.variants.base import Variant
 
@@ -266,7 +263,8 @@ class ClearheadModel(ClearheadPreTrainedModel):
         return inputs_embeds.dtype
 
 
-class ClearheadForCausalLM(ClearheadPreTrainedModel, GenerationMixin):
+# Hugging Face looks for its mixin among the direct bases.
+class ClearheadForCausalLM(ClearheadPreTrainedModel, ClearheadGeneration, GenerationMixin):
     """A causal language model with any attention variant; used like LLaMA's."""
 
     # The loss divides by `num_items_in_batch`, so Trainer's gradient accumulation and averaging over devices are exact.
@@ -280,56 +278,8 @@ class ClearheadForCausalLM(ClearheadPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None, **unused: Any) -> Tensor | None:
-        """Keep the 2-D mask: the model turns it into its engine's form, for caches of fixed size too."""
-        return attention_mask
-
-    def _prepare_generated_length(
-        self,
-        generation_config: GenerationConfig,
-        has_default_max_length: bool,
-        has_default_min_length: bool,
-        model_input_name: str,
-        input_ids_length: int,
-        inputs_tensor: Tensor,
-    ) -> GenerationConfig:
-        prepared: GenerationConfig = super()._prepare_generated_length(  # type: ignore[misc]
-            generation_config,
-            has_default_max_length,
-            has_default_min_length,
-            model_input_name,
-            input_ids_length,
-            inputs_tensor,
-        )
-        # Noted for the next step: only here is it known what of `max_length` is new, whatever the input was.
-        prepared._max_new_tokens = prepared.max_length - input_ids_length  # type: ignore[attr-defined]
-        return prepared
-
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: GenerationMode,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """Freezes the length of each row's request, real prompt tokens and all that may be generated, for rope scalings
-        that depend on it. Called once a request, after beams are expanded and positions are counted."""
-        cache = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(  # type: ignore[misc]
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-        methods = self.model.position_methods().values()
-        if model_kwargs.get("rope_length") is not None or not depends_on_length(methods):
-            return
-        new: int = generation_config._max_new_tokens  # type: ignore[attr-defined]
-        lengths = model_kwargs["position_ids"].amax(dim=1) + 1 + new
-        if cache is not None:
-            check_cached_length(
-                shortest_trained_length(methods), int(cache.get_seq_length()), int(lengths.max())
-            )
-        model_kwargs["rope_length"] = lengths
+    def position_methods(self) -> dict[str, Position]:
+        return self.model.position_methods()
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(

@@ -38,11 +38,12 @@ def forward_flops_per_token(config: ClearheadConfig, context: int) -> int:
 
 
 def kv_bytes_per_token(config: ClearheadConfig, dtype: torch.dtype) -> int:
-    """Bytes that one token adds to the key-value cache: (K·D + E)·G numbers in every layer."""
+    """Bytes that one token adds to the key-value cache: (K·D + E)·G numbers in every layer, K·D/2 in a compact one."""
     numbers = 0
     for layer in range(config.num_hidden_layers):
         sizes = _widths(config, layer)
-        numbers += sizes.kv_heads * (sizes.key_streams * sizes.key_width + sizes.value_width)
+        keys = sizes.key_streams * sizes.key_width // (2 if config.compact_cache else 1)
+        numbers += sizes.kv_heads * (keys + sizes.value_width)
     return numbers * dtype.itemsize
 
 
