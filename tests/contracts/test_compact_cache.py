@@ -9,6 +9,9 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
+from clearhead.positions.base import PlaneRotation, Rotation
+from clearhead.positions.rope import Rope
+from clearhead.variants.placement import CollinearPlacement
 
 ATTENTIONS = {
     "exact": ("collinear", {"mode": "exact"}),
@@ -151,3 +154,26 @@ def test_a_decoding_step_compiles() -> None:
     torch.testing.assert_close(
         compiled(token, attention_mask=mask, past_key_values=cache).logits, expected, atol=1e-5, rtol=1e-4
     )
+
+
+class Wrapped(Rotation):
+    """Another rotation than the library's own, with nothing to look into."""
+
+    def __init__(self, inner: PlaneRotation) -> None:
+        self.inner = inner
+        self.layout = inner.layout
+
+    def query(self, x: Tensor) -> Tensor:
+        return self.inner.query(x)
+
+    def key(self, x: Tensor) -> Tensor:
+        return self.inner.key(x)
+
+
+@pytest.mark.parametrize("mode", ["exact", "slack"])
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_any_rotation_has_a_table(mode: str, layout: str) -> None:
+    placement = CollinearPlacement(8, mode)
+    rotation = Rope(8, layout=layout).rotation(torch.arange(30)[None])
+    found = placement.table(Wrapped(rotation), torch.device("cpu"))
+    torch.testing.assert_close(placement.table(rotation, torch.device("cpu")), found)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clearhead.positions.base import Rotation
+from clearhead.positions.base import PlaneRotation, Rotation
 
 Mode = Literal["exact", "slack", "strict"]
 Activation = Literal["relu", "softplus"]
@@ -72,6 +72,12 @@ class CollinearPlacement:
 
         t scales its pair's two components, so k' = (t ∘ first half, t ∘ second half): the `table` of `Heads`.
         """
+        if isinstance(
+            rotation, PlaneRotation
+        ):  # the same in one pass over memory: it is made for every decoded token
+            cos, sin = rotation.key_cos[:, 0].to(dtype), rotation.key_sin[:, 0].to(dtype)
+            turned = (cos - sin, cos + sin) if self.mode == "slack" else (cos, sin)
+            return torch.cat(turned, dim=-1)
         ones = torch.ones(1, 1, 1, self.head_dim // 2, device=device, dtype=dtype)
         return self._halves(rotation.key(self._tied(ones, rotation)), rotation)[:, 0]
 
