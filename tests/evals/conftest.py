@@ -46,7 +46,7 @@ def subject(data: PreparedData) -> Subjects:
         return Subject(
             model=model,  # type: ignore[arg-type]
             tokenizer=data.tokenizer,
-            data=data,
+            open_documents=lambda: data.validation,
             device=torch.device("cpu"),
             untrained=lambda: untrained or model,  # type: ignore[arg-type, return-value]
             seed=0,

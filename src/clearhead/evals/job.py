@@ -1,49 +1,105 @@
-"""Evaluating a trained job: load the model once, run what has no result yet, write each result whole."""
+"""Evaluating a model: load it once, run what has no result yet, write each result whole."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from pydantic import ValidationError
 
 from clearhead.evals.base import Evaluation, Subject
+from clearhead.evals.foreign import DEFAULT_SUITES, ForeignLoader, ForeignSpec, open_foreign_run
 from clearhead.evals.results import read_json, read_metrics
-from clearhead.registry import resolve
+from clearhead.registry import did_you_mean, resolve
 from clearhead.train.recipe import Job
 from clearhead.train.recipe_io import load_job
-from clearhead.train.status import write_json
+from clearhead.train.rundir import exclusive
+from clearhead.train.status import Status, write_json, write_status
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Options = Mapping[str, Mapping[str, Any]]
+"""Evaluation -> its options."""
+Say = Callable[[str], None]
+
+
+class Loader(Protocol):
+    """What gives a subject when it is first asked for."""
+
+    @property
+    def subject(self) -> Subject: ...
+
 
 def evaluate_job(
-    job_dir: Path, suites: Sequence[str] | None = None, *, progress: Callable[[str], None] | None = None
+    job_dir: Path,
+    suites: Sequence[str] | None = None,
+    *,
+    options: Options | None = None,
+    progress: Say | None = None,
 ) -> list[str]:
     """Run the evaluations of a trained job and write ``results/<name>.json`` for each; returns the names that ran.
 
     suites: the evaluations to run, default those of the job's recipe. One that has a result with the same options is
     not run again, so an interrupted evaluation goes on where it was.
-    Raises FileNotFoundError when the job is not trained, ValueError for an unknown evaluation.
+    options: instead of single options of the recipe.
+    Raises FileNotFoundError when the job is not trained, ValueError for an unknown evaluation or option.
     """
     job = load_job(job_dir / "job.json")
     if not (job_dir / "model" / "config.json").exists():
         raise FileNotFoundError(f"{job_dir} has no trained model yet; train it before evaluating it")
-    loader = _Loader(job, job_dir)
+    chosen = list(suites or job.evaluate.suites)
+    given = {name: {**job.evaluate.options(name), **(options or {}).get(name, {})} for name in chosen}
+    return run_suites(_Loader(job, job_dir), job_dir, given, job.arm, job.seed, progress)
+
+
+def evaluate_foreign(
+    spec: ForeignSpec,
+    directory: Path,
+    suites: Sequence[str] | None = None,
+    *,
+    options: Options | None = None,
+    progress: Say | None = None,
+) -> list[str]:
+    """Run evaluations of a model that was not trained here; the results form a run directory of their own.
+
+    Raises ValueError for a model that cannot be loaded and for an unknown evaluation or option, RunError for a
+    directory of something else. What is finished is not run again.
+    """
+    chosen = list(suites or DEFAULT_SUITES)
+    given = {name: dict((options or {}).get(name, {})) for name in chosen}
+    for name in chosen:
+        checked(name, given[name])
+    loader = ForeignLoader(spec, progress)
+    # A model that is not there leaves no directory behind.
+    assert loader.config is not None
+    with exclusive(directory, f"the run {str(directory)!r}"):
+        job = open_foreign_run(directory, loader, chosen)
+        loader.folder = job / "results"
+        ran = run_suites(loader, job, given, spec.name, 0, progress)
+        write_status(job, Status("evaluated"))
+    return ran
+
+
+def run_suites(
+    loader: Loader, job_dir: Path, given: Options, arm: str, seed: int, progress: Say | None
+) -> list[str]:
+    """Each evaluation with its options, unless its result is there; the names of those that ran."""
     ran = []
-    for name in suites or job.evaluate.suites:
-        evaluation: Evaluation[Any] = resolve("evaluations", name)()
-        config = evaluation.Config.model_validate(job.evaluate.options(name))
-        options = config.model_dump(mode="json")
+    # All options are checked before the first evaluation takes its time.
+    ready = {name: checked(name, options) for name, options in given.items()}
+    for name, (evaluation, config) in ready.items():
+        plain = config.model_dump(mode="json")
         target = job_dir / "results" / f"{name}.json"
-        if _is_done(target, options):
+        if _is_done(target, plain):
             continue
         if progress is not None:
-            progress(f"{job.arm}, seed {job.seed}: {name}")
+            progress(f"{arm}, seed {seed}: {name}")
         started = time.monotonic()
         values = evaluation.run(loader.subject, config)
         target.parent.mkdir(exist_ok=True)
@@ -51,15 +107,54 @@ def evaluate_job(
             target,
             {
                 "evaluation": name,
-                "arm": job.arm,
-                "seed": job.seed,
-                "config": options,
+                "arm": arm,
+                "seed": seed,
+                "config": plain,
                 "seconds": round(time.monotonic() - started, 2),
                 "values": values,
             },
         )
         ran.append(name)
     return ran
+
+
+def checked(name: str, options: Mapping[str, Any]) -> tuple[Evaluation[Any], Any]:
+    """An evaluation and its checked options; ValueError with the nearest name for what it does not know."""
+    evaluation: Evaluation[Any] = resolve("evaluations", name)()
+    try:
+        return evaluation, evaluation.Config.model_validate(dict(options))
+    except ValidationError as error:
+        detail = error.errors()[0]
+        key = ".".join(map(str, detail["loc"]))
+        if detail["type"] == "extra_forbidden":
+            known = list(evaluation.Config.model_fields)
+            raise ValueError(f"{name} has no option {key!r}: {did_you_mean(key, known)}") from None
+        raise ValueError(f"{name}.{key}: {detail['msg'].lower()}, got {detail['input']!r}") from None
+
+
+def parse_options(texts: Sequence[str], suites: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """``["samples=10"]`` or ``["passkey.samples=10"]`` -> options by evaluation; the value is TOML, else a string.
+
+    Without its evaluation's name an option is that of the only one in ``suites``.
+    Raises ValueError for what is not of this form or names an evaluation that is not run.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        name, dot, option = key.strip().rpartition(".")
+        if not equals or not option:
+            raise ValueError(f"--set {text!r} is not of the form key=value")
+        if not dot:
+            if len(suites) != 1:
+                raise ValueError(f"--set {text!r} does not say of which evaluation; write EVALUATION.{text}")
+            name = suites[0]
+        if name not in suites:
+            raise ValueError(f"--set {text!r}: {name!r} is not run; {did_you_mean(name, suites)}")
+        try:
+            found.setdefault(name, {})[option] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            found.setdefault(name, {})[option] = value
+    return found
 
 
 def _is_done(target: Path, options: dict[str, Any]) -> bool:
@@ -100,7 +195,7 @@ class _Loader:
         return Subject(
             model=model,
             tokenizer=data.tokenizer,
-            data=data,
+            open_documents=lambda: data.validation,
             device=device,
             untrained=untrained,
             seed=self.job.seed,
@@ -108,4 +203,5 @@ class _Loader:
             needles=needle_range(self.job),
             metrics=read_metrics(self.job_dir / "metrics.jsonl"),
             budget=self.job.train.tokens,
+            folder=self.job_dir / "results",
         )

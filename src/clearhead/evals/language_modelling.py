@@ -52,7 +52,7 @@ class LanguageModelling(Evaluation[LanguageModellingConfig]):
             return {"skipped": f"stride {stride} must be shorter than the window of {length} tokens"}
         if reason := subject.too_long(length):
             return {"skipped": reason}
-        store = subject.data.validation
+        store = subject.documents
         chosen = choose(len(store), config.max_documents, config.seed)
         documents = [np.asarray(store.document(i)[: config.max_tokens], dtype=np.int64) for i in chosen]
         # Only a document that was cut has to be decoded to know how much text its tokens are.

@@ -184,17 +184,21 @@ def too_short(spec: NeedleSpec, tokenizer: Tokenizer) -> str | None:
     )
 
 
-def documents(subject: Subject, spec: NeedleSpec, depth: float, count: int, seed: int) -> list[NeedleSample]:
-    """The validation documents of one cell: a function of the cell and the seed alone, so the same for every arm."""
-    cell_seed = int(
-        np.random.SeedSequence([seed, spec.length, spec.needles, round(depth * 1e6)]).generate_state(1)[0]
-    )
+def documents(
+    subject: Subject, spec: NeedleSpec, depth: float | None, count: int, seed: int
+) -> list[NeedleSample]:
+    """The validation documents of one cell: a function of the cell and the seed alone, so the same for every arm.
+
+    depth: of the asked needle, from 0 to 1; None draws one for each document.
+    """
+    place = 10**7 if depth is None else round(depth * 1e6)
+    cell_seed = int(np.random.SeedSequence([seed, spec.length, spec.needles, place]).generate_state(1)[0])
     return [
         needle_document(
             spec,
             seed=cell_seed,
             index=index,
-            haystack=subject.data.validation,
+            haystack=subject.documents,
             split="validation",
             tokenizer=subject.tokenizer,
             depth=depth,

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from clearhead.evals.results import RunResults, load_run
 from clearhead.evals.sections import Headline, Section, Table
 from clearhead.evals.statistics import count, decimal
-from clearhead.registry import resolve
+from clearhead.registry import names, resolve
 from clearhead.report.charts import render
 from clearhead.report.palette import all_inks, arm_inks
 from clearhead.report.training import cost, lambdas, learning_curves
@@ -69,11 +69,12 @@ def build_report(run_dir: str | Path) -> Path:
 
 
 def evaluation_sections(run: RunResults) -> list[Section]:
-    """One section for each evaluation that the recipe asks for, in its order."""
-    return [
-        resolve("evaluations", name)().section(run)
-        for name in run.recipe.get("evaluate", {}).get("suites", [])
-    ]
+    """One section for each evaluation that the recipe asks for, in its order, and then for others with results."""
+    asked = run.recipe.get("evaluate", {}).get("suites", [])
+    measured = sorted({name for arm in run.arms for seed in arm.seeds.values() for name in seed.results})
+    known = names("evaluations")
+    suites = dict.fromkeys([*asked, *(name for name in measured if name in known)])
+    return [resolve("evaluations", name)().section(run) for name in suites]
 
 
 def _table(run: RunResults, questions: list[Section]) -> Table:

@@ -1,0 +1,228 @@
+"""Evaluating a model that was not trained here: any causal language model in a directory or on the Hugging Face hub.
+
+Its results lie in a run directory of one arm and one seed, so that the report reads them as it reads its own:
+
+```
+runs/NAME/recipe.toml   env.json   arms/ARM/seed-0/   subject.json  status.json  results/<evaluation>.json
+```
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from clearhead.data.store import TokenStore
+from clearhead.evals.base import Subject
+from clearhead.evals.results import read_json, slugify
+from clearhead.evals.texts import open_texts
+from clearhead.train.rundir import RunError, environment
+from clearhead.train.status import Status, write_json, write_status, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+DEFAULT_SUITES = ("perplexity", "passkey")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class ForeignSpec:
+    """What is evaluated: a model's directory or hub id, and the text it is evaluated on."""
+
+    model: str
+    corpus: str = "stdlib"
+    text_field: str = "text"
+
+    @property
+    def name(self) -> str:
+        """The last part of the model's name."""
+        path = Path(self.model)
+        return (path.resolve() if path.is_dir() else path).name
+
+
+def is_foreign(source: str) -> bool:
+    """Whether ``source`` is a model and not a run or a job of this project."""
+    path = Path(source)
+    if path.is_dir():
+        ours = (path / "recipe.toml", path / "job.json", path.parent / "job.json")
+        return (path / "config.json").exists() and not any(file.exists() for file in ours)
+    return not path.exists() and HUB_ID.fullmatch(source) is not None
+
+
+def reopened(directory: Path) -> ForeignSpec | None:
+    """What an earlier evaluation wrote into its run directory; None where there is none."""
+    found = sorted(directory.glob("arms/*/seed-0/subject.json"))
+    return ForeignSpec(**read_json(found[0])) if found else None
+
+
+class ForeignLoader:
+    """Loads model, tokenizer and text when an evaluation first needs them: what is finished costs nothing."""
+
+    def __init__(self, spec: ForeignSpec, say: Callable[[str], None] | None = None) -> None:
+        self.spec = spec
+        self.say = say or (lambda message: None)
+        self.folder: Path | None = None
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The model with what its own configuration tells of its training.
+
+        Raises ValueError, in one sentence, when it cannot be loaded, decodes nothing, or has no fast tokenizer.
+        """
+        from transformers import AutoModelForCausalLM
+
+        import clearhead.models  # noqa: F401  registers the model family with the Auto classes
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = load(AutoModelForCausalLM, self.spec.model, "the model").to(device).eval()
+        tokenizer = self.tokenizer
+        rows = int(model.get_input_embeddings().weight.shape[0])
+        if len(tokenizer) > rows:
+            raise ValueError(
+                f"the tokenizer of {self.spec.model!r} has {len(tokenizer)} tokens, its model {rows}: "
+                "they do not belong together"
+            )
+
+        def untrained() -> PreTrainedModel:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                return AutoModelForCausalLM.from_config(model.config).to(device).eval()
+
+        def texts() -> TokenStore:
+            self.say(f"reading {self.spec.corpus}")
+            return open_texts([self.spec.corpus], tokenizer, text_field=self.spec.text_field)
+
+        return Subject(
+            model=model,
+            tokenizer=tokenizer,
+            open_documents=texts,
+            device=device,
+            untrained=untrained,
+            seed=0,
+            training_length=self.training_length,
+            foreign=True,
+            folder=self.folder,
+        )
+
+    @cached_property
+    def config(self) -> Any:
+        """The model's configuration."""
+        from transformers import AutoConfig
+
+        import clearhead.models  # noqa: F401
+
+        found = load(AutoConfig, self.spec.model, "the model")
+        if found.is_encoder_decoder:
+            raise ValueError(
+                f"{self.spec.model!r} is an encoder-decoder ({found.model_type}); "
+                "these evaluations read causal language models"
+            )
+        return found
+
+    @property
+    def training_length(self) -> int | None:
+        """The length of training, before any rotary scaling stretched it, as far as the configuration says."""
+        text = self.config.get_text_config()
+        scaling = text.to_dict().get("rope_parameters") or {}
+        return scaling.get("original_max_position_embeddings") or getattr(
+            text, "max_position_embeddings", None
+        )
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The model's own tokenizer; where it has no bos token its eos token begins a text, which is said."""
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        found = load(AutoTokenizer, self.spec.model, "the tokenizer")
+        if not isinstance(found, PreTrainedTokenizerFast):
+            raise ValueError(
+                f"the tokenizer of {self.spec.model!r} has no fast version (tokenizer.json); convert it"
+            )
+        if found.bos_token_id is None:
+            if found.eos_token is None:
+                self.say("the tokenizer has neither bos nor eos: texts begin with nothing")
+            else:
+                self.say(
+                    f"the tokenizer has no bos token: its eos token {found.eos_token!r} begins each text instead"
+                )
+                found.bos_token = found.eos_token
+        return found
+
+
+def load(kind: Any, source: str, what: str) -> Any:
+    """``kind.from_pretrained(source)``; ValueError with the reason for anything that goes wrong on the way."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return kind.from_pretrained(source)
+    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
+        raise _unreachable(source, what, error) from error
+    except (OSError, ValueError, KeyError) as error:
+        if not Path(source).is_dir():
+            raise _unreachable(source, what, error) from error
+        raise ValueError(f"{what} in {source!r} cannot be loaded: {_line(error)}") from error
+
+
+def _unreachable(source: str, what: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{what} {source!r} is neither a directory with a config.json nor a model that the Hugging Face hub gave "
+        f"({_line(error)}); check the name and the network, or give a local directory"
+    )
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def open_foreign_run(directory: Path, loader: ForeignLoader, suites: list[str]) -> Path:
+    """Make ``directory`` the run of a foreign model, or go on with it; returns the directory of its job.
+
+    Raises RunError when it belongs to something else: another model or text, or runs trained here.
+    """
+    import tomli_w
+
+    spec, name = loader.spec, loader.spec.name
+    job = directory / "arms" / slugify(name) / "seed-0"
+    known = reopened(directory)
+    if known is not None and known != spec:
+        raise RunError(
+            f"{str(directory)!r} has results of {known.model!r} on {known.corpus!r}, not of {spec.model!r} on "
+            f"{spec.corpus!r}; choose another --out"
+        )
+    if (
+        known is None
+        and directory.exists()
+        and any(e for e in directory.iterdir() if not e.name.startswith("."))
+    ):
+        raise RunError(
+            f"{str(directory)!r} is not empty and not the run of a foreign model; choose another --out"
+        )
+    earlier = directory / "recipe.toml"
+    if earlier.exists():
+        before = tomllib.loads(earlier.read_text(encoding="utf-8"))["evaluate"]["suites"]
+        suites = list(dict.fromkeys([*before, *suites]))
+    recipe: dict[str, Any] = {
+        "name": name,
+        "description": f"{spec.model}, evaluated as it is.",
+        "seeds": [0],
+        "corpus": {"source": spec.corpus, "text_field": spec.text_field},
+        "evaluate": {"suites": suites},
+        "arms": [{"name": name, "attention": str(loader.config.model_type)}],
+    }
+    if loader.training_length is not None:
+        recipe["data"] = {"length": loader.training_length}
+    job.mkdir(parents=True, exist_ok=True)
+    write_json(job / "subject.json", asdict(spec))
+    write_text(directory / "recipe.toml", tomli_w.dumps(recipe))
+    if not (directory / "env.json").exists():
+        write_json(directory / "env.json", environment())
+    write_status(job, Status("trained"))
+    return job
