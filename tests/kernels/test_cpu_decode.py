@@ -1,0 +1,67 @@
+"""Few rows against keys as they lie, the keys of a head divided among threads or not."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from clearhead.functional import attention, differential_attention
+from tests.kernels.support import every_set
+
+
+def both(inputs: tuple[Tensor, ...], dtype: torch.dtype, **options: object) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernel finds, what eager attention finds in the same dtype, and what it is in float64."""
+
+    def run(backend: str, to: torch.dtype) -> Tensor:
+        q, k, v, *lam = (x.to(to) for x in inputs)
+        if not lam:
+            return attention(q, k, v, is_causal=True, backend=backend, **options).double()
+        return differential_attention(q, k, v, lam[0], is_causal=True, backend=backend, **options).double()
+
+    return run("cpu", dtype), run("eager", dtype), run("eager", torch.float64)
+
+
+def close(found: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    floor = 4 * torch.finfo(dtype).eps * exact.abs().max()
+    assert (found - exact).abs().max() <= 2 * (eager - exact).abs().max() + floor
+
+
+@every_set
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@torch.no_grad()
+def test_keys_of_one_head_are_divided_among_threads(
+    isa: str, threads: int, rows: int, dtype: torch.dtype
+) -> None:
+    torch.set_num_threads(threads)
+    rng = torch.Generator().manual_seed(rows)
+    keys = 700
+
+    def some(*size: int) -> Tensor:
+        return torch.randn(size, generator=rng)
+
+    k, v = some(1, 2, keys, 40), some(1, 1, keys, 72)
+    # The largest logits lie in the last part alone: every part has another reference.
+    k[:, :, 600:] *= 6
+    inputs = (some(1, 2 * rows, 1, 40), k, v, torch.rand(1, rows, 1, 1, generator=rng))
+    padding = torch.ones(1, keys, dtype=torch.bool)
+    padding[:, :300] = False
+    for options in ({}, {"window": 65}, {"key_padding_mask": padding}):
+        close(*both(inputs, dtype, **options), dtype)
+    alone = (inputs[0][:, :rows], k[:, :1], v)
+    close(*both(alone, dtype), dtype)
+
+
+@every_set
+@torch.no_grad()
+def test_a_part_in_which_a_row_sees_nothing_adds_nothing(isa: str) -> None:
+    torch.set_num_threads(2)
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, n, 16, generator=rng) for n in (2, 512, 512))
+    padding = torch.zeros(1, 512, dtype=torch.bool)
+    padding[:, 500] = True
+    found, eager, exact = both((q, k, v), torch.float32, key_padding_mask=padding)
+    close(found, eager, exact, torch.float32)
+    assert torch.equal(found[0, 0, 0], v[0, 0, 500].double())
+    padding[:] = False
+    assert not attention(q, k, v, is_causal=True, key_padding_mask=padding, backend="cpu").any()
