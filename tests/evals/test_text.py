@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from clearhead.data.packing import PreparedData
 from clearhead.evals.language_modelling import LanguageModelling, LanguageModellingConfig, choose, cut
 from clearhead.evals.loss_by_position import LossByPosition, LossByPositionConfig, bucket_edges
+from tests.evals import tiny
 from tests.evals.conftest import Subjects
 from tests.evals.fakes import FakeModel, copier, costing, uniform
 
@@ -90,10 +94,52 @@ def test_loss_by_position_needs_long_documents(subject: Subjects) -> None:
     values = LossByPosition().run(
         subject(FakeModel(uniform(V), limit=10**6)), LossByPositionConfig(length=10**6)
     )
-    assert values["skipped"].startswith("only 0 validation documents have 1000000 tokens")
+    assert values["skipped"].startswith("only 0 documents have 1000000 tokens")
 
 
 def test_buckets_cover_every_position_once() -> None:
     for positions, buckets in ((255, 32), (7, 32), (1, 2), (511, 2)):
         edges = bucket_edges(positions, buckets)
         assert edges[0] == 0 and edges[-1] == positions and edges == sorted(set(edges))
+
+
+@pytest.mark.parametrize("bos", ["document", "none"])
+@pytest.mark.parametrize("make", [tiny.llama, tiny.ours])
+def test_loss_by_position_of_any_model_is_that_of_its_logits(make: Any, bos: str) -> None:
+    model, words = make().double(), tiny.tokenizer()
+    documents = tiny.store([40, 45, 50, 30, 41])
+    config = LossByPositionConfig(length=40, bos=bos, buckets=6, batch_tokens=80)
+    values = LossByPosition().run(tiny.subject(model, documents), config)
+    assert values["n"] == 4 and values["documents"] == ["0", "1", "2", "4"], "the short one is left out"
+    nats, sizes = [], []
+    for i in (0, 1, 2, 4):
+        text = documents.document(i).tolist()
+        ids = [1, *text][:40] if bos == "document" else text[:40]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0].numpy()
+        shifted = logits - logits.max(-1, keepdims=True)
+        table = np.log(np.exp(shifted).sum(-1, keepdims=True)) - shifted
+        nats.append([table[p - 1, ids[p]] for p in range(1, 40)])
+        sizes.append([len(words.decode(ids[1:p]).encode()) for p in range(2, 41)])
+    truth, size = np.array(nats), np.array(sizes)
+    start = 0
+    for index, end in enumerate(values["positions"]):
+        assert values["loss"]["mean"][index] == pytest.approx(truth[:, start:end].mean(), abs=2e-5)
+        assert values["cumulative"]["mean"][index] == pytest.approx(truth[:, :end].mean(), abs=2e-5)
+        whole = truth[:, :end].sum() / math.log(2) / size[:, end - 1].sum()
+        assert values["bits_per_byte"]["mean"][index] == pytest.approx(whole, abs=2e-5)
+        start = end
+    again = LossByPosition().run(
+        tiny.subject(model, documents), config.model_copy(update={"batch_tokens": 1})
+    )
+    assert again == values, "batches do not change a loss"
+
+
+def test_loss_by_position_reads_named_texts_and_keeps_within_the_model(tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text("The grass is green and the sky is blue. " * 8)
+    subject = tiny.subject(tiny.llama(), tiny.store([8]), foreign=True)
+    values = LossByPosition().run(subject, LossByPositionConfig(texts=[str(tmp_path)]))
+    assert values["n"] == 4 and values["length"] == 32
+    table = LossByPosition().run(tiny.subject(tiny.gpt2()), LossByPositionConfig(length=40))
+    assert "more than the model takes" in table["skipped"]

@@ -12,10 +12,15 @@ Effective weights can be negative and their row need not sum to 1, and the Diffe
 how its Table 3 normalises them. Here, with a_j the effective weights of one query and head:
 
 - ``absolute`` (default): Σ_{j in part} |a_j| / Σ_j |a_j|, which is a share for every variant;
+- ``net``: Σ_{j in part} a_j / Σ_j |a_j|: what a part adds less what it takes away, per weight that is spent;
+- ``positive``: Σ_{j in part} max(a_j, 0) / Σ_j max(a_j, 0): negative weights count for nothing;
 - ``row``: Σ_{j in part} a_j / Σ_j a_j, for V1 the weights over 1 - λ; parts sum to 1 but may be negative;
 - ``signed``: Σ_{j in part} a_j, the weights as they act; a row sums to 1 - λ for V1.
 
-Shares are averaged over heads, layers and documents with equal weight. *Negative share* is Σ |min(a_j, 0)| / Σ |a_j|.
+For maps without negative weights all five are the same. Shares are averaged over heads, layers and documents with equal
+weight. *Negative share* is Σ |min(a_j, 0)| / Σ |a_j|.
+
+Any causal language model that gives its attention maps can be measured (:mod:`clearhead.evals.attention_rows`).
 """
 
 from __future__ import annotations
@@ -31,12 +36,16 @@ from pydantic import Field
 from torch import Tensor
 
 from clearhead.data.needles import NeedleSample
+from clearhead.evals.attention_rows import query_rows
 from clearhead.evals.base import (
     BarChart,
     BarSeries,
     Evaluation,
     EvaluationConfig,
+    HeatMap,
     LineChart,
+    Panel,
+    Reference,
     RunResults,
     Section,
     Series,
@@ -44,6 +53,7 @@ from clearhead.evals.base import (
     Table,
     batches,
     inference,
+    reason_of,
 )
 from clearhead.evals.compare import Comparison, compare
 from clearhead.evals.needles import documents, too_short
@@ -52,7 +62,11 @@ from clearhead.evals.statistics import Estimate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Normalisation = Literal["absolute", "row", "signed"]
+Normalisation = Literal["absolute", "net", "positive", "row", "signed"]
+SHARES = ("absolute", "positive")
+"""Normalisations whose parts are shares: none negative, their sum 1."""
+LONGEST = 2048
+"""Tokens of a document unless the length is named: maps grow with its square."""
 PARTS = ("answer", "question", "first token", "noise")
 
 PUBLISHED = Table(
@@ -70,7 +84,7 @@ PUBLISHED = Table(
 
 
 class AllocationConfig(EvaluationConfig):
-    """length: tokens of a document (default: the training length). samples: documents per depth.
+    """length: tokens of a document (default: the training length, at most 2,048). samples: documents per depth.
 
     key_tokens, value_tokens: default as in training.
     """
@@ -91,7 +105,7 @@ class Allocation(Evaluation[AllocationConfig]):
     Config = AllocationConfig
 
     def run(self, subject: Subject, config: AllocationConfig) -> dict[str, Any]:
-        length = config.length or subject.training_length or 256
+        length = config.length or min(subject.training_length or 256, LONGEST)
         spec = replace(
             subject.needles.spec(length, config.needles, 1),
             key_tokens=config.key_tokens or subject.needles.key_tokens,
@@ -99,14 +113,21 @@ class Allocation(Evaluation[AllocationConfig]):
         )
         if reason := subject.too_long(length) or too_short(spec, subject.tokenizer):
             return {"skipped": reason}
-        by_depth = []
-        for depth in config.depths:
-            samples = documents(subject, spec, depth, config.samples, config.seed)
-            # (samples, layers, heads, parts), (samples, layers, heads)
-            shares, negative = allocate(
-                subject.model, samples, subject.device, config.normalisation, config.batch_tokens
-            )
-            by_depth.append((shares, negative))
+        if (found := len(subject.documents.tokens)) < length:
+            return {"skipped": f"the text has {found} tokens in all, fewer than a document of {length}"}
+        by_depth, uniform = [], []
+        try:
+            for depth in config.depths:
+                samples = documents(subject, spec, depth, config.samples, config.seed)
+                uniform += [evenly(sample) for sample in samples]
+                # (samples, layers, heads, parts), (samples, layers, heads)
+                by_depth.append(
+                    allocate(
+                        subject.model, samples, subject.device, config.normalisation, config.batch_tokens
+                    )
+                )
+        except ValueError as error:
+            return {"skipped": reason_of(error)}
         every = np.concatenate([shares for shares, _ in by_depth])
         negatives = np.concatenate([negative for _, negative in by_depth])
         return {
@@ -118,6 +139,12 @@ class Allocation(Evaluation[AllocationConfig]):
             "parts": {part: _rounded(every[..., i].mean(axis=(1, 2))) for i, part in enumerate(PARTS)},
             "by_depth": {
                 part: [float(shares[..., i].mean()) for shares, _ in by_depth] for i, part in enumerate(PARTS)
+            },
+            "uniform": dict(zip(PARTS, _rounded(np.mean(uniform, axis=0)), strict=True)),
+            # (depths, layers)
+            "by_depth_and_layer": {
+                part: [_rounded(shares[..., i].mean(axis=(0, 2))) for shares, _ in by_depth]
+                for i, part in enumerate(PARTS)
             },
             "by_layer": {part: _rounded(every[..., i].mean(axis=(0, 2))) for i, part in enumerate(PARTS)},
             "answer_by_head": [_rounded(row) for row in every[..., 0].mean(axis=0)],
@@ -133,8 +160,9 @@ class Allocation(Evaluation[AllocationConfig]):
         first = next(iter(next(iter(values.values())).values()))
         answer = _compare(values, "answer", "higher")
         noise = _compare(values, "noise", "lower")
+        level = f" Uniform attention gives it {first['uniform']['answer']:.3f}." if "uniform" in first else ""
         shares = "; ".join(f"{arm} {estimate.value:.2f}" for arm, estimate in noise.estimates.items())
-        text = f"{answer.sentence()} Share given to noise: {shares}."
+        text = f"{answer.sentence()}{level} Share given to noise: {shares}."
         return Section(
             self.name,
             title,
@@ -145,7 +173,8 @@ class Allocation(Evaluation[AllocationConfig]):
             charts=[
                 _stacked(values),
                 _bars({"answer": answer.estimates, "noise": noise.estimates}),
-                *_by_depth(values, first["depths"]),
+                *_by_depth(values, first),
+                *_by_depth_and_layer(values, first),
             ],
             tables=[_table(run, values), PUBLISHED],
             notes=[
@@ -159,6 +188,8 @@ class Allocation(Evaluation[AllocationConfig]):
 
 NORMALISATIONS: dict[str, str] = {
     "absolute": "Normalisation: |weight| over the sum of |weights| of the query and head, so parts sum to 1.",
+    "net": "Normalisation: weight over the sum of |weights| of the query and head; negative weights count as such.",
+    "positive": "Normalisation: positive weight over the sum of positive weights; negative weights count for nothing.",
     "row": "Normalisation: weight over the sum of the weights of the query and head; negative weights count as such.",
     "signed": "Normalisation: none, the effective weights as they act; a differential row sums to 1 − λ.",
 }
@@ -176,6 +207,11 @@ def split_row(
     negative = (np.clip(-weights, 0, None).sum(axis=-1, keepdims=True) / np.maximum(size, 1e-30))[:, 0]
     if normalisation == "absolute":
         weights = np.abs(weights) / np.maximum(size, 1e-30)
+    elif normalisation == "net":
+        weights = weights / np.maximum(size, 1e-30)
+    elif normalisation == "positive":
+        weights = np.clip(weights, 0, None)
+        weights = weights / np.maximum(weights.sum(axis=-1, keepdims=True), 1e-30)
     elif normalisation == "row":
         weights = weights / weights.sum(axis=-1, keepdims=True)
     answer = weights[:, sample.needle_spans[0]].sum(axis=-1)
@@ -185,6 +221,13 @@ def split_row(
     return np.stack([answer, question, first, rest], axis=-1), negative
 
 
+def evenly(sample: NeedleSample) -> NDArray[np.float64]:
+    """(parts,): the shares when the query attends to every key that it sees alike, the level to compare with."""
+    keys = sample.answers[0].start
+    shares, _ = split_row(torch.full((1, keys), 1 / keys, dtype=torch.float64), sample)
+    return shares[0]
+
+
 def allocate(
     model: PreTrainedModel,
     samples: Sequence[NeedleSample],
@@ -192,20 +235,21 @@ def allocate(
     normalisation: Normalisation = "absolute",
     batch_tokens: int = 4096,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Shares (samples, layers, heads, parts) and negative shares (samples, layers, heads) of every document."""
+    """Shares (samples, layers, heads, parts) and negative shares (samples, layers, heads) of every document.
+
+    Raises ValueError for a model that gives no attention maps.
+    """
     shares, negatives = [], []
     with inference(model, "eager"):
         for part in batches(len(samples), batch_tokens // len(samples[0].input_ids)):
             chosen = [samples[i] for i in part]
             ids = torch.from_numpy(np.stack([sample.input_ids for sample in chosen])).to(device)
-            maps = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
-            for index, sample in enumerate(chosen):
-                query = sample.answers[0].start - 1
-                layers = [
-                    split_row(layer[index, :, query, : query + 1], sample, normalisation) for layer in maps
-                ]
-                shares.append(np.stack([share for share, _ in layers]))
-                negatives.append(np.stack([negative for _, negative in layers]))
+            queries = torch.tensor([sample.answers[0].start - 1 for sample in chosen])
+            for index, layers in enumerate(zip(*query_rows(model, ids, queries), strict=True)):
+                seen = int(queries[index]) + 1
+                found = [split_row(row[:, :seen], chosen[index], normalisation) for row in layers]
+                shares.append(np.stack([share for share, _ in found]))
+                negatives.append(np.stack([negative for _, negative in found]))
     return np.stack(shares), np.stack(negatives)
 
 
@@ -229,7 +273,7 @@ def _compare(
 ) -> Comparison:
     samples = {arm: {seed: v["parts"][part] for seed, v in seeds.items()} for arm, seeds in values.items()}
     normalisation = next(iter(next(iter(values.values())).values()))["normalisation"]
-    return compare(samples, better, shares=normalisation == "absolute")
+    return compare(samples, better, shares=normalisation in SHARES)
 
 
 def _stacked(values: dict[str, dict[int, dict[str, Any]]]) -> BarChart:
@@ -270,7 +314,8 @@ def _bars(parts: dict[str, dict[str, Estimate]]) -> BarChart:
     )
 
 
-def _by_depth(values: dict[str, dict[int, dict[str, Any]]], depths: list[float]) -> list[LineChart]:
+def _by_depth(values: dict[str, dict[int, dict[str, Any]]], first: dict[str, Any]) -> list[LineChart]:
+    depths = [100 * depth for depth in first["depths"]]
     return [
         LineChart(
             f"allocation-{part}-by-depth",
@@ -278,15 +323,46 @@ def _by_depth(values: dict[str, dict[int, dict[str, Any]]], depths: list[float])
             "depth of the answer in the context (%)",
             "share of attention",
             [
-                Series(
-                    arm, [100 * depth for depth in depths], _mean(seeds, "by_depth", part).tolist(), arm=arm
-                )
+                Series(arm, depths, _mean(seeds, "by_depth", part).tolist(), arm=arm)
                 for arm, seeds in values.items()
             ],
             markers=True,
+            # Results of earlier versions have no level.
+            references=[Reference("uniform attention", first["uniform"][part])] if "uniform" in first else [],
         )
         for part in ("answer", "noise")
     ]
+
+
+def _by_depth_and_layer(values: dict[str, dict[int, dict[str, Any]]], first: dict[str, Any]) -> list[HeatMap]:
+    # A heat map shows shares; results of earlier versions have no numbers by depth and layer.
+    if first["normalisation"] not in SHARES or not all(
+        "by_depth_and_layer" in v for seeds in values.values() for v in seeds.values()
+    ):
+        return []
+    charts = []
+    for part in ("answer", "noise"):
+        grids = {arm: _mean(seeds, "by_depth_and_layer", part) for arm, seeds in values.items()}
+        charts.append(
+            HeatMap(
+                f"allocation-{part}-by-depth-and-layer",
+                f"Attention to {'the answer' if part == 'answer' else part}, by depth and layer",
+                "depth of the answer",
+                "layer",
+                [
+                    Panel(
+                        arm,
+                        [f"{depth:.0%}" for depth in first["depths"]],
+                        [str(layer) for layer in range(grid.shape[1])],
+                        grid.T.tolist(),
+                        arm,
+                    )
+                    for arm, grid in grids.items()
+                ],
+                "Layers counted from 0; mean over heads, documents and seeds.",
+            )
+        )
+    return charts
 
 
 def _table(run: RunResults, values: dict[str, dict[int, dict[str, Any]]]) -> Table:
