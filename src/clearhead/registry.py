@@ -50,9 +50,14 @@ EVALUATIONS = {
     "mastery": "clearhead.evals.mastery:Mastery",
     "perplexity": "clearhead.evals.perplexity:Perplexity",
     "passkey": "clearhead.evals.passkey:Passkey",
+    "multi_needle": "clearhead.evals.multineedle:MultiNeedle",
+    "lm_eval": "clearhead.evals.lm_eval:LmEval",
     "scaling_factors": "clearhead.evals.factors:ScalingFactors",
     "logit_outliers": "clearhead.evals.outliers:LogitOutliers",
     "initial_angles": "clearhead.evals.angles:InitialAngles",
+    "activation_outliers": "clearhead.evals.activation_outliers:ActivationOutliers",
+    "quantisation": "clearhead.evals.quantisation:Quantisation",
+    "ar_hit": "clearhead.evals.ar_hit:ArHit",
 }
 
 _TABLES = {

@@ -13,7 +13,7 @@ LAYERS = (
     {"variants", "positions", "engines", "kernels"},
     {"nn", "functional", "models"},
     {"data", "train", "evals"},
-    {"report", "bench"},
+    {"report", "bench", "lm_eval_tasks"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -48,7 +48,7 @@ def command(
         typer.Option(
             "--lm-eval",
             help="Tasks of lm-evaluation-harness, such as hellaswag,arc_easy.",
-            show_default=False,
+            show_default="none",
         ),
     ] = None,
     lm_eval_path: Annotated[
