@@ -27,8 +27,8 @@ def close(found: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype) -> No
 
 @every_set
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9])
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 3, 4, 8, 9])
+@pytest.mark.parametrize("threads", [2, 3])
 @torch.no_grad()
 def test_keys_of_one_head_are_divided_among_threads(
     isa: str, threads: int, rows: int, dtype: torch.dtype
