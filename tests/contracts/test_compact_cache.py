@@ -134,6 +134,16 @@ def test_positions_that_do_not_count_tokens_are_refused() -> None:
         model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache, position_ids=torch.tensor([[9]]))
 
 
+@torch.no_grad()
+def test_packed_documents_are_read_as_without_it() -> None:
+    ids = torch.randint(1, 61, (1, 12), generator=torch.Generator().manual_seed(4))
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]])
+    found, expected = (
+        model_of("slack", "rope", compact)(ids, position_ids=positions).logits for compact in (True, False)
+    )
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
 def test_only_collinear_keys_have_a_compact_form() -> None:
     with pytest.raises(StrictDataclassError, match="compact_cache"):
         ClearheadConfig(attention="softmax", compact_cache=True)

@@ -165,7 +165,8 @@ def tally(layers: dict[int, Tally], streams: Recorded, at: Tensor, bins: int) ->
     found.cosine.append(round(float((weights * angles.cos()).sum()) / total, 6))
     found.anomaly.append(round(float(weights[angles > math.pi].sum()) / total, 6))
     if streams.placement is not None:
-        t = torch.stack([strengths(streams, key) for key in streams.before.k])  # type: ignore[union-attr]
+        assert streams.before is not None
+        t = torch.stack([strengths(streams, key) for key in streams.before.k])
         found.zeros.append(round(float((t == 0).double().mean()), 6))
         found.dead.append(round(float((t == 0).all(dim=-1).double().mean()), 6))
 
@@ -202,9 +203,8 @@ def measured(streams: Recorded, at: Tensor) -> tuple[str, Tensor, Tensor]:
 def strengths(streams: Recorded, k: Tensor) -> Tensor:
     """t (B, G, N, D/2) of a key projection in float64."""
     assert streams.pairs is not None and streams.placement is not None
-    first, second = (part.double() for part in streams.pairs(k))
-    mean = (first + second) / 2
-    return mean.relu() if streams.placement.activation == "relu" else torch.nn.functional.softplus(mean)
+    first, second = streams.pairs(k)
+    return streams.placement.strength(first.double(), second.double())
 
 
 def neutral(sentence: str) -> str:

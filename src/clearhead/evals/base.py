@@ -8,7 +8,7 @@ memory, so a report can be made on another machine, long after, from the files a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -101,11 +101,27 @@ class Subject:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     budget: int | None = None
     folder: Path | None = None
+    _texts: dict[tuple[str, ...], TokenStore] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def documents(self) -> TokenStore:
         """Text that the model was not trained on: the validation documents of a run, or a corpus named for it."""
         return self.open_documents()
+
+    def texts(self, sources: Sequence[str] | None) -> TokenStore:
+        """The documents of ``sources``, read by :func:`clearhead.evals.texts.open_texts`, or ``documents`` without.
+
+        What was read is kept: an evaluation may ask for it many times.
+        """
+        if not sources:
+            return self.documents
+        key = tuple(sources)
+        if key not in self._texts:
+            from clearhead.evals.texts import open_texts
+
+            tokenizer: Any = self.tokenizer
+            self._texts[key] = open_texts(sources, tokenizer)
+        return self._texts[key]
 
     def too_long(self, length: int) -> str | None:
         """Why the model cannot take ``length`` tokens, or ``None`` if it can.

@@ -14,10 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from clearhead.data.corpora import open_corpus
-from clearhead.data.readers import SUFFIXES, read_file, suffix_of
 from clearhead.data.store import TokenStore
-from clearhead.evals.texts import MOST_BYTES
+from clearhead.evals.texts import read_source
 
 MARGIN = 512
 """Tokens of a haystack beyond those that are asked for: where it ends depends on what is put into it."""
@@ -28,17 +26,7 @@ def read_documents(sources: Sequence[str], text_field: str = "text") -> list[str
 
     Raises CorpusError for a source that is missing, empty or unreadable.
     """
-    from pathlib import Path
-
-    found: list[str] = []
-    for source in sources:
-        path = Path(source).expanduser()
-        if path.is_file() and suffix_of(path) in SUFFIXES:
-            documents = read_file(path, path.name, text_field=text_field, part_bytes=None)
-        else:
-            documents = open_corpus(source, text_field=text_field, max_bytes=MOST_BYTES).documents()
-        found += [document.text for document in documents]
-    return found
+    return [document.text for source in sources for document in read_source(source, text_field)]
 
 
 def store_documents(store: TokenStore, tokenizer: PreTrainedTokenizerFast) -> list[str]:

@@ -77,7 +77,7 @@ def evaluate_foreign(
         checked(name, given[name])
     loader = ForeignLoader(spec, progress)
     # A model that is not there leaves no directory behind.
-    assert loader.config is not None
+    _ = loader.config
     with exclusive(directory, f"the run {str(directory)!r}"):
         job = open_foreign_run(directory, loader, chosen)
         loader.folder = job / "results"

@@ -35,7 +35,7 @@ from clearhead.evals.compare import compare
 from clearhead.evals.perplexity import long_documents
 from clearhead.evals.scoring import suffix_losses
 from clearhead.evals.statistics import bootstrap_mean, bootstrap_ratio, decimal
-from clearhead.evals.texts import open_texts, utf8_size
+from clearhead.evals.texts import utf8_size
 
 FEWEST_DOCUMENTS = 4
 LONGEST = 4096
@@ -68,7 +68,7 @@ class LossByPosition(Evaluation[LossByPositionConfig]):
             length = min(length, LONGEST)
         if reason := subject.too_long(length):
             return {"skipped": reason}
-        store = open_texts(config.texts, subject.tokenizer) if config.texts else subject.documents  # type: ignore[arg-type]
+        store = subject.texts(config.texts)
         bos = None if config.bos == "none" else subject.tokenizer.bos_token_id
         head = np.array([] if bos is None else [bos], dtype=np.int64)
         size = length - len(head)

@@ -52,7 +52,7 @@ from clearhead.evals.perplexity_section import perplexity_section
 from clearhead.evals.rescale import rescaled
 from clearhead.evals.scoring import suffix_losses
 from clearhead.evals.statistics import bootstrap_mean, bootstrap_ratio
-from clearhead.evals.texts import open_texts, utf8_size
+from clearhead.evals.texts import utf8_size
 
 Ids = NDArray[np.int64]
 Bos = Literal["window", "document", "none"]
@@ -116,7 +116,7 @@ class Perplexity(Evaluation[PerplexityConfig]):
             return {
                 "skipped": f"a window of {lengths[0]} tokens is too short to measure; give lengths of at least 8"
             }
-        store = open_texts(config.texts, subject.tokenizer) if config.texts else subject.documents  # type: ignore[arg-type]
+        store = subject.texts(config.texts)
         bos = None if config.bos == "none" else subject.tokenizer.bos_token_id
         within, skipped = reached(store, lengths, bos is not None, config.min_documents)
         if not within:

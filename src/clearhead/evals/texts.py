@@ -37,7 +37,9 @@ def open_texts(
 
     Raises CorpusError for a source that is missing, empty or unreadable.
     """
-    documents = [document for source in sources for document in _read(source, text_field, max_bytes)]
+    documents = [
+        document for source in sources for document in read_source(source, text_field, max_bytes=max_bytes)
+    ]
     if not documents:
         raise CorpusError(f"{', '.join(map(repr, sources)) or 'no source'} holds no text to evaluate on")
     tokens = encode_texts(tokenizer, [document.text for document in documents])
@@ -50,7 +52,8 @@ def open_texts(
     return store
 
 
-def _read(source: str, text_field: str, max_bytes: int) -> Iterator[Document]:
+def read_source(source: str, text_field: str = "text", *, max_bytes: int = MOST_BYTES) -> Iterator[Document]:
+    """The documents of one source of `open_texts`."""
     path = Path(source).expanduser()
     if path.is_file() and suffix_of(path) in SUFFIXES:
         yield from read_file(path, path.name, text_field=text_field, part_bytes=None)

@@ -37,8 +37,8 @@ class ClearheadConfig(PreTrainedConfig):
     initializer_range:  standard deviation of all matrices at the start; embedding_initializer_range: of the token
         embedding, by default the same. A small model learns to look things up far sooner when its (untied) embedding
         starts large beside what the layers add to it.
-    compact_cache:      caches of collinear variants hold half of every key, a quarter less in all (the keys of
-        differential_v2_collinear, whose values are as wide, likewise); positions are then always counted from the mask.
+    compact_cache:      caches of collinear variants hold half of every key, a quarter less in all; positions behind a
+        cache are then always counted from the mask.
     num_key_value_heads, head_dim: by default num_attention_heads and hidden_size / num_attention_heads.
     Raises ValueError for an unknown name or option and for sizes that do not fit, naming the key.
     """

@@ -74,8 +74,11 @@ def place(
 def key_positions(placed: Placed) -> Tensor:
     """(B or 1, S): the positions of all keys, counted over real tokens as `place` counts those of the queries.
 
-    ValueError for queries whose positions were given and are not what counting gives.
+    Packed documents, which no later call extends, keep the positions they came with. ValueError for other positions
+    that were given and are not what counting gives.
     """
+    if placed.mask.documents is not None:
+        return placed.positions
     padding, device = placed.mask.key_padding, placed.positions.device
     if padding is None:
         positions = torch.arange(placed.keys, device=device)[None]

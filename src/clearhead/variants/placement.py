@@ -61,11 +61,11 @@ class CollinearPlacement:
 
     def key(self, k: Tensor, rotation: Rotation) -> Tensor:
         """(B, G, N, D) -> (B, G, N, D), one key stream at its positions."""
-        return rotation.key(self._tied(self._strength(k, rotation), rotation)).to(k.dtype)
+        return rotation.key(self._tied(self.strength(*rotation.pairs(_wide(k))), rotation)).to(k.dtype)
 
     def held_key(self, k: Tensor, rotation: Rotation) -> Tensor:
         """(B, G, N, D) -> (B, G, N, D/2): t, all that a cache has to hold of a key. `table` gives it its position."""
-        return self._strength(k, rotation).to(k.dtype)
+        return self.strength(*rotation.pairs(_wide(k))).to(k.dtype)
 
     def table(self, rotation: Rotation, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """(B or 1, S, D): k' of a key whose t are all 1, at each of the rotation's key positions, as two halves.
@@ -85,8 +85,8 @@ class CollinearPlacement:
         """`query` with the components of its pairs in two halves, as the keys of a table have them."""
         return self._halves(self.query(q, rotation), rotation)
 
-    def _strength(self, k: Tensor, rotation: Rotation) -> Tensor:
-        first, second = rotation.pairs(_wide(k))
+    def strength(self, first: Tensor, second: Tensor) -> Tensor:
+        """t of the first and second components of a key projection's pairs."""
         return _ACTIVATIONS[self.activation]((first + second) / 2)
 
     def _tied(self, t: Tensor, rotation: Rotation) -> Tensor:
