@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from clearhead.cli.main import main
+
 ROOT = Path(__file__).parents[2]
 RECIPE = 'name = "t"\n[[arms]]\nname = "A"\n'
 
@@ -45,13 +47,22 @@ def recipe(tmp_path: Path) -> Path:
         (["explain", "t.toml", "--dtype", "int4"], "'int4' is none of"),
     ],
 )
-def test_mistakes_end_in_one_sentence(recipe: Path, arguments: list[str], words: str) -> None:
-    done = clearhead(*arguments, cwd=recipe.parent)
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert done.stdout == ""
+def test_mistakes_end_in_one_sentence(
+    recipe: Path,
+    arguments: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    monkeypatch.setattr(sys, "argv", ["clearhead", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    out, errors = capsys.readouterr()
+    assert words in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert out == ""
 
 
 def test_unknown_verb_and_missing_argument(tmp_path: Path) -> None:

@@ -26,9 +26,5 @@ def bias(slopes: Tensor, queries: int, keys: int, first: int | None = None) -> T
     `first` puts the first query at that position instead.
     """
     first = keys - queries if first is None else first
-    out = torch.zeros(1, len(slopes), queries, keys, dtype=torch.float64)
-    for h in range(len(slopes)):
-        for i in range(queries):
-            for j in range(keys):
-                out[0, h, i, j] = -float(slopes[h]) * abs(first + i - j)
-    return out
+    between = [[float(abs(first + i - j)) for j in range(keys)] for i in range(queries)]
+    return torch.stack([-float(slope) * torch.tensor(between, dtype=torch.float64) for slope in slopes])[None]

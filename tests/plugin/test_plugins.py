@@ -1,18 +1,18 @@
 """A variant, position, rope scaling, engine, kernel and evaluation are each one new file and one registry line.
 
-Each test copies the package, adds exactly that to the copy, and uses the newcomer from a fresh process wherever a
-built-in one can be used. If something else had to change for it, the process fails.
+For each the package is copied, exactly that is added to the copy, and the newcomer is used from a process of its own
+wherever a built-in one can be used. If something else had to change for it, the process fails.
 """
 
 import difflib
+import json
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "clearhead"
 
@@ -114,7 +114,8 @@ ROPE_SCALING = Plugin(
     "positions/scaling/toy.py",
     "clearhead.positions.scaling.toy:Toy",
     """
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from torch import Tensor
 from clearhead.positions.scaling.base import RopeScaling, number, plain_frequencies
 
@@ -350,29 +351,74 @@ def register(registry: str, plugin: Plugin) -> str:
     return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda plugin: plugin.table.lower())
-def test_one_file_and_one_line(plugin: Plugin, tmp_path: Path) -> None:
-    copy = tmp_path / "src" / "clearhead"
+RUNNER = """
+import io, json, os, pathlib, sys, traceback
+# Once for all of them: they take far longer to load than the package.
+import torch, torch._dynamo, torch.nn.attention.flex_attention, matplotlib.pyplot
+import transformers.generation.utils, transformers.modeling_utils, transformers.trainer
+
+def run(plugin, source, program):
+    pathlib.Path(plugin).mkdir()
+    os.chdir(plugin)
+    sys.path.insert(0, source)
+    exec(compile(program, plugin, "exec"), {"__name__": "__main__"})
+
+for plugin, source, program in json.load(sys.stdin):
+    assert not any(name.partition(".")[0] == "clearhead" for name in sys.modules)
+    child = os.fork()
+    if child == 0:
+        try:
+            run(plugin, source, program)
+        except BaseException:
+            pathlib.Path(source, "error.txt").write_text(traceback.format_exc())
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print("---", plugin + "\\n", pathlib.Path(source, "error.txt").read_text())
+"""
+
+
+def package_with(plugin: Plugin, root: Path) -> Path:
+    """Where a copy of the package lies that has the plugin's file and its line in the registry."""
+    copy = root / "clearhead"
     shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     original = (SOURCE / "registry.py").read_text(encoding="utf-8")
     changed = register(original, plugin)
-    assert (
-        sum(line.startswith("+ ") for line in difflib.ndiff(original.splitlines(), changed.splitlines())) == 1
-    )
+    lines = difflib.ndiff(original.splitlines(), changed.splitlines())
+    assert sum(line.startswith("+ ") for line in lines) == 1
     (copy / "registry.py").write_text(changed, encoding="utf-8")
     assert not (copy / plugin.file).exists()
     (copy / plugin.file).write_text(plugin.text, encoding="utf-8")
+    return copy.parent
 
-    work = tmp_path / "work"
+
+def run_all(plugins: Sequence[Plugin], root: Path) -> str:
+    """What goes wrong where each plugin is used in a process of its own, which has loaded nothing of ours before."""
+    programs = []
+    for number, plugin in enumerate(plugins):
+        package = str(package_with(plugin, root / str(number)))
+        check = f"import clearhead; assert clearhead.__file__.startswith({package!r})\n"
+        programs.append((f"{number} {plugin.table}", package, check + plugin.use))
+    work = root / "work"
     work.mkdir()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(copy.parent),
-        "CLEARHEAD_CACHE": str(tmp_path / "cache"),
-        "OMP_NUM_THREADS": "1",
-    }
-    program = f"import clearhead; assert clearhead.__file__.startswith({str(tmp_path)!r})\n{plugin.use}"
+    environment = {**os.environ, "CLEARHEAD_CACHE": str(root / "cache"), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=work, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps(programs),
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_one_file_and_one_line(tmp_path: Path) -> None:
+    broken = replace(VARIANT, use="raise AssertionError('what a failing one says')")
+    wrong = run_all([*PLUGINS, broken], tmp_path)
+    assert [line for line in wrong.splitlines() if line.startswith("--- ")] == [
+        f"--- {len(PLUGINS)} VARIANTS"
+    ], wrong
+    assert "what a failing one says" in wrong
