@@ -51,6 +51,8 @@ EVALUATIONS = {
     "perplexity": "clearhead.evals.perplexity:Perplexity",
     "passkey": "clearhead.evals.passkey:Passkey",
     "multi_needle": "clearhead.evals.multineedle:MultiNeedle",
+    "many_shot": "clearhead.evals.many_shot:ManyShot",
+    "order_robustness": "clearhead.evals.order_robustness:OrderRobustness",
     "lm_eval": "clearhead.evals.lm_eval:LmEval",
     "scaling_factors": "clearhead.evals.factors:ScalingFactors",
     "logit_outliers": "clearhead.evals.outliers:LogitOutliers",
