@@ -1,8 +1,9 @@
 """Everything that can be chosen by name, in one literal table.
 
-A variant, position, rope scaling, engine, kernel or evaluation is one new file and one line here. Third parties add
-theirs through entry points in the groups `clearhead.variants`, `clearhead.positions`, `clearhead.rope_scalings`,
-`clearhead.engines`, `clearhead.kernels` and `clearhead.evaluations`. Nothing is imported until it is asked for.
+A variant, position, rope scaling, engine, kernel, evaluation or judge is one new file and one line here. Third parties
+add theirs through entry points in the groups `clearhead.variants`, `clearhead.positions`, `clearhead.rope_scalings`,
+`clearhead.engines`, `clearhead.kernels`, `clearhead.evaluations` and `clearhead.judges`. Nothing is imported until it
+is asked for.
 """
 
 import difflib
@@ -60,6 +61,14 @@ EVALUATIONS = {
     "activation_outliers": "clearhead.evals.activation_outliers:ActivationOutliers",
     "quantisation": "clearhead.evals.quantisation:Quantisation",
     "ar_hit": "clearhead.evals.ar_hit:ArHit",
+    "knowledge_conflicts": "clearhead.evals.knowledge_conflicts:KnowledgeConflicts",
+    "long_document_qa": "clearhead.evals.long_document_qa:LongDocumentQa",
+    "hallucination": "clearhead.evals.hallucination:Hallucination",
+}
+JUDGES = {
+    "openai": "clearhead.evals.judges.endpoint:Endpoint",
+    "local": "clearhead.evals.judges.local:Local",
+    "nli": "clearhead.evals.judges.nli:Nli",
 }
 
 _TABLES = {
@@ -69,6 +78,7 @@ _TABLES = {
     "engines": ENGINES,
     "kernels": KERNELS,
     "evaluations": EVALUATIONS,
+    "judges": JUDGES,
 }
 
 

@@ -152,6 +152,10 @@ class Evaluation(ABC, Generic[C]):
     def section(self, run: RunResults) -> Section:
         """The report's section from the values of all arms and seeds; missing ones are shown as missing."""
 
+    def remark(self, values: dict[str, Any]) -> str:
+        """A line for the terminal about what was measured, such as what it has cost; empty where there is none."""
+        return ""
+
     def missing(self, run: RunResults, title: str, question: str) -> Section:
         """The section of an evaluation that has no values at all, with the reason when there is one."""
         reasons = run.skipped(self.name)

@@ -102,6 +102,8 @@ def run_suites(
             progress(f"{arm}, seed {seed}: {name}")
         started = time.monotonic()
         values = evaluation.run(loader.subject, config)
+        if progress is not None and (remark := evaluation.remark(values)):
+            progress(remark)
         target.parent.mkdir(exist_ok=True)
         write_json(
             target,

@@ -1,0 +1,162 @@
+"""One request to an OpenAI-compatible endpoint: patience with what passes, one clear sentence for what does not."""
+
+from __future__ import annotations
+
+import email.utils
+import random
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+
+from clearhead.evals.judges.base import JudgeError
+
+PASSING = (408, 409, 425, 429)
+"""Answers below 500 that say "later", not "no"."""
+OF_THIS_CASE = (400, 413, 422)
+"""Answers that are about one request (too long for the model, refused), not about the endpoint."""
+LONGEST_WAIT = 120.0
+"""Seconds that a Retry-After may ask for before it counts as no."""
+
+
+class RefusedError(ValueError):
+    """The endpoint does not take this one request; the others may still be judged."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model said and how many tokens that took; finish: why it ended."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    finish: str = ""
+
+
+class Transport:
+    """Sends chat completions. The key goes into a header and nowhere else.
+
+    retries: further attempts after a 408, 409, 425, 429 or 5xx, a timeout, a broken connection or an answer that is no
+    chat completion, with waits of backoff · 2^k seconds, jittered down to a half, or as long as Retry-After says.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        key: str,
+        *,
+        timeout: float,
+        retries: int,
+        backoff: float,
+        connections: int,
+    ) -> None:
+        self.url = f"{base_url.rstrip('/')}/chat/completions"
+        self.key = key
+        self.timeout, self.retries, self.backoff = timeout, retries, backoff
+        self.stopped = threading.Event()
+        self.client = httpx2.Client(
+            timeout=timeout,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
+        )
+
+    def close(self) -> None:
+        """No attempt begins any more, and no wait goes on."""
+        self.stopped.set()
+        self.client.close()
+
+    def send(self, body: dict[str, Any]) -> Reply:
+        """The first choice of the completion.
+
+        Raises RefusedError where this request is at fault, JudgeError where the endpoint or its settings are.
+        """
+        why = ""
+        for attempt in range(self.retries + 1):
+            wait = self.backoff * 2**attempt * random.uniform(0.5, 1.0)
+            try:
+                response = self.client.post(self.url, json=body)
+            except httpx2.TimeoutException:
+                why = f"did not answer within {self.timeout:g} s: raise judge_options.timeout or use a faster judge"
+            except httpx2.UnsupportedProtocol as error:
+                raise JudgeError(f"judge_options.base_url {self.url!r} is not an http address") from error
+            except httpx2.TransportError as error:
+                why = (
+                    f"cannot be reached ({self._clean(error)}): check judge_options.base_url and the network"
+                )
+            else:
+                if response.status_code == 200:
+                    reply = parsed(response)
+                    if reply is not None:
+                        return reply
+                    why = (
+                        "answers something that is no chat completion "
+                        f"({self._clean(response.text)!r}): check judge_options.base_url"
+                    )
+                else:
+                    why = f"answers {response.status_code} ({self._clean(error_of(response))})"
+                    self._final(response.status_code, why)
+                    asked = retry_after(response.headers.get("Retry-After"))
+                    if asked is not None and asked > LONGEST_WAIT:
+                        raise JudgeError(f"the judge at {self.url} {why} and asks to wait {asked:.0f} s")
+                    wait = wait if asked is None else asked
+            if attempt < self.retries and self.stopped.wait(wait):
+                raise JudgeError("the judge was stopped")
+        raise JudgeError(f"the judge at {self.url} {why}; tried {self.retries + 1} times")
+
+    def _final(self, status: int, why: str) -> None:
+        """Raises for an answer that trying again would not change."""
+        if status in OF_THIS_CASE:
+            raise RefusedError(f"the judge {why}")
+        if status in PASSING or status >= 500:
+            return
+        if status in (401, 403):
+            why += ": check the key"
+        elif status == 404:
+            why += ": check judge_options.base_url and judge_options.model"
+        raise JudgeError(f"the judge at {self.url} {why}")
+
+    def _clean(self, said: object) -> str:
+        """A short line of what was said, without the key, which some servers repeat."""
+        text = " ".join(str(said).split()) or type(said).__name__
+        return (text.replace(self.key, "***") if self.key else text)[:200]
+
+
+def parsed(response: httpx2.Response) -> Reply | None:
+    """The first choice of a chat completion, None where the answer is none."""
+    try:
+        body = response.json()
+        choice = body["choices"][0]
+        text = choice["message"].get("content") or ""
+        used = body.get("usage") or {}
+        return Reply(
+            str(text),
+            int(used.get("prompt_tokens") or 0),
+            int(used.get("completion_tokens") or 0),
+            str(choice.get("finish_reason") or ""),
+        )
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def error_of(response: httpx2.Response) -> str:
+    """The message of an error in the usual form, else what the answer begins with."""
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return str(response.text)
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds of a Retry-After header, which is a number or a date."""
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
