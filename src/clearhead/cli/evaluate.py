@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from clearhead.cli.console import interruptible, say
+from clearhead.cli.console import fail, interruptible, say
 
 
 def _show_include_path(asked: bool) -> None:
@@ -20,7 +20,7 @@ def command(
     subject: Annotated[
         str,
         typer.Argument(
-            help="A run directory, a job directory or its model, a directory with a Hugging Face model, or a hub id.",
+            help="A run or job directory, a directory with a Hugging Face model, a GGUF file, or a hub id.",
             show_default=False,
         ),
     ],
@@ -36,9 +36,24 @@ def command(
             show_default=False,
         ),
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Evaluations and options, such as recipes/evaluate/smollm2.toml, for a model not trained here.",
+            show_default=False,
+        ),
+    ] = None,
+    sets: Annotated[
+        Path | None,
+        typer.Option(help="Directory that {sets} stands for in --config.", show_default=False),
+    ] = None,
     corpus: Annotated[
-        str, typer.Option(help="Text for a model not trained here: a path, a glob, stdlib or hf:owner/name.")
-    ] = "stdlib",
+        str | None,
+        typer.Option(
+            help="Text for a model not trained here: a path, a glob, stdlib or hf:owner/name.",
+            show_default="that of --config, else stdlib",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Run directory for a model not trained here.", show_default="runs/NAME"),
@@ -63,6 +78,7 @@ def command(
 ) -> None:
     """Evaluate what was trained; results that are there already are measured again only when their options changed."""
     from clearhead.evals.foreign import DEFAULT_SUITES, ForeignSpec, is_foreign, reopened
+    from clearhead.evals.suite import Suite, load_suite
     from clearhead.registry import resolve
 
     if lm_eval is not None:
@@ -71,7 +87,11 @@ def command(
     for name in suite or ():
         resolve("evaluations", name)
     earlier = reopened(Path(subject)) if Path(subject).is_dir() else None
-    foreign = earlier or (ForeignSpec(subject, corpus) if is_foreign(subject) else None)
+    planned = Suite() if config is None else load_suite(config, sets)
+    text = ForeignSpec(subject, corpus or planned.corpus.source, planned.corpus.text_field)
+    foreign = earlier or (text if is_foreign(subject) else None)
+    if config is not None and foreign is None:
+        fail(f"--config is for models not trained here; {subject!r} has a recipe of its own", code=2)
     from transformers.utils.logging import disable_progress_bar
 
     from clearhead.evals.job import evaluate_foreign, evaluate_job, parse_options
@@ -80,8 +100,16 @@ def command(
     with interruptible("interrupted; the same command goes on with what is not measured yet"):
         if foreign is not None:
             directory = Path(subject) if earlier else out or Path("runs") / foreign.name
-            options = parse_options(set_ or (), suite or DEFAULT_SUITES)
-            evaluate_foreign(foreign, directory, suite, options=options, progress=say)
+            chosen = suite or planned.evaluate.suites or list(DEFAULT_SUITES)
+            given = parse_options(set_ or (), chosen)
+            options = {name: {**planned.evaluate.options(name), **given.get(name, {})} for name in chosen}
+            for name, why in planned.left_out.items():
+                if name in chosen:
+                    say(f"{name} is left out: {why}")
+            wanted = [name for name in chosen if name not in planned.left_out or name in given]
+            if not wanted:
+                fail("no evaluation is left to run", code=2)
+            evaluate_foreign(foreign, directory, wanted, options=options, progress=say)
             say(f"results: {directory}; clearhead report {directory} draws them")
             return
         from clearhead.train.recipe_io import load_job

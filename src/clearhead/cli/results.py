@@ -14,9 +14,13 @@ def print_results(run_dir: Path) -> None:
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     console = Console(highlight=False)
     table = Table(title=escape(summary["name"]), title_justify="left", box=box.SIMPLE_HEAD)
-    for index, header in enumerate(summary["table"]["headers"]):
+    headers, rows = summary["table"]["headers"], summary["table"]["rows"]
+    if len(rows) == 1:
+        # One model and many numbers: they go below each other, not side by side.
+        headers, rows = ["", rows[0][0]], [list(pair) for pair in zip(headers[1:], rows[0][1:], strict=True)]
+    for index, header in enumerate(headers):
         table.add_column(escape(header), justify="right" if index else "left")
-    for row in summary["table"]["rows"]:
+    for row in rows:
         table.add_row(*("–" if cell is None else escape(cell) for cell in row))
     console.print(table)
     console.print(summary["state"], markup=False)

@@ -1,4 +1,4 @@
-"""Evaluating a model that was not trained here: any causal language model in a directory or on the Hugging Face hub.
+"""Evaluating a model that was not trained here: any causal language model in a directory, a GGUF file or on the hub.
 
 Its results lie in a run directory of one arm and one seed, so that the report reads them as it reads its own:
 
@@ -21,6 +21,8 @@ import torch
 
 from clearhead.data.store import TokenStore
 from clearhead.evals.base import Subject
+from clearhead.evals.fused import use_fused
+from clearhead.evals.gguf import is_gguf, load_gguf, open_gguf
 from clearhead.evals.results import read_json, slugify
 from clearhead.evals.texts import open_texts
 from clearhead.train.rundir import RunError, environment
@@ -35,7 +37,7 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class ForeignSpec:
-    """What is evaluated: a model's directory or hub id, and the text it is evaluated on."""
+    """What is evaluated: a model's directory, GGUF file or hub id, and the text it is evaluated on."""
 
     model: str
     corpus: str = "stdlib"
@@ -43,14 +45,18 @@ class ForeignSpec:
 
     @property
     def name(self) -> str:
-        """The last part of the model's name."""
+        """The last part of the model's name, without the ending of a GGUF file."""
         path = Path(self.model)
+        if is_gguf(self.model):
+            return path.stem
         return (path.resolve() if path.is_dir() else path).name
 
 
 def is_foreign(source: str) -> bool:
     """Whether ``source`` is a model and not a run or a job of this project."""
     path = Path(source)
+    if is_gguf(source):
+        return True
     if path.is_dir():
         ours = (path / "recipe.toml", path / "job.json", path.parent / "job.json")
         return (path / "config.json").exists() and not any(file.exists() for file in ours)
@@ -83,6 +89,7 @@ class ForeignLoader:
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = load(AutoModelForCausalLM, self.spec.model, "the model").to(device).eval()
+        use_fused(model)
         tokenizer = self.tokenizer
         rows = int(model.get_input_embeddings().weight.shape[0])
         if len(tokenizer) > rows:
@@ -127,6 +134,13 @@ class ForeignLoader:
             )
         return found
 
+    @cached_property
+    def description(self) -> str:
+        """What the report says was evaluated."""
+        path = Path(self.spec.model)
+        told = f"{self.spec.name if path.exists() else self.spec.model}, evaluated as it is."
+        return f"{told} {open_gguf(path).sentence()}" if is_gguf(self.spec.model) else told
+
     @property
     def training_length(self) -> int | None:
         """The length of training, before any rotary scaling stretched it, as far as the configuration says."""
@@ -159,6 +173,8 @@ class ForeignLoader:
 
 def load(kind: Any, source: str, what: str) -> Any:
     """``kind.from_pretrained(source)``; ValueError with the reason for anything that goes wrong on the way."""
+    if is_gguf(source):
+        return load_gguf(kind, Path(source), what)
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
@@ -211,7 +227,7 @@ def open_foreign_run(directory: Path, loader: ForeignLoader, suites: list[str]) 
         suites = list(dict.fromkeys([*before, *suites]))
     recipe: dict[str, Any] = {
         "name": name,
-        "description": f"{spec.model}, evaluated as it is.",
+        "description": loader.description,
         "seeds": [0],
         "corpus": {"source": spec.corpus, "text_field": spec.text_field},
         "evaluate": {"suites": suites},

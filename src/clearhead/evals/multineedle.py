@@ -42,6 +42,7 @@ from clearhead.evals.multineedle_prompts import (
     Prompt,
     any_needle,
     draw_facts,
+    expected,
     found,
     multi_needle_prompt,
     surroundings,
@@ -282,7 +283,18 @@ def measure(
             if not todo:
                 continue
             asked = [
-                Asked(prompt.ids, prompt.numbers, form == "completion", config.new_tokens(cell.asked))
+                Asked(
+                    prompt.ids,
+                    prompt.numbers,
+                    form == "completion",
+                    config.new_tokens(cell.asked),
+                    np.array(
+                        tokenizer(expected(form, prompt.cities, prompt.numbers), add_special_tokens=False)[
+                            "input_ids"
+                        ],
+                        np.int64,
+                    ),
+                )
                 for cell, _, prompt in todo
             ]
             common = None

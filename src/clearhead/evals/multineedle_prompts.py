@@ -119,6 +119,12 @@ def beginning(cities: Sequence[str]) -> str:
     return f"The special magic numbers for {listed(cities)} are:"
 
 
+def expected(form: FormName, cities: Sequence[str], numbers: Sequence[str]) -> str:
+    """A right answer in the words of the prompt, up to its last number: what a model that answers briefly says."""
+    said = f" {listed(numbers)}"
+    return said if form == "completion" else beginning(cities) + said
+
+
 def surroundings(
     form: FormName, tokenizer: PreTrainedTokenizerFast, cities: Sequence[str]
 ) -> tuple[str, str]:

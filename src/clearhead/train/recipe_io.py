@@ -14,6 +14,7 @@ from clearhead.train.recipe import (
     ARM_TRAIN_KEYS,
     RESERVED_MODEL_KEYS,
     Arm,
+    Evaluate,
     Job,
     Recipe,
     RecipeError,
@@ -34,6 +35,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError, one sentence that names the file (or the override) and the key.
     """
+    raw = read_toml(path)
+    given = [_override(raw, text) for text in overrides]
+    return parse_recipe(raw, source=str(path), overrides=given)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a file. Raises RecipeError when it is missing, unreadable or not TOML."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -41,11 +49,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error}") from None
     try:
-        raw = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
-    given = [_override(raw, text_) for text_ in overrides]
-    return parse_recipe(raw, source=str(path), overrides=given)
 
 
 def parse_recipe(
@@ -53,7 +59,7 @@ def parse_recipe(
 ) -> Recipe:
     """Check a recipe given as plain tables. `source` is what errors call it."""
     origins = dict(overrides)
-    recipe = _validate(Recipe, raw, source, (), origins)
+    recipe = validate(Recipe, raw, source, (), origins)
     _cross_check(recipe, source, origins)
     return recipe
 
@@ -131,7 +137,8 @@ def _index(items: list[Any], part: str, override: str) -> int:
     raise RecipeError(f"the override {override!r}: there is no {part!r}; use 0 to {len(items) - 1} or a name")
 
 
-def _validate(model: type[M], raw: Any, source: str, prefix: Location, origins: Mapping[Location, str]) -> M:
+def validate(model: type[M], raw: Any, source: str, prefix: Location, origins: Mapping[Location, str]) -> M:
+    """``raw`` as ``model``, strictly. Raises RecipeError that names ``source`` and the key below ``prefix``."""
     try:
         # By way of JSON: there a list is a tuple, while a string is still no number.
         return model.model_validate_json(json.dumps(raw, default=str))
@@ -200,19 +207,24 @@ def _cross_check(recipe: Recipe, source: str, origins: Mapping[Location, str]) -
             raise RecipeError(
                 f"{source}: sweep.seeds and seeds share {shared}; a learning rate chosen on a compared seed flatters it"
             )
+    check_evaluate(recipe.evaluate, source, origins)
+
+
+def check_evaluate(evaluate: Evaluate, source: str, origins: Mapping[Location, str]) -> None:
+    """Every evaluation's name and options. Raises RecipeError with the nearest name for what is not known."""
     known = names("evaluations")
-    for suite in recipe.evaluate.suites:
+    for suite in evaluate.suites:
         if suite not in known:
             raise RecipeError(
                 f"{source}: evaluate.suites: unknown evaluation {suite!r}; {did_you_mean(suite, known)}"
             )
-    for suite in recipe.evaluate.__pydantic_extra__:
+    for suite in evaluate.__pydantic_extra__:
         if suite not in known:
             raise RecipeError(
                 f"{source}: unknown key 'evaluate.{suite}'; {did_you_mean(suite, ['suites', *known])}"
             )
-        options = recipe.evaluate.options(suite)
-        _validate(resolve("evaluations", suite).Config, options, source, ("evaluate", suite), origins)
+        options = evaluate.options(suite)
+        validate(resolve("evaluations", suite).Config, options, source, ("evaluate", suite), origins)
 
 
 def _distinct(source: str, what: str, values: Sequence[Any]) -> None:
@@ -237,7 +249,7 @@ def _check_arm(recipe: Recipe, arm: Arm, index: int, source: str, origins: Mappi
                 f"an arm may set {', '.join(ARM_TRAIN_KEYS)}"
             )
     merged = {**recipe.train.model_dump(mode="json"), **arm.train}
-    _validate(Train, merged, source, ("arms", index, "train"), origins)
+    validate(Train, merged, source, ("arms", index, "train"), origins)
     for table, keys in (("model", recipe.model), (f"arms.{index}.model", arm.model)):
         for key, reason in RESERVED_MODEL_KEYS.items():
             if key in keys:
