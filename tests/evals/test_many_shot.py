@@ -254,14 +254,14 @@ def test_a_model_that_reads_learns_as_soon_as_its_label_was_shown(tmp_path: Path
     assert (one["labels"], one["pool"], one["asked"], one["majority"]) == (3, 40, 20, 0.35)
     # From three demonstrations on every label is there; with fewer only texts of a shown label can be right.
     full = max(points)
-    assert list(points) == [1, 2, 4, 8, full] and points[full]["full"] and not values["skipped_points"]
+    assert list(points) == [1, 2, 4, 8, full] and points[full]["full"] and not values["left_out"]
     assert [set(points[k]["correct"]) for k in (4, 8, full)] == [{"1"}] * 3
     assert set(points[1]["correct"]) == {"0", "1"} and all(p["n"] == 20 for p in one["points"])
     # Full: one more demonstration would not fit.
     assert points[full]["tokens"] <= 400 and values["n"] == 100
     over = run(tmp_path, shots=[full, full + 1])
-    assert list(over["skipped_points"]) == [f"q, {full + 1} demonstrations"]
-    assert "more than length 400" in next(iter(over["skipped_points"].values()))
+    assert list(over["left_out"]) == [f"q, {full + 1} demonstrations"]
+    assert "more than length 400" in next(iter(over["left_out"].values()))
     rows = lines(tmp_path / "many_shot.jsonl")
     contexts = {(r["shots"], r["draw"]): r["demonstrations"] for r in rows if r["index"] == -1}
     assert len(contexts) == 10 and len(rows) == 110
@@ -334,7 +334,7 @@ def test_what_cannot_be_measured_is_left_out_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = run(tmp_path, shots=[1, 41])
-    assert values["skipped_points"] == {"q, 41 demonstrations": "the set has 40 texts to demonstrate with"}
+    assert values["left_out"] == {"q, 41 demonstrations": "the set has 40 texts to demonstrate with"}
     assert "not one demonstration" in run(tmp_path, length=30)["skipped"]
     assert "more than the model takes" in run(tmp_path, tiny.gpt2(400), shots=[1, "full"])["skipped"]
 
@@ -343,7 +343,7 @@ def test_what_cannot_be_measured_is_left_out_with_its_reason(
 
     monkeypatch.setattr("datasets.load_dataset", offline)
     values = run(tmp_path, sets=["trec", str(tmp_path / "q.jsonl")], shots=[1])
-    assert len(values["sets"]) == 1 and "cannot be opened (no network)" in values["skipped_points"]["trec"]
+    assert len(values["sets"]) == 1 and "cannot be opened (no network)" in values["left_out"]["trec"]
     assert "cannot be opened" in run(tmp_path, sets=["trec"])["skipped"]
     with pytest.raises(LabelledError, match="items is 58"):
         run(tmp_path, items=58)

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 Ids = NDArray[np.int64]
 FormName = Literal["chat", "completion"]
-NEEDS_FAST = "the prompts need a tokenizer with a tokenizer.json, which knows where its tokens lie"
 MARK = "⟦document⟧"
 """Stands for the document while a template is looked at; no question spells it."""
 

@@ -65,6 +65,10 @@ __all__ = [
 ]
 
 
+NEEDS_FAST = "the prompts need a tokenizer with a tokenizer.json, which knows where its tokens lie"
+"""Why an evaluation that cuts texts at exact tokens skips a model."""
+
+
 class EvaluationConfig(BaseModel):
     """Base of an evaluation's options: unknown names are errors."""
 

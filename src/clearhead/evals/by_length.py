@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from clearhead.evals.sections import LineChart, Reference, Series, Table
+from clearhead.evals.sections import LineChart, Panel, Reference, Series, Table
 from clearhead.evals.statistics import Estimate
 
 Values = Mapping[str, Mapping[int, Mapping[str, Any]]]
@@ -17,6 +17,25 @@ Read = Callable[[str, int], Estimate | None]
 def first_values(values: Values) -> Mapping[str, Any]:
     """The values of any one model: what all of them have in common stands there."""
     return next(iter(next(iter(values.values())).values()))
+
+
+def heat_panels(
+    arms: Sequence[str],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    mean: Callable[[str, int, float], float | None],
+) -> list[Panel]:
+    """A panel an arm: ``mean(arm, length, depth)``, empty where it is None."""
+    return [
+        Panel(
+            arm,
+            [f"{length:,}" for length in lengths],
+            [f"{depth:.0%}" for depth in depths],
+            [[mean(arm, length, depth) for length in lengths] for depth in depths],
+            arm,
+        )
+        for arm in arms
+    ]
 
 
 def shared_lengths(values: Values, lengths: Callable[[Mapping[str, Any]], set[int]]) -> list[int]:

@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerFast
 
 from clearhead.data.cache import digest_json
 from clearhead.evals.answering import (
-    NEEDS_FAST,
     FormName,
     encode,
     form_of,
@@ -30,7 +29,15 @@ from clearhead.evals.answering import (
     greedy_answers,
     weights_of,
 )
-from clearhead.evals.base import Evaluation, EvaluationConfig, RunResults, Section, Subject, reason_of
+from clearhead.evals.base import (
+    NEEDS_FAST,
+    Evaluation,
+    EvaluationConfig,
+    RunResults,
+    Section,
+    Subject,
+    reason_of,
+)
 from clearhead.evals.hallucination_data import FIELDS, Item, ItemSet, known_source, open_set
 from clearhead.evals.hallucination_section import hallucination_section
 from clearhead.evals.haystack import specials

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from transformers import PreTrainedTokenizerFast
 
-from clearhead.evals.base import EvaluationConfig, Subject, inference, reason_of
+from clearhead.evals.base import NEEDS_FAST, EvaluationConfig, Subject, inference, reason_of
 from clearhead.evals.haystack import digest
 from clearhead.evals.labelled import Example, HubError, LabelledError, LabelledSet, open_labelled
 from clearhead.evals.many_shot_data import divide
@@ -228,6 +228,46 @@ def _answer(
                 "right": said == asked.label,
             }
         )
+
+
+def over_sets(
+    subject: Subject,
+    config: InContextConfig,
+    name: str,
+    keys: Sequence[str],
+    one: Callable[[Task, SampleLog, dict[str, str]], dict[str, Any] | None],
+) -> dict[str, Any]:
+    """What ``one`` makes of every set, with what both evaluations say of their prompts; why parts are left out.
+
+    one: (task, log, reasons that it may add to) -> the set's values, None when nothing of it could be measured; a
+    ValueError is the reason why the whole set is left out. Raises LabelledError for a set that cannot be used.
+    """
+    tokenizer = subject.tokenizer
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return {"skipped": NEEDS_FAST}
+    sets, left_out = read_sets(config)
+    values: list[dict[str, Any]] = []
+    with SampleLog.open(subject.folder, name, about(subject, config, sets), (*keys, "index")) as log:
+        for data in sets:
+            try:
+                task = prepare(tokenizer, config, data)
+                measured = one(task, log, left_out)
+            except ValueError as error:
+                left_out[data.name] = reason_of(error)
+                continue
+            if measured:
+                values.append({**task_values(task), **measured})
+        examples = shown(log.records)
+    if not values:
+        return {"skipped": "; ".join(dict.fromkeys(left_out.values()))}
+    return {
+        "sets": values,
+        "left_out": left_out,
+        "examples": examples,
+        "score": config.score,
+        "bos": tokenizer.bos_token,
+        "rope_parameters": config.rope_parameters,
+    }
 
 
 def answered(log: SampleLog, blocks: Sequence[Block]) -> list[dict[str, Any]]:

@@ -26,7 +26,6 @@ from transformers import PreTrainedTokenizerFast
 
 from clearhead.data.cache import digest_json
 from clearhead.evals.answering import (
-    NEEDS_FAST,
     FormName,
     Ids,
     continued,
@@ -37,7 +36,15 @@ from clearhead.evals.answering import (
     likelihoods,
     weights_of,
 )
-from clearhead.evals.base import Evaluation, EvaluationConfig, RunResults, Section, Subject, reason_of
+from clearhead.evals.base import (
+    NEEDS_FAST,
+    Evaluation,
+    EvaluationConfig,
+    RunResults,
+    Section,
+    Subject,
+    reason_of,
+)
 from clearhead.evals.conflicts_section import conflicts_section
 from clearhead.evals.records import RecordError, read_records, text_of, value_of
 from clearhead.evals.samples import SampleLog

@@ -20,8 +20,16 @@ from pydantic import Field, field_validator
 from transformers import PreTrainedTokenizerFast
 
 from clearhead.data.cache import digest_json
-from clearhead.evals.answering import NEEDS_FAST, FormName, form_of, greedy_answers, weights_of
-from clearhead.evals.base import Evaluation, EvaluationConfig, RunResults, Section, Subject, reason_of
+from clearhead.evals.answering import FormName, form_of, greedy_answers, weights_of
+from clearhead.evals.base import (
+    NEEDS_FAST,
+    Evaluation,
+    EvaluationConfig,
+    RunResults,
+    Section,
+    Subject,
+    reason_of,
+)
 from clearhead.evals.long_document_prompts import Article, Asker, Question, draw, read_articles
 from clearhead.evals.long_document_section import long_document_section
 from clearhead.evals.samples import SampleLog

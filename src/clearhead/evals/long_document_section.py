@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from clearhead.evals.by_length import Values, first_values, length_chart
+from clearhead.evals.by_length import Values, first_values, heat_panels, length_chart
 from clearhead.evals.compare import Comparison, compare
 from clearhead.evals.paired import shortened
 from clearhead.evals.results import RunResults
-from clearhead.evals.sections import Chart, HeatMap, Panel, Section, Table
+from clearhead.evals.sections import Chart, HeatMap, Section, Table
 from clearhead.evals.statistics import Estimate, ratio, wilson
 
 Cell = tuple[int, float]
@@ -169,16 +169,7 @@ def _charts(run: RunResults, values: Values) -> list[Chart]:
         found = estimate(values, arm, [(length, depth)], "f1") if arm in values else None
         return None if found is None else found.value
 
-    panels = [
-        Panel(
-            arm.name,
-            [f"{length:,}" for length in lengths],
-            [f"{depth:.0%}" for depth in depths],
-            [[mean(arm.name, length, depth) for length in lengths] for depth in depths],
-            arm.name,
-        )
-        for arm in run.arms
-    ]
+    panels = heat_panels([arm.name for arm in run.arms], lengths, depths, mean)
     charts: list[Chart] = [
         HeatMap(
             "long-document-heat", "F1 by length and depth", "length (tokens)", "depth", panels,

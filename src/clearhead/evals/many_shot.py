@@ -17,21 +17,16 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
-from transformers import PreTrainedTokenizerFast
 
-from clearhead.evals.base import Evaluation, RunResults, Section, Subject, reason_of
+from clearhead.evals.base import Evaluation, RunResults, Section, Subject
 from clearhead.evals.in_context import (
     Block,
     InContextConfig,
     Task,
-    about,
     answered,
     marks,
     measure,
-    prepare,
-    read_sets,
-    shown,
-    task_values,
+    over_sets,
 )
 from clearhead.evals.labelled import PUBLISHED, Example
 from clearhead.evals.many_shot_data import in_rounds
@@ -67,37 +62,16 @@ class ManyShot(Evaluation[ManyShotConfig]):
 
     def run(self, subject: Subject, config: ManyShotConfig) -> dict[str, Any]:
         """Raises LabelledError for a set that cannot be used: that is no property of the model."""
-        tokenizer = subject.tokenizer
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            return {
-                "skipped": "the prompts need a tokenizer with a tokenizer.json, which knows where its tokens lie"
-            }
-        sets, skipped = read_sets(config)
-        values: list[dict[str, Any]] = []
-        with SampleLog.open(subject.folder, self.name, about(subject, config, sets), (*KEYS, "index")) as log:
-            for data in sets:
-                try:
-                    task = prepare(tokenizer, config, data)
-                    points = self._points(subject, config, task, log, skipped)
-                except ValueError as error:
-                    skipped[data.name] = reason_of(error)
-                    continue
-                if points:
-                    values.append({**task_values(task), "points": points})
-            examples = shown(log.records)
-        if not values:
-            return {"skipped": "; ".join(dict.fromkeys(skipped.values()))}
-        return {
-            "sets": values,
-            "skipped_points": skipped,
-            "examples": examples,
-            "length": config.length_for(subject),
-            "draws": config.draws,
-            "score": config.score,
-            "bos": tokenizer.bos_token,
-            "rope_parameters": config.rope_parameters,
-            "n": sum(point["n"] for one in values for point in one["points"]),
-        }
+
+        def one(task: Task, log: SampleLog, left_out: dict[str, str]) -> dict[str, Any] | None:
+            points = self._points(subject, config, task, log, left_out)
+            return {"points": points} if points else None
+
+        measured = over_sets(subject, config, self.name, KEYS, one)
+        if "skipped" in measured:
+            return measured
+        n = sum(point["n"] for values in measured["sets"] for point in values["points"])
+        return {**measured, "length": config.length_for(subject), "draws": config.draws, "n": n}
 
     def _points(
         self, subject: Subject, config: ManyShotConfig, task: Task, log: SampleLog, skipped: dict[str, str]

@@ -62,7 +62,7 @@ def many_shot_section(name: str, title: str, question: str, run: RunResults, val
                 f"{where}: {why}."
                 for s in values.values()
                 for v in s.values()
-                for where, why in v["skipped_points"].items()
+                for where, why in v["left_out"].items()
             ),
             *run.skipped(name),
         ],

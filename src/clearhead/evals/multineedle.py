@@ -26,6 +26,7 @@ from pydantic import Field, field_validator
 from transformers import PreTrainedTokenizerFast
 
 from clearhead.evals.base import (
+    NEEDS_FAST,
     Evaluation,
     EvaluationConfig,
     RunResults,
@@ -144,9 +145,7 @@ class MultiNeedle(Evaluation[MultiNeedleConfig]):
     def run(self, subject: Subject, config: MultiNeedleConfig) -> dict[str, Any]:
         tokenizer = subject.tokenizer
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            return {
-                "skipped": "the prompts need a tokenizer with a tokenizer.json, which knows where its tokens lie"
-            }
+            return {"skipped": NEEDS_FAST}
         form = config.form or ("completion" if tokenizer.chat_template is None else "chat")
         cells = config.cells(subject.training_length)
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clearhead.evals.by_length import Values, first_values, length_chart
+from clearhead.evals.by_length import Values, first_values, heat_panels, length_chart
 from clearhead.evals.compare import compare
 from clearhead.evals.results import RunResults
 from clearhead.evals.sections import (
@@ -13,7 +13,6 @@ from clearhead.evals.sections import (
     BarSeries,
     Chart,
     HeatMap,
-    Panel,
     Reference,
     Section,
     Table,
@@ -175,16 +174,7 @@ def _grid_charts(
         estimate = accuracy(values, arm, (needles, asked, length), depth) if arm in values else None
         return None if estimate is None else estimate.value
 
-    panels = [
-        Panel(
-            arm.name,
-            [f"{length:,}" for length in lengths],
-            [f"{depth:.0%}" for depth in depths],
-            [[mean(arm.name, length, depth) for length in lengths] for depth in depths],
-            arm.name,
-        )
-        for arm in run.arms
-    ]
+    panels = heat_panels([arm.name for arm in run.arms], lengths, depths, mean)
     what = f"{asked} of {needles} needles"
     heat = HeatMap(
         "multi-needle-heat", f"All asked numbers right, {what}", "length (tokens)", "depth", panels,

@@ -11,21 +11,16 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import Field
-from transformers import PreTrainedTokenizerFast
 
-from clearhead.evals.base import Evaluation, RunResults, Section, Subject, reason_of
+from clearhead.evals.base import Evaluation, RunResults, Section, Subject
 from clearhead.evals.in_context import (
     Block,
     InContextConfig,
     Task,
-    about,
     answered,
     marks,
     measure,
-    prepare,
-    read_sets,
-    shown,
-    task_values,
+    over_sets,
 )
 from clearhead.evals.many_shot import most
 from clearhead.evals.many_shot_data import Order, in_rounds, permuted
@@ -58,32 +53,14 @@ class OrderRobustness(Evaluation[OrderRobustnessConfig]):
 
     def run(self, subject: Subject, config: OrderRobustnessConfig) -> dict[str, Any]:
         """Raises LabelledError for a set that cannot be used: that is no property of the model."""
-        tokenizer = subject.tokenizer
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            return {
-                "skipped": "the prompts need a tokenizer with a tokenizer.json, which knows where its tokens lie"
-            }
-        sets, skipped = read_sets(config)
-        values: list[dict[str, Any]] = []
-        with SampleLog.open(subject.folder, self.name, about(subject, config, sets), (*KEYS, "index")) as log:
-            for data in sets:
-                try:
-                    task = prepare(tokenizer, config, data)
-                    values.append(self._measured(subject, config, task, log))
-                except ValueError as error:
-                    skipped[data.name] = reason_of(error)
-            examples = shown(log.records)
-        if not values:
-            return {"skipped": "; ".join(dict.fromkeys(skipped.values()))}
-        return {
-            "sets": values,
-            "skipped_sets": skipped,
-            "examples": examples,
-            "score": config.score,
-            "bos": tokenizer.bos_token,
-            "rope_parameters": config.rope_parameters,
-            "n": sum(one["asked"] for one in values),
-        }
+
+        def one(task: Task, log: SampleLog, left_out: dict[str, str]) -> dict[str, Any]:
+            return self._measured(subject, config, task, log)
+
+        measured = over_sets(subject, config, self.name, KEYS, one)
+        if "skipped" in measured:
+            return measured
+        return {**measured, "n": sum(values["asked"] for values in measured["sets"])}
 
     def _measured(
         self, subject: Subject, config: OrderRobustnessConfig, task: Task, log: SampleLog
@@ -125,7 +102,7 @@ class OrderRobustness(Evaluation[OrderRobustnessConfig]):
         orders: dict[str, list[str]] = {}
         for block in blocks:
             orders.setdefault(str(block.key[1]), []).append(marks(answered(log, [block])))
-        return {**task_values(task), "shots": shots, "tokens": needed, "orders": orders}
+        return {"shots": shots, "tokens": needed, "orders": orders}
 
     def section(self, run: RunResults) -> Section:
         title, question = "Order robustness", "Does the order of the demonstrations matter?"

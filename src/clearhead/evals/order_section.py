@@ -63,7 +63,7 @@ def order_section(name: str, title: str, question: str, run: RunResults, values:
                 f"{where}: {why}."
                 for s in values.values()
                 for v in s.values()
-                for where, why in v["skipped_sets"].items()
+                for where, why in v["left_out"].items()
             ),
             *run.skipped(name),
         ],
