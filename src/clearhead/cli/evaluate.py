@@ -40,12 +40,12 @@ def command(
         Path | None,
         typer.Option(
             help="Evaluations and options, such as recipes/evaluate/smollm2.toml, for a model not trained here.",
-            show_default=False,
+            show_default="none",
         ),
     ] = None,
     sets: Annotated[
         Path | None,
-        typer.Option(help="Directory that {sets} stands for in --config.", show_default=False),
+        typer.Option(help="Directory that {sets} stands for in --config.", show_default="none"),
     ] = None,
     corpus: Annotated[
         str | None,
