@@ -127,7 +127,7 @@ class Passkey(Evaluation[PasskeyConfig]):
         }
 
     def section(self, run: RunResults) -> Section:
-        title, question = "Passkey", "Does it find a number again past its training length?"
+        title, question = "Passkey", "Does it find a number again?"
         values = run.values(self.name)
         if not values:
             return self.missing(run, title, question)

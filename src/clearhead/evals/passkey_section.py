@@ -28,13 +28,14 @@ FORM_NAMES = {
 
 
 def passkey_section(name: str, title: str, question: str, run: RunResults, values: Values) -> Section:
-    """The share of keys found past the training length decides, all those lengths together."""
+    """The share of keys found past the training length decides, all those lengths together; all lengths if none is."""
     first = first_values(values)
     trained = first["training_length"]
     forms = list(dict.fromkeys(cell["form"] for cell in first["cells"]))
     form = forms[0]
     shared = shared_lengths(values, lambda value: _lengths(value, form))
-    past = [length for length in shared if trained is not None and length > trained] or shared
+    beyond = [length for length in shared if trained is not None and length > trained]
+    past = beyond or shared
     result = None
     answer = "No length was measured for all arms."
     if past:
@@ -62,7 +63,7 @@ def passkey_section(name: str, title: str, question: str, run: RunResults, value
         title,
         question,
         answer,
-        measure="" if result is None else "passkeys found past the training length ↑",
+        measure="" if result is None else f"passkeys found{' past the training length' if beyond else ''} ↑",
         headlines=[] if result is None else result.headlines(),
         charts=charts,
         tables=[*tables, PASSKEY],

@@ -7,6 +7,7 @@ text as text and refers to the page's CSS variables for colour, so it reads in l
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -157,8 +158,13 @@ def _legend(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
     )
 
 
+NAME_HEIGHT = 0.06
+"""Of the axis, what the name of a reference line takes."""
+
+
 def _references(axes: Axes, references: Sequence[Reference]) -> None:
-    """Dashed lines with a small name, on the side of the line that has more room."""
+    """Dashed lines with a small name, on the side of the line that has more room; no name over another's."""
+    levels = sorted(reference.value for reference in references if reference.axis == "y")
     for reference in references:
         line: dict[str, Any] = {"color": MUTED.light, "linewidth": 0.9, "linestyle": (0, (3, 3)), "zorder": 1}
         if reference.axis == "x":
@@ -169,8 +175,11 @@ def _references(axes: Axes, references: Sequence[Reference]) -> None:
             frame, side, top = axes.get_xaxis_transform(), "right" if place > 0.5 else "left", "top"
         else:
             axes.axhline(reference.value, **line)
-            at, offset = (0.0, reference.value), (2, 2)
-            frame, side, top = axes.get_yaxis_transform(), "left", "bottom"
+            above = next((level for level in levels if level > reference.value), math.inf)
+            bottom, height = axes.get_ylim()
+            crowded = above - reference.value < NAME_HEIGHT * (height - bottom)
+            at, offset = (0.0, reference.value), (2, -2 if crowded else 2)
+            frame, side, top = axes.get_yaxis_transform(), "left", "top" if crowded else "bottom"
         text = axes.annotate(
             reference.label,
             at,
