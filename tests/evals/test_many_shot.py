@@ -18,10 +18,11 @@ from transformers import PreTrainedTokenizerFast
 
 from clearhead.data.tokenizer import train_bpe, wrap
 from clearhead.evals.base import ArmResults, RunResults, SeedResults
-from clearhead.evals.labelled import Example, LabelledError
+from clearhead.evals.labelled import Example
 from clearhead.evals.many_shot import ManyShot, ManyShotConfig, numbers
 from clearhead.evals.many_shot_prompts import Form, LabelTrie, encode, make_prompts, make_trie
 from clearhead.evals.many_shot_scoring import Reader, Score, decide, likelihoods
+from clearhead.evals.records import RecordError
 from tests.evals import tiny
 from tests.evals.test_many_shot_data import write
 from tests.evals.test_multineedle import MAKERS
@@ -345,9 +346,9 @@ def test_what_cannot_be_measured_is_left_out_with_its_reason(
     values = run(tmp_path, sets=["trec", str(tmp_path / "q.jsonl")], shots=[1])
     assert len(values["sets"]) == 1 and "cannot be opened (no network)" in values["left_out"]["trec"]
     assert "cannot be opened" in run(tmp_path, sets=["trec"])["skipped"]
-    with pytest.raises(LabelledError, match="items is 58"):
+    with pytest.raises(RecordError, match="items is 58"):
         run(tmp_path, items=58)
-    with pytest.raises(LabelledError, match="two sets are called 'q'"):
+    with pytest.raises(RecordError, match="two sets are called 'q'"):
         (tmp_path / "more").mkdir()
         run(tmp_path, sets=[str(tmp_path / "q.jsonl"), write(tmp_path / "more" / "q.jsonl", QUESTIONS)])
 

@@ -12,8 +12,9 @@ from typing import Any
 import datasets
 import pytest
 
-from clearhead.evals.labelled import Example, HubError, LabelledError, LabelledSet, open_labelled
+from clearhead.evals.labelled import Example, LabelledSet, open_labelled
 from clearhead.evals.many_shot_data import divide, in_rounds, permuted
+from clearhead.evals.records import RecordError, UnreachableError
 
 ROWS = [(f"what is  {n}", "number") for n in range(6)] + [(f"who is {n}\t?", "person") for n in range(4)]
 
@@ -55,31 +56,31 @@ def test_a_text_counts_once_and_not_at_all_where_its_label_is_in_doubt(tmp_path:
     ],
 )
 def test_sets_that_cannot_be_used(rows: list[tuple[Any, Any]], message: str, tmp_path: Path) -> None:
-    with pytest.raises(LabelledError, match=message):
+    with pytest.raises(RecordError, match=message):
         open_labelled(write(tmp_path / "q.jsonl", rows))
 
 
 def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(
-        LabelledError, match=r"line 1 .* has no field 'label'; its fields are kind, text: set label_field"
+        RecordError, match=r"line 1 .* has no field 'label'; its fields are kind, text: set label_field"
     ):
         open_labelled(write(tmp_path / "f.jsonl", ROWS, ("text", "kind")))
     (tmp_path / "f.csv").write_text("text,kind\na,b\n")
-    with pytest.raises(LabelledError, match=r"record 1 .* has no field 'label'; its fields are kind, text"):
+    with pytest.raises(RecordError, match=r"record 1 .* has no field 'label'; its fields are kind, text"):
         open_labelled(str(tmp_path / "f.csv"))
     (tmp_path / "f.csv").write_bytes(b"text,label\n\xff,b\n")
-    with pytest.raises(LabelledError, match="is not CSV in UTF-8"):
+    with pytest.raises(RecordError, match="is not CSV in UTF-8"):
         open_labelled(str(tmp_path / "f.csv"))
     half = tmp_path / "h.jsonl.gz"
     half.write_bytes(gzip.compress(json.dumps({"text": "a", "label": "b"}).encode())[:-9])
-    with pytest.raises(LabelledError, match="is not a whole gzip file"):
+    with pytest.raises(RecordError, match="is not a whole gzip file"):
         open_labelled(str(half))
-    with pytest.raises(LabelledError, match="no labelled set 'banking7': did you mean 'banking77'"):
+    with pytest.raises(RecordError, match="no labelled set 'banking7': did you mean 'banking77'"):
         open_labelled("banking7")
-    with pytest.raises(LabelledError, match="is not a dataset id"):
+    with pytest.raises(RecordError, match="is not a dataset id"):
         open_labelled("hf:nothing")
     (tmp_path / "q.txt").write_text("a")
-    with pytest.raises(LabelledError, match=r"is none of \.jsonl, \.jsonl\.gz, \.csv"):
+    with pytest.raises(RecordError, match=r"is none of \.jsonl, \.jsonl\.gz, \.csv"):
         open_labelled(str(tmp_path / "q.txt"))
 
 
@@ -106,14 +107,16 @@ def test_published_sets_come_divided_and_named(monkeypatch: pytest.MonkeyPatch) 
     assert data.examples == (Example("b", "book flight"), Example("c", "set alarm"))
     assert data.test == (Example("a", "book flight"), Example("e", "set alarm")) and data.repeated == 1
     assert (data.text_template, data.label_template) == ("utterance: {text}", "intent: {label}")
-    with pytest.raises(LabelledError, match="has no field 'label'; its fields are intent, text"):
+    with pytest.raises(RecordError, match="has no field 'label'; its fields are intent, text"):
         open_labelled("hf:clinc/clinc_oos")
 
     def offline(*unused: Any, **options: Any) -> Any:
         raise ConnectionError("Couldn't reach the hub\nand a long story")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(HubError, match=r"'SetFit/TREC-QC' cannot be opened \(Couldn't reach the hub\)$"):
+    with pytest.raises(
+        UnreachableError, match=r"'SetFit/TREC-QC' cannot be opened \(Couldn't reach the hub\)$"
+    ):
         open_labelled("trec")
 
 
@@ -135,12 +138,12 @@ def test_asked_texts_have_the_sets_own_labels_and_demonstrate_nothing() -> None:
     # One of each label stays to demonstrate with.
     pool, asked = divide(data, 96, seed=0)
     assert Counter(e.label for e in pool) == dict.fromkeys("abcd", 1)
-    with pytest.raises(LabelledError, match=r"100 different texts .* items is 97, at most 96"):
+    with pytest.raises(RecordError, match=r"100 different texts .* items is 97, at most 96"):
         divide(data, 97, seed=0)
     divided = made({"a": 3, "b": 3}, {"a": 4, "b": 2})
     pool, asked = divide(divided, 6, seed=0)
     assert set(pool) == set(divided.examples) and set(asked) == set(divided.test or ())
-    with pytest.raises(LabelledError, match="items is 7, at most 6 can be asked"):
+    with pytest.raises(RecordError, match="items is 7, at most 6 can be asked"):
         divide(divided, 7, seed=0)
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clearhead.data.store import TokenStore
-from clearhead.evals.base import Subject
+from clearhead.evals.base import Subject, reason_of
 from clearhead.evals.fused import use_fused
 from clearhead.evals.gguf import is_gguf, load_gguf, open_gguf
 from clearhead.evals.results import read_json, slugify
@@ -184,18 +184,14 @@ def load(kind: Any, source: str, what: str) -> Any:
     except (OSError, ValueError, KeyError) as error:
         if not Path(source).is_dir():
             raise _unreachable(source, what, error) from error
-        raise ValueError(f"{what} in {source!r} cannot be loaded: {_line(error)}") from error
+        raise ValueError(f"{what} in {source!r} cannot be loaded: {reason_of(error)}") from error
 
 
 def _unreachable(source: str, what: str, error: Exception) -> ValueError:
     return ValueError(
         f"{what} {source!r} is neither a directory with a config.json nor a model that the Hugging Face hub gave "
-        f"({_line(error)}); check the name and the network, or give a local directory"
+        f"({reason_of(error)}); check the name and the network, or give a local directory"
     )
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def open_foreign_run(directory: Path, loader: ForeignLoader, suites: list[str]) -> Path:

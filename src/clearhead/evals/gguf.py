@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+from clearhead.evals.base import reason_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -176,10 +178,10 @@ def load_gguf(kind: Any, path: Path, what: str) -> Any:
         except (OSError, ValueError, LookupError, NotImplementedError, RuntimeError) as error:
             import transformers
 
-            told = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise ValueError(
                 f"{what} in {str(path)!r}, of GGUF's architecture {file.architecture!r}, cannot be loaded by "
-                f"transformers {transformers.__version__} ({told}); give the original model's directory or hub id"
+                f"transformers {transformers.__version__} ({reason_of(error)}); give the original model's directory "
+                "or hub id"
             ) from error
     if kind is AutoTokenizer and len(found) > file.tokens:
         found = _within(found, file.tokens)

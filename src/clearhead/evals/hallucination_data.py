@@ -68,7 +68,7 @@ def known_source(source: str) -> None:
     """Raises RecordError for what is neither a published set nor a file, with the nearest name."""
     if source not in PUBLISHED and not Path(source).expanduser().is_file():
         raise RecordError(
-            f"there is no file or set {source!r}: {did_you_mean(source, PUBLISHED)} A set is a file of JSON lines or "
+            f"there is no file or set {source!r}: {did_you_mean(source, PUBLISHED)} – a set is a file of JSON lines or "
             f"one of {', '.join(PUBLISHED)}"
         )
 

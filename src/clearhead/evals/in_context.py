@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from transformers import PreTrainedTokenizerFast
 
+from clearhead.evals.answering import weights_of
 from clearhead.evals.base import NEEDS_FAST, EvaluationConfig, Subject, inference, reason_of
 from clearhead.evals.haystack import digest
-from clearhead.evals.labelled import Example, HubError, LabelledError, LabelledSet, open_labelled
+from clearhead.evals.labelled import Example, LabelledSet, open_labelled
 from clearhead.evals.many_shot_data import divide
 from clearhead.evals.many_shot_prompts import SEPARATOR, Form, LabelTrie, make_prompts, make_trie
 from clearhead.evals.many_shot_scoring import Reader, Score, decide
+from clearhead.evals.records import RecordError, UnreachableError
 from clearhead.evals.rescale import GROWING, rescaled
 from clearhead.evals.samples import SampleLog
 
@@ -131,18 +133,18 @@ class Block:
 def read_sets(config: InContextConfig) -> tuple[list[LabelledSet], dict[str, str]]:
     """All sets, before anything is measured, and why some are not there.
 
-    Raises LabelledError for a set that cannot be used.
+    Raises RecordError for a set that cannot be used.
     """
     sets: list[LabelledSet] = []
     skipped: dict[str, str] = {}
     for source in dict.fromkeys(config.sets):
         try:
             data = open_labelled(source, config.text_field, config.label_field)
-        except HubError as error:
+        except UnreachableError as error:
             skipped[source] = str(error)
             continue
         if any(data.name == other.name for other in sets):
-            raise LabelledError(f"two sets are called {data.name!r}: rename one of the files")
+            raise RecordError(f"two sets are called {data.name!r}: rename one of the files")
         divide(data, config.items, config.seed)
         sets.append(data)
     return sets, skipped
@@ -163,8 +165,11 @@ def prepare(tokenizer: PreTrainedTokenizerFast, config: InContextConfig, data: L
 def about(subject: Subject, config: InContextConfig, sets: Sequence[LabelledSet]) -> dict[str, Any]:
     """What answers must have in common to stand in one file: options, texts and weights."""
     texts = [f"{e.text}\t{e.label}" for data in sets for e in (*data.examples, *(data.test or ()))]
-    weights = sum(float(weight.detach().double().sum()) for weight in subject.model.parameters())
-    return {"config": config.model_dump(mode="json"), "text": digest(texts), "weights": weights}
+    return {
+        "config": config.model_dump(mode="json"),
+        "text": digest(texts),
+        "weights": weights_of(subject.model),
+    }
 
 
 def measure(
@@ -240,7 +245,7 @@ def over_sets(
     """What ``one`` makes of every set, with what both evaluations say of their prompts; why parts are left out.
 
     one: (task, log, reasons that it may add to) -> the set's values, None when nothing of it could be measured; a
-    ValueError is the reason why the whole set is left out. Raises LabelledError for a set that cannot be used.
+    ValueError is the reason why the whole set is left out. Raises RecordError for a set that cannot be used.
     """
     tokenizer = subject.tokenizer
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

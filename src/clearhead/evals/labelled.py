@@ -7,8 +7,6 @@ counts once; one that occurs with different labels does not count at all.
 from __future__ import annotations
 
 import csv
-import gzip
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,21 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from clearhead.data.corpora import HUB_ID
-from clearhead.data.readers import decode, parse, suffix_of
+from clearhead.data.readers import suffix_of
 from clearhead.evals.base import reason_of
+from clearhead.evals.records import RecordError, UnreachableError, json_lines
 from clearhead.registry import did_you_mean
 
 KINDS = (".jsonl", ".jsonl.gz", ".csv")
 TEXT_TEMPLATE = "Text: {text}"
 LABEL_TEMPLATE = "Label: {label}"
-
-
-class LabelledError(ValueError):
-    """A set that cannot be used as it is: one sentence that says what to change."""
-
-
-class HubError(ValueError):
-    """A dataset that the Hugging Face hub did not give, for want of a network or of such a name."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +91,8 @@ def open_labelled(source: str, text_field: str = "text", label_field: str = "lab
       split is named;
     * a .jsonl, .jsonl.gz or .csv file with the fields ``text_field`` and ``label_field``.
 
-    Raises LabelledError for a source that does not exist or cannot be used, HubError for what the hub does not give.
+    Raises RecordError for a source that does not exist or cannot be used, UnreachableError for what the hub does not
+    give.
     """
     if source in PUBLISHED:
         known = PUBLISHED[source]
@@ -117,19 +109,19 @@ def open_labelled(source: str, text_field: str = "text", label_field: str = "lab
     if source.startswith("hf:"):
         name = source.removeprefix("hf:")
         if not HUB_ID.fullmatch(name):
-            raise LabelledError(
+            raise RecordError(
                 f"{source!r} is not a dataset id: write hf:owner/name, optionally :config and :split"
             )
         path, config, split = [*name.split(":"), "", ""][:3]
         return _divided(source, _hub_rows(path, config or None, split or None, text_field, label_field))
     file = Path(source).expanduser()
     if not file.is_file():
-        raise LabelledError(
-            f"there is no labelled set {source!r}: {did_you_mean(source, PUBLISHED)} A set is a file "
+        raise RecordError(
+            f"there is no labelled set {source!r}: {did_you_mean(source, PUBLISHED)} – a set is a file "
             f"({', '.join(KINDS)}), hf:owner/name or one of {', '.join(PUBLISHED)}"
         )
     if suffix_of(file) not in KINDS:
-        raise LabelledError(f"{source!r} is none of {', '.join(KINDS)}: convert it")
+        raise RecordError(f"{source!r} is none of {', '.join(KINDS)}: convert it")
     rows = list(_csv_rows(file, text_field, label_field) if suffix_of(file) == ".csv" else _json_rows(
         file, text_field, label_field
     ))  # fmt: skip
@@ -149,16 +141,16 @@ def _divided(
     for _, label in (*learnt, *asked):
         clean = " ".join(label.split())
         if not clean:
-            raise LabelledError(f"the set {name!r} has a text without a label: remove it or label it")
+            raise RecordError(f"the set {name!r} has a text without a label: remove it or label it")
         if written.setdefault(clean, label) != label:
-            raise LabelledError(
+            raise RecordError(
                 f"the labels {written[clean]!r} and {label!r} of the set {name!r} differ only in white space: "
                 "write them alike"
             )
     if not written:
-        raise LabelledError(f"the set {name!r} is empty: it holds no labelled text")
+        raise RecordError(f"the set {name!r} is empty: it holds no labelled text")
     if len(written) == 1:
-        raise LabelledError(
+        raise RecordError(
             f"the set {name!r} has only the label {next(iter(written))!r}: choosing takes at least two"
         )
     both = [
@@ -191,20 +183,8 @@ def _divided(
 
 
 def _json_rows(path: Path, text_field: str, label_field: str) -> Iterator[Row]:
-    offset = number = 0
-    opener: Any = gzip.open if suffix_of(path).endswith(".gz") else open
-    try:
-        with opener(path, "rb") as file:
-            for number, raw in enumerate(file, start=1):
-                line = decode(raw, path, offset).strip()
-                offset += len(raw)
-                if line:
-                    where = f"line {number} of '{path}'"
-                    yield _row(parse(line, path, number), text_field, label_field, where)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise LabelledError(
-            f"'{path}' is not a whole gzip file (after line {number}): make it again"
-        ) from error
+    for where, record in json_lines(path):
+        yield _row(record, text_field, label_field, where)
 
 
 def _csv_rows(path: Path, text_field: str, label_field: str) -> Iterator[Row]:
@@ -214,7 +194,7 @@ def _csv_rows(path: Path, text_field: str, label_field: str) -> Iterator[Row]:
             for number, record in enumerate(csv.DictReader(file, restkey=""), start=2):
                 yield _row(record, text_field, label_field, f"record {number - 1} of '{path}'")
     except (UnicodeDecodeError, csv.Error) as error:
-        raise LabelledError(
+        raise RecordError(
             f"'{path}' is not CSV in UTF-8 (after record {number - 1}: {error}): convert it"
         ) from error
 
@@ -223,14 +203,14 @@ def _row(record: dict[str, Any], text_field: str, label_field: str, where: str) 
     for option, name in (("text_field", text_field), ("label_field", label_field)):
         if name not in record:
             fields = ", ".join(sorted(filter(None, map(str, record)))) or "none"
-            raise LabelledError(f"{where} has no field {name!r}; its fields are {fields}: set {option}")
+            raise RecordError(f"{where} has no field {name!r}; its fields are {fields}: set {option}")
     text, label = record[text_field], record[label_field]
     if not isinstance(text, str):
-        raise LabelledError(
+        raise RecordError(
             f"field {text_field!r} in {where} is {type(text).__name__}, not text: set text_field"
         )
     if not isinstance(label, str | int):
-        raise LabelledError(
+        raise RecordError(
             f"field {label_field!r} in {where} is {type(label).__name__}, not a label: set label_field"
         )
     return text, str(label)
@@ -247,7 +227,7 @@ def _hub_rows(
     except (
         Exception
     ) as error:  # the library raises a dozen unrelated types for no network and for a wrong name
-        raise HubError(
+        raise UnreachableError(
             f"the Hugging Face dataset {dataset!r} cannot be opened ({reason_of(error)})"
         ) from error
     parts = {split: loaded} if split is not None else dict(loaded)

@@ -61,7 +61,7 @@ class ManyShot(Evaluation[ManyShotConfig]):
     Config = ManyShotConfig
 
     def run(self, subject: Subject, config: ManyShotConfig) -> dict[str, Any]:
-        """Raises LabelledError for a set that cannot be used: that is no property of the model."""
+        """Raises RecordError for a set that cannot be used: that is no property of the model."""
 
         def one(task: Task, log: SampleLog, left_out: dict[str, str]) -> dict[str, Any] | None:
             points = self._points(subject, config, task, log, left_out)

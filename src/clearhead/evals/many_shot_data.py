@@ -10,7 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from clearhead.evals.labelled import Example, LabelledError, LabelledSet
+from clearhead.evals.labelled import Example, LabelledSet
+from clearhead.evals.records import RecordError
 
 Order = Literal["random", "by_class"]
 
@@ -19,7 +20,7 @@ def divide(data: LabelledSet, items: int, seed: int) -> tuple[list[Example], lis
     """(pool, asked): ``items`` texts to ask, their labels in the set's own shares, and the texts to demonstrate with.
 
     A set that comes divided keeps its division; of any other one text of each label stays in the pool. No text is in
-    both. Raises LabelledError when there are not so many.
+    both. Raises RecordError when there are not so many.
     """
     source = data.examples if data.test is None else data.test
     rng = np.random.default_rng([seed, 0])
@@ -29,7 +30,7 @@ def divide(data: LabelledSet, items: int, seed: int) -> tuple[list[Example], lis
     spared = 1 if data.test is None else 0
     room = {label: max(0, len(rows) - spared) for label, rows in by_label.items()}
     if items > sum(room.values()):
-        raise LabelledError(
+        raise RecordError(
             f"the set {data.name!r} has {len(source)} different texts to ask from"
             f"{', one of each label kept to demonstrate' if spared else ''}: items is {items}, "
             f"at most {sum(room.values())} can be asked"

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+from clearhead.evals.answering import encode
 from clearhead.evals.labelled import Example
 
 Tokens = tuple[int, ...]
@@ -100,10 +101,6 @@ class LabelTrie:
         """The paths without their last tokens, but for those that another one begins with."""
         stems = sorted({path[:-1] for path in self.paths})
         return [stem for stem in stems if not any(s[: len(stem)] == stem for s in stems if s != stem)]
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> NDArray[np.int64]:
-    return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
 
 
 def label_paths(

@@ -25,6 +25,7 @@ import torch
 from pydantic import Field, field_validator
 from transformers import PreTrainedTokenizerFast
 
+from clearhead.evals.answering import encode, weights_of
 from clearhead.evals.base import (
     NEEDS_FAST,
     Evaluation,
@@ -180,8 +181,11 @@ class MultiNeedle(Evaluation[MultiNeedleConfig]):
 
     def _about(self, subject: Subject, config: MultiNeedleConfig, documents: Sequence[str]) -> dict[str, Any]:
         """What answers must have in common to stand in one file: options, text and weights."""
-        weights = sum(float(weight.detach().double().sum()) for weight in subject.model.parameters())
-        return {"config": config.model_dump(mode="json"), "text": digest(documents), "weights": weights}
+        return {
+            "config": config.model_dump(mode="json"),
+            "text": digest(documents),
+            "weights": weights_of(subject.model),
+        }
 
     def _values(self, cell: Cell, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         rows = sorted(
@@ -287,12 +291,7 @@ def measure(
                     prompt.numbers,
                     form == "completion",
                     config.new_tokens(cell.asked),
-                    np.array(
-                        tokenizer(expected(form, prompt.cities, prompt.numbers), add_special_tokens=False)[
-                            "input_ids"
-                        ],
-                        np.int64,
-                    ),
+                    encode(tokenizer, expected(form, prompt.cities, prompt.numbers)),
                 )
                 for cell, _, prompt in todo
             ]
@@ -300,7 +299,7 @@ def measure(
             if config.share_prefix:
                 before = surroundings(form, tokenizer, CITIES[:1])[0]
                 text = before + haystack.between(0, haystack.down(min(length, haystack.tokens)))
-                common = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
+                common = encode(tokenizer, text)
             said = answer(
                 subject.model, tokenizer, asked, settings, common=common, batch_tokens=config.batch_tokens
             )

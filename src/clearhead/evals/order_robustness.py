@@ -52,7 +52,7 @@ class OrderRobustness(Evaluation[OrderRobustnessConfig]):
     Config = OrderRobustnessConfig
 
     def run(self, subject: Subject, config: OrderRobustnessConfig) -> dict[str, Any]:
-        """Raises LabelledError for a set that cannot be used: that is no property of the model."""
+        """Raises RecordError for a set that cannot be used: that is no property of the model."""
 
         def one(task: Task, log: SampleLog, left_out: dict[str, str]) -> dict[str, Any]:
             return self._measured(subject, config, task, log)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clearhead.data.readers import decode, parse
+from clearhead.evals.base import reason_of
 
 Record = tuple[str, dict[str, Any]]
 """(where it stands, for an error, and the record)."""
@@ -35,14 +36,15 @@ def read_records(source: str) -> Iterator[Record]:
     if not name.endswith((".jsonl", ".jsonl.gz", ".json")):
         raise RecordError(f"'{path}' is none of .jsonl, .jsonl.gz, .json: convert it")
     count = 0
-    for record in _list(path) if name.endswith(".json") else _lines(path):
+    for record in _list(path) if name.endswith(".json") else json_lines(path):
         count += 1
         yield record
     if not count:
         raise RecordError(f"'{path}' is empty: it holds no record")
 
 
-def _lines(path: Path) -> Iterator[Record]:
+def json_lines(path: Path) -> Iterator[Record]:
+    """The objects of a .jsonl or .jsonl.gz file. Raises RecordError (or CorpusError) where it is broken."""
     offset = number = 0
     opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
     try:
@@ -81,8 +83,9 @@ def hub_records(dataset: str, config: str | None, split: str) -> Iterator[Record
     except (
         Exception
     ) as error:  # the library raises a dozen unrelated types for no network and for a wrong name
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UnreachableError(f"the Hugging Face dataset '{dataset}' cannot be read ({why})") from error
+        raise UnreachableError(
+            f"the Hugging Face dataset '{dataset}' cannot be read ({reason_of(error)})"
+        ) from error
 
 
 def text_of(record: dict[str, Any], name: str, where: str, option: str = "") -> str:
