@@ -64,7 +64,7 @@ def test_what_is_wrong_is_named(suite: Path, change: tuple[str, str], message: s
 def test_sets_that_are_not_there_are_named(suite: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="there is no directory"):
         load_suite(suite, tmp_path / "none")
-    with pytest.raises(RecipeError, match="there is no recipe"):
+    with pytest.raises(RecipeError, match="there is no suite of evaluations"):
         load_suite(tmp_path / "none.toml")
 
 

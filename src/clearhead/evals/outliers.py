@@ -147,7 +147,7 @@ class LogitOutliers(Evaluation[LogitOutliersConfig]):
             return self.missing(run, title, question)
         first = first_values(values)
         samples = {
-            arm: {s: _number(v["scalings"][0], "outlier") for s, v in seeds.items()}
+            arm: {s: mean_over_layers(v["scalings"][0], "outlier") for s, v in seeds.items()}
             for arm, seeds in values.items()
         }
         result = compare(samples, "lower", digits=1)
@@ -261,7 +261,7 @@ def one_head_at_a_time(streams: Recorded, queries: int, distance: Tensor) -> Any
             yield logits
 
 
-def _number(found: Mapping[str, Any], name: str) -> NDArray[np.float64]:
+def mean_over_layers(found: Mapping[str, Any], name: str) -> NDArray[np.float64]:
     """One number of each document, mean over layers."""
     return np.mean([one[name] for one in found["layers"]], axis=0)  # type: ignore[no-any-return]
 

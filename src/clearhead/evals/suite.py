@@ -57,7 +57,7 @@ def load_suite(path: Path, sets: Path | None = None) -> Suite:
     """
     if sets is not None and not sets.is_dir():
         raise RecipeError(f"there is no directory {str(sets)!r} of sets")
-    found = validate(SuiteFile, read_toml(path), str(path), (), {})
+    found = validate(SuiteFile, read_toml(path, "suite of evaluations"), str(path), (), {})
     check_evaluate(found.evaluate, str(path), {})
     if "suites" not in found.evaluate.model_fields_set or not found.evaluate.suites:
         raise RecipeError(f"{path}: evaluate.suites names no evaluation")

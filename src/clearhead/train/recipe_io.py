@@ -40,14 +40,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(raw, source=str(path), overrides=given)
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a file. Raises RecipeError when it is missing, unreadable or not TOML."""
+def read_toml(path: Path, kind: str = "recipe") -> dict[str, Any]:
+    """The tables of a file. Raises RecipeError, which calls it a ``kind``, if it is missing, unreadable or not TOML."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(f"there is no recipe {str(path)!r}") from None
+        raise RecipeError(f"there is no {kind} {str(path)!r}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error}") from None
+        raise RecipeError(f"the {kind} {str(path)!r} cannot be read: {error}") from None
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
