@@ -119,6 +119,29 @@ def test_perplexity_and_passkey_are_those_under_each_factor() -> None:
     assert [len(table.rows) for table in section.tables] == [6, 3, 6]
 
 
+def test_an_arm_without_rotation_is_left_out_and_named() -> None:
+    documents = tiny.store([64] * 4)
+    config = ScalingFactorsConfig(
+        factors=[1, 2, 8], perplexity=PerplexityConfig(lengths=[32, 64], segment=0), passkey=None
+    )
+    rope, nope = (
+        ScalingFactors().run(tiny.subject(tiny.ours(position=position), documents), config)
+        for position in ("rope", "nope")
+    )
+    run = _run_of({"RoPE": rope, "RoPE again": rope, "NoPE": nope})
+    for arm in run.arms:
+        arm.seeds[0].results["scaling_factors"] = arm.seeds[0].results.pop("passkey")
+    section = ScalingFactors().section(run)
+    assert "No difference from RoPE detected for RoPE again" in section.answer
+    assert [headline.arm for headline in section.headlines] == ["RoPE", "RoPE again"]
+    reasons = [note for note in section.notes if "no rotary" in note]
+    assert reasons == [
+        "NoPE: perplexity, factor 2; perplexity, factor 8: "
+        + nope["skipped_cells"]["perplexity, factor 2"]
+        + "."
+    ]
+
+
 def test_a_model_without_rotation_has_no_factors() -> None:
     subject = tiny.subject(tiny.ours(position="nope"), tiny.store([64] * 4))
     values = ScalingFactors().run(

@@ -19,6 +19,21 @@ def first_values(values: Values) -> Mapping[str, Any]:
     return next(iter(next(iter(values.values())).values()))
 
 
+def left_out(values: Values, unit: str = "") -> list[str]:
+    """The cells that a model has no number for, a line a reason; it names the arms unless it concerns all of them."""
+    reasons: dict[str, dict[str, None]] = {}
+    concerned: dict[str, dict[str, None]] = {}
+    for arm, seeds in values.items():
+        for value in seeds.values():
+            for cell, why in value.get("skipped_cells", {}).items():
+                reasons.setdefault(why, {})[f"{cell}{unit}"] = None
+                concerned.setdefault(why, {})[arm] = None
+    return [
+        f"{'' if len(concerned[why]) == len(values) else ', '.join(concerned[why]) + ': '}{'; '.join(cells)}: {why}."
+        for why, cells in reasons.items()
+    ]
+
+
 def heat_panels(
     arms: Sequence[str],
     lengths: Sequence[int],

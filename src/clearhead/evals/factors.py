@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from clearhead.evals.base import Evaluation, EvaluationConfig, RunResults, Section, Subject, Table
-from clearhead.evals.by_length import Values, every_length, first_values, shared_lengths, times
+from clearhead.evals.by_length import Values, every_length, first_values, left_out, shared_lengths, times
 from clearhead.evals.compare import compare
 from clearhead.evals.passkey import Passkey, PasskeyConfig
 from clearhead.evals.passkey_section import accuracy
@@ -86,11 +86,14 @@ class ScalingFactors(Evaluation[ScalingFactorsConfig]):
         result, answer, at = None, "Perplexity was not measured for all arms.", ""
         if lengths:
             at = f"{times(lengths[-1], trained)}"
+            # An arm without rotary positions has no factors, and a swing needs two.
             swings = {
                 arm: {seed: swing(v, lengths[-1]) for seed, v in seeds.items()}
                 for arm, seeds in values.items()
+                if all(swing(v, lengths[-1]) for v in seeds.values())
             }
-            if all(row for seeds in swings.values() for row in seeds.values()):
+            answer = "No arm was read under two factors above 1."
+            if swings:
                 result = compare(swings, "lower", digits=3)
                 answer = f"Swing of the loss over factors above 1 at {at}: {result.sentence()}"
         return Section(
@@ -106,7 +109,7 @@ class ScalingFactors(Evaluation[ScalingFactorsConfig]):
             notes=[
                 f"Scaling {first['scaling']!r}, without any training; factor 1 is the model as it is. Options, "
                 "intervals and chance levels: as in the sections on perplexity and passkeys.",
-                *(f"{cell}: {why}." for cell, why in first["skipped_cells"].items()),
+                *left_out(values),
                 *run.skipped(self.name),
             ],
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clearhead.evals.by_length import Values, first_values, heat_panels, length_chart
+from clearhead.evals.by_length import Values, first_values, heat_panels, left_out, length_chart
 from clearhead.evals.compare import Comparison, compare
 from clearhead.evals.paired import shortened
 from clearhead.evals.results import RunResults
@@ -66,7 +66,7 @@ def long_document_section(name: str, title: str, question: str, run: RunResults,
             "depth and arm asks the same questions. Intervals: bootstrap over articles (a Wilson interval over answers "
             "where that is wider), or Student's t over seeds; differences are paired by article. All answers: "
             "long_document_qa.jsonl beside the results.",
-            *(f"{cell}: {why}." for cell, why in first["skipped_cells"].items()),
+            *left_out(values),
             *run.skipped(name),
         ],
     )

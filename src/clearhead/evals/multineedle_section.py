@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clearhead.evals.by_length import Values, first_values, heat_panels, length_chart
+from clearhead.evals.by_length import Values, first_values, heat_panels, left_out, length_chart
 from clearhead.evals.compare import compare
 from clearhead.evals.results import RunResults
 from clearhead.evals.sections import (
@@ -84,7 +84,7 @@ def multi_needle_section(name: str, title: str, question: str, run: RunResults, 
             "every arm, and differences are paired by sample. Intervals: Wilson over samples or Student's t over "
             "seeds, the wider (samples in one text count as independent). All answers: multi_needle.jsonl beside "
             "the results.",
-            *(f"{cell}: {why}." for cell, why in first["skipped_cells"].items()),
+            *left_out(values),
             *run.skipped(name),
         ],
     )

@@ -44,6 +44,7 @@ from clearhead.evals.base import (
     batches,
     inference,
 )
+from clearhead.evals.by_length import left_out
 from clearhead.evals.compare import compare
 from clearhead.evals.statistics import Estimate, proportion
 
@@ -160,7 +161,7 @@ class Needles(Evaluation[NeedlesConfig]):
                 "With several needles, copying any one of them is right 1 time in that number. 'Untrained' is the same "
                 "model before training. Intervals: Wilson over documents or Student's t over seeds, the wider; "
                 "differences are paired by document and seed.",
-                *(f"{cell}: {why}" for cell, why in first["skipped_cells"].items()),
+                *left_out(values),
                 *run.skipped(self.name),
             ],
         )

@@ -40,7 +40,7 @@ from clearhead.evals.base import (
     inference,
     reason_of,
 )
-from clearhead.evals.by_length import Values, first_values, times
+from clearhead.evals.by_length import Values, first_values, left_out, times
 from clearhead.evals.compare import compare
 from clearhead.evals.loss_by_position import bucket_edges
 from clearhead.evals.perplexity import long_documents
@@ -168,7 +168,7 @@ class LogitOutliers(Evaluation[LogitOutliersConfig]):
                 f"streams, before the softmax. 'near': mean logit of the nearest {NEAR} keys less that of the rest, in "
                 "standard deviations of the rest; 0 is a query that cannot tell near from far. Intervals: bootstrap "
                 "over documents or Student's t over seeds, the wider; differences are paired by document.",
-                *(f"{cell}: {why}." for cell, why in first["skipped_cells"].items()),
+                *left_out(values),
                 *run.skipped(self.name),
             ],
         )

@@ -9,6 +9,7 @@ from clearhead.evals.by_length import (
     Values,
     every_length,
     first_values,
+    left_out,
     length_chart,
     length_table,
     shared_lengths,
@@ -72,7 +73,7 @@ def passkey_section(name: str, title: str, question: str, run: RunResults, value
             f"{trained} tokens, the training length.{scaling} Intervals: Wilson over prompts or Student's t over "
             "seeds, the wider; differences are paired by prompt and seed. Accuracies of different forms do not "
             "compare.",
-            *(f"{cell}: {why}." for cell, why in first["skipped_cells"].items()),
+            *left_out(values),
             *run.skipped(name),
         ],
     )

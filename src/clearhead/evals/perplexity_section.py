@@ -12,6 +12,7 @@ from clearhead.evals.by_length import (
     Values,
     every_length,
     first_values,
+    left_out,
     length_chart,
     length_table,
     shared_lengths,
@@ -89,7 +90,7 @@ def perplexity_section(name: str, title: str, question: str, run: RunResults, va
         f"{strides}; {BOS[first['bos']]}; {FIRST[first['first_window']]}; {AVERAGE[first['average']]}.{scaling} "
         "Intervals: bootstrap over documents or Student's t over seeds, the wider; differences are paired by document "
         "and seed. Perplexities of different tokenizers do not compare, bits per byte do.",
-        *(f"{length} tokens: {why}." for length, why in first["skipped_cells"].items()),
+        *left_out(values, " tokens"),
         *run.skipped(name),
     ]
     return Section(

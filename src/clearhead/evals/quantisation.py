@@ -40,7 +40,7 @@ from clearhead.evals.base import (
     inference,
     reason_of,
 )
-from clearhead.evals.by_length import Values, first_values
+from clearhead.evals.by_length import Values, first_values, left_out
 from clearhead.evals.compare import compare
 from clearhead.evals.needles import documents as needle_documents
 from clearhead.evals.needles import exact_match, too_short
@@ -209,7 +209,7 @@ class Quantisation(Evaluation[QuantisationConfig]):
                 "then used at full precision: an emulation, neither faster nor smaller. Differences are from the same "
                 "model unquantised, paired by document; intervals: bootstrap or Wilson over documents or Student's t "
                 "over seeds, the wider.",
-                *(f"{cell}: {why}." for cell, why in first["skipped_cells"].items()),
+                *left_out(values),
                 *run.skipped(self.name),
             ],
         )
