@@ -80,7 +80,7 @@ def test_windows_are_those_by_hand(name: str, bos: str, first_window: str, avera
 def test_the_segment_is_the_same_tokens_after_more_context() -> None:
     model = tiny.ours().double()
     documents = tiny.store([40, 40, 40])
-    config = PerplexityConfig(lengths=[8, 16, 32], segment=4, min_documents=1)
+    config = PerplexityConfig(lengths=[8, 16, 32], segment=4, bos="window", min_documents=1)
     values = Perplexity().run(tiny.subject(model, documents), config)["segment"]
     assert values["tokens"] == 4
     for cell in values["cells"]:
@@ -151,7 +151,7 @@ def test_a_dynamic_scaling_keeps_no_state_between_lengths() -> None:
     scaling = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     documents = tiny.store([64] * 3)
     model = tiny.llama(rope_parameters=scaling).double()
-    config = {"segment": 0, "min_documents": 1, "max_tokens": 64}
+    config = {"segment": 0, "bos": "window", "min_documents": 1, "max_tokens": 64}
     longer_first = Perplexity().run(tiny.subject(model, documents), PerplexityConfig(lengths=[64], **config))
     both = Perplexity().run(tiny.subject(model, documents), PerplexityConfig(lengths=[32, 64], **config))
     # By hand: a fresh model for each window, so that nothing can be left over.
@@ -170,13 +170,24 @@ def test_a_dynamic_scaling_keeps_no_state_between_lengths() -> None:
     assert both["cells"][1]["nats"] == longer_first["cells"][0]["nats"]
 
 
+def test_windows_open_as_the_rows_of_training_did() -> None:
+    documents, model = tiny.store([40] * 4), tiny.llama()
+    asked = PerplexityConfig(lengths=[16], segment=0)
+    for foreign, opening in ((False, "none"), (True, "window")):
+        subject = tiny.subject(model, documents, foreign=foreign)
+        found = Perplexity().run(subject, asked)
+        assert found["bos"] == opening
+        named = Perplexity().run(subject, asked.model_copy(update={"bos": opening}))
+        assert found["cells"] == named["cells"]
+
+
 def test_bits_per_byte_are_of_the_counted_text() -> None:
     words = tiny.tokenizer()
     ids = words.encode("The grass is green and the sky is blue. " * 4, add_special_tokens=False)
     from clearhead.data.store import TokenStore
 
     documents = TokenStore.from_documents([ids], bos_token_id=1)
-    config = PerplexityConfig(lengths=[16], segment=0, min_documents=1, max_tokens=len(ids) + 1)
+    config = PerplexityConfig(lengths=[16], segment=0, bos="window", min_documents=1, max_tokens=len(ids) + 1)
     (cell,) = Perplexity().run(tiny.subject(tiny.llama(), documents), config)["cells"]
     assert cell["bytes"] == [160] and cell["tokens"] == [len(ids)]
     assert cell["bits_per_byte"] == pytest.approx(cell["nats"][0] / math.log(2) / 160, rel=1e-6)

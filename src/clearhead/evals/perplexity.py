@@ -6,7 +6,9 @@ at least ``length − stride`` tokens of context. Every window starts anew at po
 document ends and is as long as the others, so nothing is padded. What published protocols leave open is an option here:
 
 * ``bos``: a bos token in front of every window ("window"; it is one of the ``length`` tokens), of the first alone
-  ("document"), or of none ("none": then nothing predicts a document's first token, and it is not counted);
+  ("document"), or of none ("none": then nothing predicts a document's first token, and it is not counted). By default
+  models trained here are read without, as their rows of text were: cut from one stream, few begin a document, while
+  every row of facts has a bos, so that behind one a model expects facts. Others are read with one in every window;
 * ``first_window``: all its tokens count, those with little context too ("all", as in CoCA and YaRN's paper), or its
   last ``stride`` alone ("stride");
 * ``average``: exp(Σ NLL / Σ tokens) over all documents ("token"), or the mean over documents of each one's
@@ -64,6 +66,7 @@ class PerplexityConfig(EvaluationConfig):
     """lengths: windows in tokens (default: 1, 2, 4, 8 and 16 times the training length, as far as the text reaches).
 
     stride: tokens that a window counts (default: the training length); a window too short for it counts all it can.
+    bos: default "none" for models trained here, "window" for others.
     segment: tokens at the end that every length predicts (default: half of the shortest length; 0 = not measured).
     max_tokens: of a document, from its start (default: the longest length). All lengths count the same documents, those
         that have as many; a length that fewer than ``min_documents`` have is left out.
@@ -74,7 +77,7 @@ class PerplexityConfig(EvaluationConfig):
     lengths: list[int] | None = Field(default=None, min_length=1)
     stride: int | None = Field(default=None, ge=1)
     segment: int | None = Field(default=None, ge=0)
-    bos: Bos = "window"
+    bos: Bos | None = None
     first_window: FirstWindow = "all"
     average: Average = "token"
     max_documents: int = Field(default=32, ge=1)
@@ -117,6 +120,7 @@ class Perplexity(Evaluation[PerplexityConfig]):
                 "skipped": f"a window of {lengths[0]} tokens is too short to measure; give lengths of at least 8"
             }
         store = subject.texts(config.texts)
+        config = config.model_copy(update={"bos": config.bos or ("window" if subject.foreign else "none")})
         bos = None if config.bos == "none" else subject.tokenizer.bos_token_id
         within, skipped = reached(store, lengths, bos is not None, config.min_documents)
         if not within:
@@ -227,7 +231,7 @@ def sliding_rows(
     documents: Sequence[Ids], length: int, stride: int, bos: int | None, config: PerplexityConfig
 ) -> list[Row]:
     """The rows of all windows of all documents."""
-    rule: Bos = config.bos if bos is not None else "none"
+    rule: Bos = "none" if bos is None or config.bos is None else config.bos
     rows = []
     for index, document in enumerate(documents):
         for window in windows(len(document), length, stride, rule, config.first_window):
