@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from clearhead.evals.results import ArmResults, RunResults, SeedResults
 from clearhead.report.build import build_report
 from clearhead.report.palette import arm_inks
-from clearhead.report.training import bytes_text, duration, scaled
+from clearhead.report.training import bytes_text, cost, duration, scaled
 from tests.report.example_run import ARMS, SUITES, make_run
 
 
@@ -198,6 +199,19 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
         build_report(root)
     with pytest.raises(FileNotFoundError, match="not a run directory"):
         build_report(tmp_path)
+
+
+def test_a_pause_does_not_make_an_arm_slow() -> None:
+    def seed(rates: list[float | None]) -> SeedResults:
+        metrics = [{"step": step, "tokens_per_second": rate} for step, rate in enumerate(rates)]
+        return SeedResults(metrics=metrics, cost={"tokens_per_second": 5.0})
+
+    arms = [
+        ArmResults(name, name, "softmax", {0: seed(rates)})
+        for name, rates in (("A", [None, 100.0, 100.0, 1.0]), ("B", [None, 80.0, 80.0, 80.0]), ("C", [None]))
+    ]
+    section = cost(RunResults({}, {}, arms))
+    assert section.answer == "Training speed against A on this machine: B 80 %, C 5 %."
 
 
 def test_numbers_read_as_numbers() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clearhead.evals.results import ArmResults, RunResults
+from clearhead.evals.results import ArmResults, RunResults, SeedResults
 from clearhead.evals.sections import BarChart, BarSeries, LineChart, Section, Series, Table
 from clearhead.evals.statistics import count
 
@@ -195,15 +195,23 @@ def cost(run: RunResults) -> Section:
         "Cost of each arm",
         ["arm", *(name for name, _, _ in columns)],
         rows,
-        f"Means over seeds; (×) is the ratio to {run.baseline.name}. Speed and memory are of this machine, with "
-        "several runs side by side: no benchmark.",
+        f"Means over seeds; (×) is the ratio to {run.baseline.name}. Speed is the median over the intervals that were "
+        "logged, so pauses do not count. Speed and memory are of this machine, with several runs side by side: no "
+        "benchmark.",
     )
     return Section(slug, title, question, answer, tables=[table])
 
 
 def _mean(arm: ArmResults, key: str) -> float | None:
-    values = [float(seed.cost[key]) for seed in arm.seeds.values() if seed.cost.get(key) is not None]
+    read = _speed if key == "tokens_per_second" else lambda seed: seed.cost.get(key)
+    values = [float(value) for seed in arm.seeds.values() if (value := read(seed)) is not None]
     return float(np.mean(values)) if values else None
+
+
+def _speed(seed: SeedResults) -> float | None:
+    """Tokens per second of a finished training, as it went between pauses."""
+    logged = [rate for record in seed.metrics if (rate := record.get("tokens_per_second")) is not None]
+    return float(np.median(logged)) if logged and seed.cost else seed.cost.get("tokens_per_second")
 
 
 def _percent(value: float | None, reference: float | None) -> str:
