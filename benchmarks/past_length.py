@@ -124,12 +124,22 @@ def measurements(run: RunResults, seeds: Sequence[int]) -> list[Measured]:
             shares=True,
         )
 
+    def growth(long: Measured, short: Measured) -> Measured:
+        """What a model loses past the training length, whatever it had there: the same documents, longer windows."""
+        more = {
+            arm: {seed: list(np.subtract(row, short.samples[arm][seed])) for seed, row in rows.items()}
+            for arm, rows in long.samples.items()
+        }
+        title = f"Bits per byte more than in windows of {short.column}, as trained"
+        return Measured(title, long.column, "lower", 3, more, denominators=long.denominators)
+
     first = {name: found["values"] for name, found in run.arms[0].seeds[seeds[0]].results.items()}
     factors = first["scaling_factors"]["factors"]
     stretched = [factor for factor in factors if float(factor) > 1]
     read = [cell["length"] for cell in factors["1"]["perplexity"]["cells"]]
     asked = [cell["length"] for cell in factors["1"]["passkey"]["cells"]]
     made = [text(cell["length"]) for cell in first["perplexity"]["cells"]]
+    made += [growth(one, made[0]) for one in made[1:]]
     made += [text(length, factor) for factor in stretched for length in read]
     made += [passkey(cell["length"]) for cell in first["passkey"]["cells"]]
     made += [passkey(length, factor) for factor in stretched for length in asked]

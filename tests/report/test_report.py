@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from clearhead.evals.results import ArmResults, RunResults, SeedResults
+from clearhead.evals.sections import LineChart, Series
 from clearhead.report.build import build_report
+from clearhead.report.charts import draw
 from clearhead.report.palette import arm_inks
 from clearhead.report.training import bytes_text, cost, duration, scaled
 from tests.report.example_run import ARMS, SUITES, make_run
@@ -128,6 +130,24 @@ def test_an_arm_has_one_colour_in_every_chart_and_no_colour_is_fixed(page: str) 
     assert set(drawn) == {ink.name for ink in inks.values()}
     fixed = set(re.findall(r"#[0-9a-f]{6}\b", "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))))
     assert fixed <= {"#fffffe"}, "everything else follows the reader's light or dark setting"
+
+
+def test_a_chart_of_many_arms_tells_them_apart_and_has_no_bands() -> None:
+    names = [f"arm {index}" for index in range(11)]
+    few, many = (
+        LineChart(
+            "c", "Chart", "x", "y", [Series(name, [1, 2], [1.0, 2.0], [0.5, 1.5], [1.5, 2.5], name) for name in some],
+            markers=True,
+        )
+        for some in (names[:6], names)
+    )  # fmt: skip
+    assert not few.bands_left_out and many.bands_left_out
+    drawn = [draw(chart, arm_inks(names)) for chart in (few, many)]
+    assert [len(figure.axes[0].collections) for figure in drawn] == [6, 0]
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in drawn[1].axes[0].lines}
+    assert len(looks) == 11
+    assert len({(color, marker) for color, marker, _ in looks}) == 11, "also where dashes cannot be seen"
+    assert drawn[1].get_figheight() > drawn[0].get_figheight()
 
 
 def test_both_reading_modes_and_print_are_styled(page: str) -> None:

@@ -15,6 +15,10 @@ from clearhead.evals.statistics import Estimate
 Values = Sequence[float | None]
 
 
+MOST_BANDS = 6
+"""Lines of one chart that are drawn with their intervals."""
+
+
 @dataclass(frozen=True)
 class Series:
     """One curve; ``low`` and ``high`` span a band around it."""
@@ -49,6 +53,11 @@ class LineChart:
     markers: bool = False
     y_range: tuple[float, float] | None = None
     references: Sequence[Reference] = ()
+
+    @property
+    def bands_left_out(self) -> bool:
+        """Intervals as bands over one another cannot be read, nor what lies under them."""
+        return len(self.series) > MOST_BANDS and any(series.low is not None for series in self.series)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from clearhead.evals.sections import BarChart, BarSeries, Chart, HeatMap, LineChart, Panel, Reference, Values
-from clearhead.report.palette import HEAT, MARKERS, MUTED, PAPER, PARTS, RULE, TEXT, Ink, all_inks
+from clearhead.report.palette import ARMS, HEAT, MARKERS, MUTED, PAPER, PARTS, RULE, TEXT, Ink, all_inks
 
 WIDTH = 4.7
 """Inches of every chart: about 450 pixels on a page, readable at the 350 of a phone."""
@@ -33,6 +33,8 @@ INK_ON_HEAT = 0.55
 WHITE = "#fffffe"
 """White on a strong colour, light or dark page: not the colour of the paper, which changes."""
 LEGEND_CHARACTERS = 54
+LEGEND_ROW = 0.18
+"""Inches."""
 FEW_TICKS = 6
 """Up to so many distinct x values are ticks themselves."""
 
@@ -137,17 +139,18 @@ def _ink(arm: str | None, arms: Arms, index: int) -> Ink:
     return arms[arm] if arm is not None and arm in arms else PARTS[index % len(PARTS)]
 
 
-def _marker(arm: str | None, arms: Arms, index: int) -> str:
-    place = list(arms).index(arm) if arm is not None and arm in arms else index
-    return MARKERS[place % len(MARKERS)]
+def _place(arm: str | None, arms: Arms, index: int) -> int:
+    return list(arms).index(arm) if arm is not None and arm in arms else index
 
 
 def _legend(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
-    """One row above the chart, or as many as the names need."""
+    """One row above the chart, or as many as the names need; from the third on the figure grows with them."""
     if not handles:
         return
     sizes = [len(str(handle.get_label())) + 5 for handle in handles]
     columns = len(handles) if sum(sizes) <= LEGEND_CHARACTERS else max(1, LEGEND_CHARACTERS // max(sizes))
+    more = math.ceil(len(handles) / columns) - 2
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * max(0, more))
     figure.legend(
         handles=handles,
         loc="outside upper left",
@@ -210,10 +213,11 @@ def _draw_lines(chart: LineChart, arms: Arms) -> Figure:
     handles = []
     for index, series in enumerate(chart.series):
         color = _ink(series.arm, arms, index).light
-        marker = _marker(series.arm, arms, index) if chart.markers else None
+        place = _place(series.arm, arms, index)
+        marker = MARKERS[place % len(MARKERS)] if chart.markers else None
         x, y = np.asarray(series.x, dtype=float), np.asarray(_floats(series.y))
         style = "steps-post" if chart.step else "default"
-        if series.low is not None and series.high is not None:
+        if series.low is not None and series.high is not None and not chart.bands_left_out:
             low, high = _floats(series.low), _floats(series.high)
             axes.fill_between(
                 x, low, high, step="post" if chart.step else None, color=color, alpha=0.13, linewidth=0
@@ -223,6 +227,8 @@ def _draw_lines(chart: LineChart, arms: Arms) -> Figure:
             y,
             color=color,
             drawstyle=style,
+            # The colours begin anew with the ninth arm.
+            linestyle="solid" if place < len(ARMS) else (0, (2.2, 1.6)),
             marker=marker,
             markersize=4.5,
             markeredgewidth=0,

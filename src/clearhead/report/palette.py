@@ -45,7 +45,8 @@ RULE = Ink("rule", "#dfe2e6", "#33383f")
 HEAT = Ink("heat", "#4a4596", "#8079de")
 PAPER = Ink("paper", "#ffffff", "#16181b")
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "p", ">")
+"""Not as many as colours, so that the ninth arm, which has the first one's colour, has another marker."""
 
 
 def arm_inks(arms: Sequence[str]) -> dict[str, Ink]:
