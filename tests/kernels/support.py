@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clearhead.functional import attention, differential_attention
 from clearhead.kernels.cpu import library
+from tests.kernels import plain
 from tests.oracles import differential, softmax
 from tests.oracles.softmax import visible
 
@@ -190,6 +191,13 @@ def oracle_of(case: Case) -> Callable[..., Tensor]:
     return lambda q, k, v, lam=case.lam: differential.differential_attention(q, k, v, lam, **arguments)
 
 
+def plain_of(case: Case) -> Callable[..., Tensor]:
+    arguments: dict[str, Any] = {"allowed": make_masks(case).allowed, "scale": case.scale}
+    if case.streams == 1:
+        return lambda q, k, v: plain.attention(q, k, v, **arguments)
+    return lambda q, k, v, lam=case.lam: plain.attention(q, k, v, lam, **arguments)
+
+
 def rounding(case: Case, inputs: Inputs, dtype: torch.dtype, allowed: Tensor | None = None) -> list[Tensor]:
     """What one rounding of every number on the way may do to the output and to each gradient, element by element.
 
@@ -253,7 +261,7 @@ def rounding(case: Case, inputs: Inputs, dtype: torch.dtype, allowed: Tensor | N
 
 @dataclass(frozen=True)
 class Solution:
-    """A case in one dtype: its inputs, the oracle's answers, `rounding`, and eager attention's answers."""
+    """A case in one dtype: its inputs, the oracle's answers, `rounding`, and the answers of plain arithmetic."""
 
     inputs: Inputs
     expected: list[Tensor]
@@ -268,12 +276,14 @@ def solve(case: Case, dtype: torch.dtype) -> Solution:
         inputs,
         answers(oracle_of(case), inputs, torch.float64, "dense"),
         rounding(case, inputs, dtype),
-        answers(op_of(case, "eager"), inputs, dtype, "dense"),
+        answers(plain_of(case), inputs, dtype, "dense"),
     )
 
 
 NAMES = ("output", "gradient of q", "gradient of k", "gradient of v", "gradient of λ")
 ROUNDINGS = 2
+# Every instruction set stays below 0.81 of this over all cases; sums in one long chain, for widths of 256 and 512, reach 1.2.
+WORSE = 1.5
 HANDFUL = 32
 
 
@@ -289,15 +299,16 @@ def assert_rounding_only(
 
 
 def assert_right(found: Sequence[Tensor], solution: Solution, dtype: torch.dtype) -> None:
-    """`assert_rounding_only`, and each tensor as a whole at most twice as far off as eager attention's.
+    """`assert_rounding_only`, and each tensor as a whole at most WORSE times as far off as plain arithmetic (`plain.py`).
 
-    Give or take 2ε of the tensor itself. Not asked of a handful of numbers: eager attention may get them right by luck.
+    Give or take WORSE ε of the tensor itself. Not asked of a handful of numbers: plain sums may get them right by luck.
+    Nothing here depends on the processor's libraries, so a bound that holds on one holds on all.
     """
     assert len(found) in (1, len(solution.expected))
     assert_rounding_only(found, solution.expected, solution.units)
     for name, a, b, plain in zip(NAMES, found, solution.expected, solution.plain, strict=False):
         error, own = float((a - b).norm()), float((plain - b).norm())
-        allowed = 2 * own + 2 * torch.finfo(dtype).eps * float(b.norm())
+        allowed = WORSE * (own + torch.finfo(dtype).eps * float(b.norm()))
         assert error <= allowed or b.numel() < HANDFUL, (
-            f"the {name} is {error:.2e} off, over {allowed:.2e}; eager attention is {own:.2e} off"
+            f"the {name} is {error:.2e} off, over {allowed:.2e}; plain arithmetic is {own:.2e} off"
         )

@@ -109,15 +109,30 @@ static void panel_product(int64_t M, int64_t K, const float* A, int64_t stride, 
   last_rows<Unit, COLUMNS, ROW_MAJOR, MR - 1>(M - m, K, A + m * step, stride, B, ldb, C + m * ldc, ldc, accumulate, ahead);
 }
 
+// Rounding grows with the length of a chain of additions: a reduction of more than LONGEST units is cut into chains of
+// CHAIN, which C adds up.
+constexpr int64_t CHAIN = 64;
+constexpr int64_t LONGEST = 128;
+
 // ROW_MAJOR: A's rows are `stride` apart and its reduction is contiguous. Otherwise A is stored transposed: unit (m, k)
 // at A[m + k·stride].
 template <class Unit, bool ROW_MAJOR, class Ahead>
 static void product(int64_t M, int64_t N, int64_t K, const float* A, int64_t stride, const float* B, int64_t ldb,
                     int64_t panel_stride, float* C, int64_t ldc, bool accumulate, Ahead& ahead) {
-  int64_t n = 0;
-  for (; n + PANEL <= N; n += PANEL, B += panel_stride)
-    panel_product<Unit, 2, ROW_MAJOR>(M, K, A, stride, B, ldb, C + n, ldc, accumulate, ahead);
-  if (n < N) panel_product<Unit, 1, ROW_MAJOR>(M, K, A, stride, B, ldb, C + n, ldc, accumulate, ahead);
+  const int64_t chain = K > LONGEST ? CHAIN : K;
+  for (int64_t n = 0; n < N; n += PANEL, B += panel_stride) {
+    int64_t k = 0;
+    do {
+      const int64_t deep = K - k < chain ? K - k : chain;
+      const float* left = A + (ROW_MAJOR ? k : k * stride);
+      const bool add = accumulate || k > 0;
+      if (n + PANEL <= N)
+        panel_product<Unit, 2, ROW_MAJOR>(M, deep, left, stride, B + k * ldb, ldb, C + n, ldc, add, ahead);
+      else
+        panel_product<Unit, 1, ROW_MAJOR>(M, deep, left, stride, B + k * ldb, ldb, C + n, ldc, add, ahead);
+      k += chain;
+    } while (k < K);
+  }
 }
 
 template <class Unit, bool ROW_MAJOR>
