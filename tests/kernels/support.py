@@ -282,7 +282,7 @@ def solve(case: Case, dtype: torch.dtype) -> Solution:
 
 NAMES = ("output", "gradient of q", "gradient of k", "gradient of v", "gradient of λ")
 ROUNDINGS = 2
-# Every instruction set stays below 0.81 of this over all cases; sums in one long chain, for widths of 256 and 512, reach 1.2.
+# Every instruction set stays below 0.81 of what this allows; sums in one chain of 256 or 512 reach 1.2 of it.
 WORSE = 1.5
 HANDFUL = 32
 
@@ -299,15 +299,15 @@ def assert_rounding_only(
 
 
 def assert_right(found: Sequence[Tensor], solution: Solution, dtype: torch.dtype) -> None:
-    """`assert_rounding_only`, and each tensor as a whole at most WORSE times as far off as plain arithmetic (`plain.py`).
+    """`assert_rounding_only`, and each tensor as a whole at most WORSE times as far off as plain arithmetic's.
 
-    Give or take WORSE ε of the tensor itself. Not asked of a handful of numbers: plain sums may get them right by luck.
+    That is `plain.py`'s, give or take ε of the tensor. Not asked of a handful of numbers, which luck may get right.
     Nothing here depends on the processor's libraries, so a bound that holds on one holds on all.
     """
     assert len(found) in (1, len(solution.expected))
     assert_rounding_only(found, solution.expected, solution.units)
-    for name, a, b, plain in zip(NAMES, found, solution.expected, solution.plain, strict=False):
-        error, own = float((a - b).norm()), float((plain - b).norm())
+    for name, a, b, simple in zip(NAMES, found, solution.expected, solution.plain, strict=False):
+        error, own = float((a - b).norm()), float((simple - b).norm())
         allowed = WORSE * (own + torch.finfo(dtype).eps * float(b.norm()))
         assert error <= allowed or b.numel() < HANDFUL, (
             f"the {name} is {error:.2e} off, over {allowed:.2e}; plain arithmetic is {own:.2e} off"
