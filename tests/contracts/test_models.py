@@ -230,6 +230,7 @@ def test_attention_implementations_agree(name: str) -> None:
     assert max(distance(logits["eager"], logits[other]) for other in ("clearhead", "sdpa")) < 1e-5
 
 
+@pytest.mark.compiles
 def test_flex_attention_agrees_on_padding() -> None:
     model, ids = make_model("differential", num_hidden_layers=1), tokens(2, 6)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
