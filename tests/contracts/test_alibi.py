@@ -95,7 +95,8 @@ def test_slopes_follow_their_heads_through_every_lowering(
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.compiles] * (kind == "fixed_cache_padded")) for kind in KINDS]
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.compiles] * (kind == "fixed_cache_padded")) for kind in KINDS],
 )
 def test_flex_is_as_good_as_plain(kind: str) -> None:
     case = KINDS[kind]
