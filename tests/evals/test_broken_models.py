@@ -14,7 +14,6 @@ from clearhead import registry
 from clearhead.evals.base import Evaluation, EvaluationConfig, RunResults, Section, Subject
 from clearhead.evals.finite import broken_weights
 from clearhead.evals.job import measured, run_suites
-from clearhead.evals.lm_eval import turns_by_length
 from clearhead.train.callbacks import Journal
 from clearhead.train.status import write_json
 from tests.evals import tiny
@@ -96,30 +95,3 @@ def test_files_hold_null_where_a_number_is_none(tmp_path: Path, monkeypatch: pyt
     assert len(found) == 3
     assert json.loads((tmp_path / "results/counting.json").read_text())["values"]["spread"] is None
     assert json.loads((tmp_path / "other.json").read_text()) == {"a": [None, [1.0, None]], "b": "NaN"}
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_the_harness_reads_one_request_at_a_time_where_padding_would_lengthen_it(kind: str) -> None:
-    """Under a scaling that looks at the length a score is that of a batch of one, whatever the batch size."""
-    pytest.importorskip("lm_eval")
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
-    if kind == "longrope":
-        rope |= {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "original_max_position_embeddings": 16}
-    model, plain = tiny.ours(rope_parameters=rope), tiny.ours()
-    assert turns_by_length(model) and not turns_by_length(plain)
-    assert turns_by_length(tiny.llama(rope_parameters=rope))
-    texts = ["the sky", "grass is green and " * 3, "what is hidden here? " * 5, "a"]
-
-    def scores(size: int) -> list[float]:
-        reader = HFLM(pretrained=model, tokenizer=tiny.tokenizer(), batch_size=size, max_length=400)
-        requests = [
-            Instance("loglikelihood", {}, (text, " the grass is green"), i) for i, text in enumerate(texts)
-        ]
-        return [score for score, _ in reader.loglikelihood(requests, disable_tqdm=True)]
-
-    alone = scores(1)
-    # What the harness's own batching would say, and why the evaluation does not use it.
-    assert max(abs(a - b) for a, b in zip(alone, scores(4), strict=True)) > 1e-2

@@ -163,7 +163,7 @@ class Tally:
         self.whole: dict[str, Magnitudes] = {}
         self._reading = 0
         with (
-            inference(model),
+            inference(model, length=rows[0].shape[1]),
             recorded(model, self._logits),
             _hidden(layers, self._hidden_states),
         ):

@@ -240,7 +240,7 @@ def allocate(
     Raises ValueError for a model that gives no attention maps.
     """
     shares, negatives = [], []
-    with inference(model, "eager"):
+    with inference(model, "eager", length=len(samples[0].input_ids)):
         for part in batches(len(samples), batch_tokens // len(samples[0].input_ids)):
             chosen = [samples[i] for i in part]
             ids = torch.from_numpy(np.stack([sample.input_ids for sample in chosen])).to(device)

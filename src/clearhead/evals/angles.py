@@ -95,7 +95,7 @@ class InitialAngles(Evaluation[InitialAnglesConfig]):
                 tally(layers, streams, at, config.bins)
 
         try:
-            with inference(subject.model), recorded(subject.model, record):
+            with inference(subject.model, length=length), recorded(subject.model, record):
                 for document in documents:
                     ids = torch.from_numpy(np.concatenate([head, document]).astype(np.int64))[None]
                     subject.model.base_model(input_ids=ids.to(subject.device), use_cache=False)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from clearhead.evals.base import Subject, batches, inference, to_batch
 from clearhead.evals.multineedle_answers import Asked, answer
 from clearhead.evals.passkey import greedy
-from clearhead.evals.rescale import GROWING, rescaled
+from clearhead.evals.rescale import growing, rescaled
 from clearhead.evals.scoring import suffix_losses
 
 if TYPE_CHECKING:
@@ -125,13 +125,6 @@ def likelihoods(
                     ids, start = rows[i]
                     found[i] = [-nats for nats in row[start - first : len(ids) - first]]
     return found
-
-
-def growing(model: PreTrainedModel) -> bool:
-    """Whether the rotary frequencies depend on the length of a call."""
-    parameters = model.config.to_dict().get("rope_parameters") or {}
-    kinds = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
-    return any(part.get("rope_type") in GROWING for part in kinds)
 
 
 def weights_of(model: PreTrainedModel) -> float:

@@ -96,7 +96,7 @@ class ArHit(Evaluation[ArHitConfig]):
             }
         rows = np.stack([np.concatenate([head, texts[i]]) for i in kept]).astype(np.int64)
         losses = []
-        with inference(subject.model):
+        with inference(subject.model, length=length):
             for span in batches(len(rows), config.batch_tokens // length):
                 ids = torch.from_numpy(rows[span.start : span.stop]).to(subject.device)
                 losses.append(suffix_losses(subject.model, ids, 1).double().cpu().numpy())

@@ -7,6 +7,7 @@ memory, so a report can be made on another machine, long after, from the files a
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from clearhead.data.retrieval import NeedleRange
 from clearhead.evals.finite import broken_weights
+from clearhead.evals.rescale import rescaled
 from clearhead.evals.results import ArmResults, RunResults, SeedResults, load_run
 from clearhead.evals.sections import (
     BarChart,
@@ -37,6 +39,7 @@ from clearhead.evals.sections import (
     Series,
     Table,
 )
+from clearhead.positions.length import UnknownLengthsWarning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -187,15 +190,23 @@ def reason_of(error: Exception) -> str:
 
 
 @contextmanager
-def inference(model: PreTrainedModel, implementation: str | None = None) -> Iterator[None]:
-    """No gradients, eval mode, optionally another attention implementation; all restored afterwards."""
+def inference(
+    model: PreTrainedModel, implementation: str | None = None, *, length: int | None = None
+) -> Iterator[None]:
+    """No gradients, eval mode, optionally another attention implementation; all restored afterwards.
+
+    length: tokens of every text that is read inside. A rotary scaling of a Hugging Face model that depends on it is
+        settled for it; by itself it would be what earlier and longer texts have left behind.
+    """
     training = model.training
     previous = str(model.config._attn_implementation)
     model.eval()
     if implementation is not None:
         model.set_attn_implementation(implementation)
     try:
-        with torch.inference_mode():
+        with rescaled(model, length=length), torch.inference_mode(), warnings.catch_warnings():
+            # Texts that are read together here have one length, or a scaling that does not look at it.
+            warnings.simplefilter("ignore", UnknownLengthsWarning)
             yield
     finally:
         model.train(training)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from clearhead.evals.many_shot_data import divide
 from clearhead.evals.many_shot_prompts import SEPARATOR, Form, LabelTrie, make_prompts, make_trie
 from clearhead.evals.many_shot_scoring import Reader, Score, decide
 from clearhead.evals.records import RecordError, UnreachableError
-from clearhead.evals.rescale import GROWING, rescaled
+from clearhead.evals.rescale import growing, rescaled
 from clearhead.evals.samples import SampleLog
 
 CONTEXT = -1
@@ -181,28 +181,18 @@ def measure(
 ) -> dict[tuple[Any, ...], str]:
     """Answers what ``log`` does not have; why blocks were left out, by their keys.
 
-    Blocks of a family begin alike. A rotary scaling that grows with the length is settled for the longest prompt and
-    answer of a block, and each block is then a family of its own, so that no result depends on what else is measured.
+    Blocks of a family begin alike. A rotary scaling that grows with the length is settled for each prompt and its
+    longest answer, and only prompts of one length are read together, so that no result depends on what else is asked.
     Raises ValueError for rotary parameters that the model cannot take.
     """
     model = subject.model
-    scaling = config.rope_parameters or model.config.to_dict().get("rope_parameters") or {}
-    if scaling.get("rope_type") in GROWING:
-        families = [[block] for family in families for block in family]
     failed: dict[tuple[Any, ...], str] = {}
-    for family in families:
-        todo = {
-            block: left
-            for block in family
-            if (left := [row for row, i in enumerate(block.indices) if not log.has((*block.key, i))])
-        }
-        if not todo:
-            continue
+    for todo in _together(families, log, growing(model, config.rope_parameters)):
         longest = max(todo, key=lambda block: len(block.context))
-        length = max(block.tokens for block in todo) + task.trie.longest
+        prompts = [block.prompts[row] for block, rows in todo.items() for row in rows]
+        length = max(map(len, prompts)) + task.trie.longest
         trained = subject.training_length
         with rescaled(model, config.rope_parameters, trained=trained, length=length), inference(model):
-            prompts = [block.prompts[row] for block, rows in todo.items() for row in rows]
             common = longest.context if config.share_prefix else None
             try:
                 reader = Reader(model, prompts, common, batch_tokens=config.batch_tokens, length=length)
@@ -211,6 +201,24 @@ def measure(
             except torch.OutOfMemoryError as error:
                 failed |= dict.fromkeys((block.key for block in todo), reason_of(error))
     return failed
+
+
+def _together(
+    families: Sequence[Sequence[Block]], log: SampleLog, by_length: bool
+) -> Iterator[dict[Block, list[int]]]:
+    """Blocks, and which of their prompts are still to be answered, that are read together; of one length if asked."""
+    for family in families:
+        todo = {
+            block: [row for row, i in enumerate(block.indices) if not log.has((*block.key, i))]
+            for block in family
+        }
+        if not by_length:
+            if any(todo.values()):
+                yield {block: rows for block, rows in todo.items() if rows}
+            continue
+        for block, rows in todo.items():
+            for length in sorted({len(block.prompts[row]) for row in rows}):
+                yield {block: [row for row in rows if len(block.prompts[row]) == length]}
 
 
 def _answer(

@@ -9,6 +9,7 @@ no window has predicted yet are counted, so that every token counts once and, pa
 from __future__ import annotations
 
 import math
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from clearhead.evals.base import (
     token_losses,
 )
 from clearhead.evals.compare import compare
+from clearhead.evals.rescale import growing
 
 
 class LanguageModellingConfig(EvaluationConfig):
@@ -94,13 +96,16 @@ class LanguageModelling(Evaluation[LanguageModellingConfig]):
         # Similar lengths side by side keep the padding small.
         windows.sort(key=lambda window: -len(window[1]))
         totals = np.zeros(len(documents))
-        with inference(subject.model):
-            for span in batches(len(windows), batch_tokens // length):
-                part = [windows[i] for i in span]
-                losses = token_losses(subject.model, to_batch([row for _, row, _ in part], subject.device))
-                table = losses.double().cpu().numpy()
-                for (index, row, first), values in zip(part, table, strict=True):
-                    totals[index] += values[first - 1 : len(row) - 1].sum()
+        apart = growing(subject.model)
+        for size, same in groupby(windows, lambda window: len(window[1]) if apart else None):
+            rows = list(same)
+            with inference(subject.model, length=size):
+                for span in batches(len(rows), batch_tokens // length):
+                    part = [rows[i] for i in span]
+                    ids = to_batch([row for _, row, _ in part], subject.device)
+                    table = token_losses(subject.model, ids).double().cpu().numpy()
+                    for (index, row, first), values in zip(part, table, strict=True):
+                        totals[index] += values[first - 1 : len(row) - 1].sum()
         return totals
 
     def section(self, run: RunResults) -> Section:

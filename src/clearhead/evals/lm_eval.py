@@ -8,6 +8,7 @@ with the reason. The retrieval tasks of this library are among them (:mod:`clear
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from pydantic import Field
 from clearhead.evals.base import Evaluation, EvaluationConfig, RunResults, Section, Subject, Table, reason_of
 from clearhead.evals.by_length import Values
 from clearhead.evals.compare import compare
-from clearhead.evals.rescale import GROWING
+from clearhead.evals.harness import harness_model
 from clearhead.evals.statistics import decimal
 
 INCLUDE_PATH = Path(__file__).parents[1] / "lm_eval_tasks"
@@ -47,21 +48,20 @@ class LmEval(Evaluation[LmEvalConfig]):
         """Raises ValueError without lm-eval: that is no property of the model."""
         if importlib.util.find_spec("lm_eval") is None:
             raise ValueError("the standard benchmarks need lm-eval: pip install 'clearhead[lm-eval]'")
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
         tokenizer: Any = subject.tokenizer
         metadata = {"pretrained": tokenizer.name_or_path or None, **config.metadata}
         manager = TaskManager(include_path=str(INCLUDE_PATH), metadata=metadata)
-        # The harness pads on the right without a mask: a scaling that looks at the length would take padding for text.
-        size = 1 if turns_by_length(subject.model) else config.batch_size
-        model = HFLM(pretrained=subject.model, tokenizer=tokenizer, batch_size=size)
+        model = harness_model(subject.model, tokenizer, config.batch_size)
         tasks: dict[str, Any] = {}
         skipped: dict[str, str] = {}
         for name in dict.fromkeys(config.tasks):
             # Whatever goes wrong with one task (no network, no such name) must not lose the others.
             try:
-                tasks |= measured(model, name, manager, config)
+                found, odd = measured(model, name, manager, config)
+                tasks |= found
+                skipped |= odd
             except Exception as error:
                 skipped[name] = reason_of(error)
         if not tasks:
@@ -76,18 +76,13 @@ class LmEval(Evaluation[LmEvalConfig]):
         return lm_eval_section(self.name, title, question, run, values)
 
 
-def turns_by_length(model: Any) -> bool:
-    """Whether its rope scaling turns a token by how long the row is, so that padding would change a score."""
-    if model.config.model_type == "clearhead":
-        return any(method.depends_on_length for method in model.position_methods().values())
-    rope = model.config.get_text_config().to_dict().get("rope_parameters") or {}
-    # One scaling, or one for each type of layer.
-    each = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
-    return any(one.get("rope_type") in GROWING for one in each)
+def measured(
+    model: Any, name: str, manager: Any, config: LmEvalConfig
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tasks that ``name`` stands for: their numbers, and what each question counts of the main one.
 
-
-def measured(model: Any, name: str, manager: Any, config: LmEvalConfig) -> dict[str, Any]:
-    """The tasks that ``name`` stands for: their numbers, and what each question counts of the main one."""
+    Beside them what is left out, with the reason: numbers that are NaN or infinite, and tasks that have no other.
+    """
     from lm_eval import simple_evaluate
 
     done = simple_evaluate(
@@ -100,6 +95,7 @@ def measured(model: Any, name: str, manager: Any, config: LmEvalConfig) -> dict[
         bootstrap_iters=1000,
     )
     found: dict[str, Any] = {}
+    odd: dict[str, str] = {}
     for task, rows in done["samples"].items():
         metrics: dict[str, dict[str, float | None]] = {}
         for key, value in done["results"][task].items():
@@ -107,10 +103,14 @@ def measured(model: Any, name: str, manager: Any, config: LmEvalConfig) -> dict[
             if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
                 error = done["results"][task].get(f"{metric}_stderr,{kind}")
                 shown = metric if kind == "none" else f"{metric}, {kind}"
-                metrics[shown] = {
-                    "value": float(value),
-                    "stderr": error if isinstance(error, float) else None,
-                }
+                if not math.isfinite(value):
+                    odd[f"{task}, {shown}"] = f"it is {value}"
+                    continue
+                known = isinstance(error, float) and math.isfinite(error)
+                metrics[shown] = {"value": float(value), "stderr": error if known else None}
+        if not metrics:
+            odd.setdefault(task, "the harness gave no number for it")
+            continue
         main = next((metric for metric in MAIN if metric in metrics), next(iter(metrics)))
         marks = [row[main] for row in sorted(rows, key=lambda row: int(row["doc_id"])) if main in row]
         found[task] = {
@@ -118,13 +118,13 @@ def measured(model: Any, name: str, manager: Any, config: LmEvalConfig) -> dict[
             "main": main,
             # Of some numbers (a perplexity over all documents) a question has no part.
             "samples": [float(mark) for mark in marks]
-            if all(isinstance(m, int | float) for m in marks)
+            if all(isinstance(m, int | float) and math.isfinite(m) for m in marks)
             else [],
             "n": len(rows),
             "version": str(done["versions"].get(task)),
             "num_fewshot": done["n-shot"].get(task),
         }
-    return found
+    return found, odd
 
 
 def lm_eval_section(name: str, title: str, question: str, run: RunResults, values: Values) -> Section:

@@ -81,7 +81,7 @@ class LossByPosition(Evaluation[LossByPositionConfig]):
             }
         rows = np.stack([np.concatenate([head, text]) for text in texts])
         losses = []
-        with inference(subject.model):
+        with inference(subject.model, length=length):
             for span in batches(len(rows), config.batch_tokens // length):
                 ids = torch.from_numpy(rows[span.start : span.stop]).to(subject.device)
                 losses.append(suffix_losses(subject.model, ids, 1).double().cpu().numpy())

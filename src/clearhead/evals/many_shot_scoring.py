@@ -23,7 +23,8 @@ from transformers import DynamicCache
 
 from clearhead.evals.base import batches, to_batch
 from clearhead.evals.many_shot_prompts import LabelTrie, Tokens
-from clearhead.evals.multineedle_answers import KeysValues, beginning_of, grows, prefill, shared
+from clearhead.evals.multineedle_answers import KeysValues, beginning_of, prefill, shared
+from clearhead.evals.rescale import grows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -51,7 +51,7 @@ from clearhead.evals.multineedle_prompts import (
 )
 from clearhead.evals.multineedle_section import multi_needle_section
 from clearhead.evals.passkey import greedy
-from clearhead.evals.rescale import rescaled
+from clearhead.evals.rescale import growing, rescaled
 from clearhead.evals.samples import SampleLog
 
 PER_NUMBER = 64
@@ -156,8 +156,11 @@ class MultiNeedle(Evaluation[MultiNeedleConfig]):
         documents = documents_of(subject, tokenizer, config.haystack)
         skipped: dict[str, str] = {}
         with SampleLog.open(subject.folder, self.name, self._about(subject, config, documents)) as log:
-            for length in dict.fromkeys(cell.length for cell in cells):
-                todo = [cell for cell in cells if cell.length == length]
+            # A scaling that grows is settled for prompt and answer, and no other cell may have a say in that.
+            apart = growing(subject.model, config.rope_parameters)
+            kinds = {cell: (cell.length, config.new_tokens(cell.asked) if apart else 0) for cell in cells}
+            for kind in dict.fromkeys(kinds.values()):
+                todo = [cell for cell in cells if kinds[cell] == kind]
                 for cell, reason in measure(subject, tokenizer, config, form, documents, todo, log).items():
                     skipped[cell.name()] = reason
             values = [self._values(cell, log.records) for cell in cells if cell.name() not in skipped]

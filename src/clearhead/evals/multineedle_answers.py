@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from clearhead.evals.multineedle_prompts import found
-from clearhead.evals.rescale import GROWING
+from clearhead.evals.rescale import grows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,13 +43,6 @@ class Asked:
     one_line: bool
     new_tokens: int
     expected: NDArray[np.int64] | None = None
-
-
-def grows(model: PreTrainedModel) -> bool:
-    """Whether a model of this library has a rotary scaling that depends on the length of each call."""
-    known = model.config.to_dict()
-    scaling = known.get("rope_parameters") or {}
-    return known.get("model_type") == "clearhead" and scaling.get("rope_type") in GROWING
 
 
 def prefill(model: PreTrainedModel, ids: NDArray[np.int64]) -> KeysValues | None:

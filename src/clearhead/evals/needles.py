@@ -213,7 +213,7 @@ def exact_match(
 ) -> list[bool]:
     """For each answer of each sample, whether greedy decoding from its question would give it, token by token."""
     hits: list[bool] = []
-    with inference(model):
+    with inference(model, length=len(samples[0].input_ids)):
         for span in batches(len(samples), batch_tokens // len(samples[0].input_ids)):
             part = [samples[i] for i in span]
             ids = torch.from_numpy(np.stack([sample.input_ids for sample in part])).to(device)

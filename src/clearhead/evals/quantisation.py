@@ -219,7 +219,7 @@ class Quantisation(Evaluation[QuantisationConfig]):
 def losses(subject: Subject, rows: NDArray[np.int64], batch_tokens: int) -> NDArray[np.float64]:
     """NLL in nats of each text, but for its first token; rows of one length, so nothing is padded."""
     found = []
-    with inference(subject.model):
+    with inference(subject.model, length=rows.shape[1]):
         for span in batches(len(rows), batch_tokens // rows.shape[1]):
             ids = torch.from_numpy(rows[span.start : span.stop]).to(subject.device)
             found.append(suffix_losses(subject.model, ids, 1).double().sum(dim=1).cpu().numpy())

@@ -31,6 +31,27 @@ PARTIAL = "partial_rotary_factor"
 ORIGINAL = "original_max_position_embeddings"
 
 
+def grows(model: PreTrainedModel) -> bool:
+    """Whether a model of this library has a rotary scaling, its own or a tried one, that looks at the length."""
+    if model.config.to_dict().get("model_type") != "clearhead":
+        return False
+    methods: Mapping[str, Any] = model.position_methods()  # type: ignore[operator]
+    return any(method.depends_on_length for method in methods.values())
+
+
+def growing(model: PreTrainedModel, tried: Mapping[str, Any] | None = None) -> bool:
+    """Whether rotary frequencies depend on the length of a text, under the scaling ``tried`` or the model's own.
+
+    Then only texts of one length are read together, each batch settled for it: padding would count as text.
+    """
+    if tried is not None:
+        return tried.get("rope_type") in GROWING
+    parameters = model.config.to_dict().get("rope_parameters") or {}
+    # One scaling, or one for each type of layer.
+    kinds = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    return grows(model) or any(part.get("rope_type") in GROWING for part in kinds)
+
+
 @contextmanager
 def rescaled(
     model: PreTrainedModel,
@@ -109,7 +130,7 @@ def _embedding(
 ) -> nn.Module:
     """The rotary embedding itself if there is nothing to do, else one of its kind, its length settled."""
     own = dict(module.config.rope_parameters)
-    if parameters is None and own.get("rope_type") not in GROWING:
+    if parameters is None and (length is None or own.get("rope_type") not in GROWING):
         return module  # type: ignore[no-any-return]
     config = copy.deepcopy(module.config)
     if parameters is not None:

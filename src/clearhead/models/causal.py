@@ -29,9 +29,11 @@ from clearhead.models.inputs import (
     key_positions,
     place,
     request_lengths,
+    shortest_trained_length,
 )
 from clearhead.models.layers import ClearheadDecoderLayer
 from clearhead.positions.base import Position, Rotation
+from clearhead.positions.length import warn_of_unknown_lengths
 from clearhead.registry import names
 from clearhead.variants.base import Variant
 
@@ -168,6 +170,10 @@ class ClearheadModel(ClearheadPreTrainedModel):
         placed = place(inputs_embeds, attention_mask, position_ids, past_key_values, packed_ok)
         methods = self.position_methods()
         length = request_lengths(methods.values(), rope_length, placed, inputs_embeds.shape[0])
+        told = attention_mask is not None or position_ids is not None or rope_length is not None
+        if length is not None and not told and not self.training:
+            trained = shortest_trained_length(methods.values())
+            warn_of_unknown_lengths(trained, inputs_embeds.shape[0], placed.keys)
         compact = self.config.compact_cache and past_key_values is not None
         keys = key_positions(placed) if compact else None
         rotations = {

@@ -6,6 +6,8 @@ request: the row, or the document of a packed row, and all calls that extend one
 Legend: B batch, N tokens.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,27 @@ def longest_request(positions: Tensor, documents: Tensor | None = None, real: Te
     if documents is not None:
         return _longest_of_document(positions, documents) + 1
     return positions.amax(dim=1, keepdim=True) + 1
+
+
+class UnknownLengthsWarning(UserWarning):
+    """Rows are turned by one length because nobody said how long each of them is."""
+
+
+def warn_of_unknown_lengths(trained: int | None, rows: int, tokens: int) -> None:
+    """Warn where rows that may be padded are read as if they were not.
+
+    trained: the length up to which requests are turned alike. rows, tokens: of a call without mask, positions and
+    rope_length. Nothing is asked of a device; a graph that is being compiled is left alone.
+    """
+    if torch.compiler.is_compiling() or rows == 1 or (trained is not None and tokens <= trained):
+        return
+    warnings.warn(
+        f"{rows} rows of {tokens} tokens came without attention_mask and rope_length, and this model's rope scaling "
+        "turns tokens by the length of their row: if shorter rows were padded, as lm-evaluation-harness does, they are "
+        "not what they would be alone; give a mask or rope_length, or one row at a time (batch_size=1)",
+        UnknownLengthsWarning,
+        stacklevel=2,
+    )
 
 
 def check_cached_length(trained: int | None, past: int | Tensor, total: int | None) -> None:
