@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,26 @@ class Watch:
         if not self.broken:
             return None
         return f"the model's logits held NaN or infinity in {self.broken} of {self.calls} calls"
+
+
+def not_finite(value: Any, where: str = "") -> str | None:
+    """The first number in JSON values that is NaN or infinite, as ``cells.0.loss is nan``; None where all are finite."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"{where or 'the value'} is {value}"
+    if not isinstance(value, dict | list | tuple):
+        return None
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+        if found := not_finite(part, f"{where}.{key}" if where else str(key)):
+            return found
+    return None
+
+
+def exponential(nats: float) -> float:
+    """e^nats; ValueError in one sentence where that is more than a number can be."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        raise ValueError(f"the loss of {nats:.4g} nats per token is too large for a perplexity") from None
 
 
 @contextmanager

@@ -13,14 +13,14 @@ import torch
 from pydantic import ValidationError
 
 from clearhead.evals.base import Evaluation, Subject
-from clearhead.evals.finite import watched
+from clearhead.evals.finite import not_finite, watched
 from clearhead.evals.foreign import DEFAULT_SUITES, ForeignLoader, ForeignSpec, open_foreign_run
-from clearhead.evals.results import read_json, read_metrics
+from clearhead.evals.results import read_metrics, read_result
 from clearhead.registry import did_you_mean, resolve
 from clearhead.train.recipe import Job
 from clearhead.train.recipe_io import load_job
 from clearhead.train.rundir import exclusive
-from clearhead.train.status import Status, write_json, write_status
+from clearhead.train.status import Status, plain, write_json, write_status
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,9 +127,13 @@ def measured(evaluation: Evaluation[Any], subject: Subject, config: Any) -> dict
         return {"skipped": subject.broken}
     with watched(subject.model) as watch:
         values = evaluation.run(subject, config)
-    if watch.reason is None or "skipped" in values or evaluation.tells_overflow:
+    if "skipped" in values:
         return values
-    return {"skipped": watch.reason}
+    if watch.reason is not None and not evaluation.tells_overflow:
+        return {"skipped": watch.reason}
+    # A report computes with all numbers of a result, so one that is none takes the others with it.
+    place = not_finite(values)
+    return values if place is None else {"skipped": f"not all of it are numbers: {place}", **plain(values)}
 
 
 def checked(name: str, options: Mapping[str, Any]) -> tuple[Evaluation[Any], Any]:
@@ -166,7 +170,11 @@ def parse_options(texts: Sequence[str], suites: Sequence[str]) -> dict[str, dict
             raise ValueError(f"--set {text!r}: {name!r} is not run; {did_you_mean(name, suites)}")
         try:
             found.setdefault(name, {})[option] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError) as error:
+            if not isinstance(error, tomllib.TOMLDecodeError):
+                raise ValueError(
+                    f"--set {key.strip()}: its value is no number or table that can be read"
+                ) from None
             found.setdefault(name, {})[option] = value
     return found
 
@@ -174,10 +182,10 @@ def parse_options(texts: Sequence[str], suites: Sequence[str]) -> dict[str, dict
 def _is_done(target: Path, options: dict[str, Any]) -> bool:
     """Whether a result with these options exists; a broken file counts as none, for it is about to be replaced."""
     try:
-        record = read_json(target)
+        record = read_result(target)
     except ValueError:
         return False
-    return bool(record) and record.get("config") == options
+    return bool(record) and record.get("config") == options and not record.get("broken")
 
 
 class _Loader:

@@ -65,10 +65,14 @@ class LanguageModelling(Evaluation[LanguageModellingConfig]):
             for i, document in zip(chosen, documents, strict=True)
         ]
         nats = self._losses(subject, documents, length, stride, config.batch_tokens)
+        if not np.isfinite(nats).all():
+            return {"skipped": "the losses are not numbers"}
+        mean = nats.sum() / sum(map(len, documents))
         bits = nats / math.log(2)
         return {
             "bits_per_byte": float(bits.sum() / sum(sizes)),
-            "perplexity": float(math.exp(nats.sum() / sum(map(len, documents)))),
+            # Past e^709 there is no such number; bits per byte say the same.
+            "perplexity": math.exp(mean) if mean < 709 else None,
             "length": length,
             "stride": stride,
             "n": len(documents),

@@ -99,7 +99,9 @@ class Mastery(Evaluation[MasteryConfig]):
 def probe_curve(metrics: list[dict[str, Any]]) -> list[tuple[int, float]]:
     """(tokens seen, probe accuracy) of every probe in a ``metrics.jsonl``, in order."""
     return sorted(
-        (int(m["tokens"]), float(m["probe"][PROBE])) for m in metrics if PROBE in m.get("probe", {})
+        (int(m["tokens"]), float(m["probe"][PROBE]))
+        for m in metrics
+        if m.get("probe", {}).get(PROBE) is not None
     )
 
 

@@ -49,6 +49,7 @@ from clearhead.evals.base import (
     lengths_past_training,
     reason_of,
 )
+from clearhead.evals.finite import exponential
 from clearhead.evals.language_modelling import choose
 from clearhead.evals.perplexity_section import perplexity_section
 from clearhead.evals.rescale import rescaled
@@ -299,10 +300,10 @@ def figures(
 ) -> dict[str, Any]:
     """Perplexity and bits per byte with their intervals (bootstrap over documents)."""
     if average == "token":
-        value = math.exp(nats.sum() / tokens.sum())
-        low, high = (math.exp(bound) for bound in bootstrap_ratio(nats, tokens.astype(np.float64)))
+        value = exponential(nats.sum() / tokens.sum())
+        low, high = (exponential(bound) for bound in bootstrap_ratio(nats, tokens.astype(np.float64)))
     else:
-        each = np.exp(nats / tokens)
+        each = np.array([exponential(loss) for loss in nats / tokens])
         value = float(each.mean())
         low, high = bootstrap_mean(each)
     return {

@@ -42,6 +42,7 @@ from clearhead.evals.base import (
 )
 from clearhead.evals.by_length import Values, first_values, left_out
 from clearhead.evals.compare import compare
+from clearhead.evals.finite import watched
 from clearhead.evals.needles import documents as needle_documents
 from clearhead.evals.needles import exact_match, too_short
 from clearhead.evals.passkey import marks
@@ -126,13 +127,15 @@ class Quantisation(Evaluation[QuantisationConfig]):
         ]
         for target, bits, scheme in schemes:
             try:
-                with quantised(subject.model, scheme) as active:
+                with quantised(subject.model, scheme) as active, watched(subject.model) as watch:
                     nats = losses(subject, rows, config.batch_tokens)
                     hits = (
                         exact_match(subject.model, needles, subject.device, config.batch_tokens)
                         if needles
                         else []
                     )
+                if watch.reason is not None:
+                    raise ValueError(watch.reason)
                 if not active.calls:
                     raise ValueError(
                         f"the attention of {type(subject.model).__name__} does not go through Hugging Face's attention "

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clearhead.evals.finite import not_finite
+
 
 @dataclass(frozen=True)
 class SeedResults:
@@ -104,13 +106,29 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); delete it to have it made again") from error
     if not isinstance(value, dict):
         raise ValueError(
             f"{path} holds {type(value).__name__}, expected an object; delete it to have it made again"
         )
     return value
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The record of an evaluation, or ``{}`` if there is none; one that holds NaN or infinities counts as skipped.
+
+    Raises ValueError for a file that is not one of a result.
+    """
+    record = read_json(path)
+    if not record:
+        return {}
+    if not isinstance(record.get("values"), dict):
+        raise ValueError(f"{path} holds no values of an evaluation; delete it to have it made again")
+    if (place := not_finite(record["values"])) is not None:
+        reason = f"not all of it are numbers: {place}; clearhead evaluate measures it again"
+        return {**record, "values": {"skipped": reason}, "broken": True}
+    return record
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -121,12 +139,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records: dict[tuple[int, bool], dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-        except ValueError as error:
+            # A number that is none is one that is not there.
+            record = json.loads(line, parse_constant=lambda name: None)
+            step = int(record["step"])
+        except (ValueError, RecursionError, TypeError, KeyError) as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}, line {number}, is not valid JSON ({error})") from error
-        records[int(record["step"]), "probe" in record] = record
+            said = (
+                "has no step" if isinstance(error, TypeError | KeyError) else f"is not valid JSON ({error})"
+            )
+            raise ValueError(f"{path}, line {number}, {said}") from error
+        records[step, "probe" in record] = record
     return [records[key] for key in sorted(records)]
 
 
@@ -151,7 +174,7 @@ def load_run(directory: str | Path) -> RunResults:
 def _load_seed(job: Path) -> SeedResults:
     return SeedResults(
         metrics=read_metrics(job / "metrics.jsonl"),
-        results={path.stem: read_json(path) for path in sorted((job / "results").glob("*.json"))},
+        results={path.stem: read_result(path) for path in sorted((job / "results").glob("*.json"))},
         cost=read_json(job / "cost.json"),
         status=read_json(job / "status.json"),
     )

@@ -125,7 +125,7 @@ def lambdas(run: RunResults) -> Section | None:
             logged = [record["lambda"] for record in seed.metrics if record.get("lambda")]
             if logged:
                 final.setdefault(arm.name, []).append(
-                    {int(layer): float(v) for layer, v in logged[-1].items()}
+                    {int(layer): float(v) for layer, v in logged[-1].items() if v is not None}
                 )
     if not final:
         return None
@@ -139,7 +139,11 @@ def lambdas(run: RunResults) -> Section | None:
         series.append(BarSeries(arm_name, mean, low, high, arm_name))
     means = "; ".join(
         f"{name} "
-        + ", ".join(f"{np.mean([seed[layer] for seed in seeds if layer in seed]):.2f}" for layer in layers)
+        + ", ".join(
+            f"{np.mean(found):.2f}"
+            for layer in layers
+            if (found := [seed[layer] for seed in seeds if layer in seed])
+        )
         for name, seeds in final.items()
     )
     chart = BarChart(

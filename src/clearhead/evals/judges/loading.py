@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from clearhead.evals.base import reason_of
+from clearhead.evals.finite import broken_weights
 from clearhead.evals.foreign import load
 from clearhead.evals.judges.base import JudgeError
 
@@ -25,4 +26,6 @@ def load_judge(kind: Any, source: str) -> tuple[Any, Any]:
         raise JudgeError(f"the judge in {source!r} cannot be loaded: {reason_of(error)}") from error
     except ValueError as error:
         raise JudgeError(str(error)) from error
+    if reason := broken_weights(model):
+        raise JudgeError(f"the judge in {source!r} cannot judge: {reason}")
     return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

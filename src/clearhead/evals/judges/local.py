@@ -7,6 +7,7 @@ on the model: below a few billion parameters it is close to a coin's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from pydantic import Field
@@ -70,6 +71,9 @@ class Local(Judge[LocalConfig]):
                 indices.append(index)
             sums = [sum(r) for r in likelihoods(self.model, rows, batch_tokens=self.config.batch_tokens)]
             for index, true, false in zip(indices, sums[::2], sums[1::2], strict=True):
+                if math.isnan(true + false):
+                    yield index, Verdict(None, "the judge's likelihoods are not numbers")
+                    continue
                 faithful = None if true == false else true > false
                 yield index, Verdict(faithful, f"log-likelihood of True {true:.3f}, of False {false:.3f}")
 

@@ -9,6 +9,7 @@ at, and the question only as what stands before the answer.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 
@@ -105,6 +106,8 @@ class Nli(Judge[NliConfig]):
         best = []
         for claim in claims:
             probabilities = self._entailment([(chunk, claim) for chunk in chunks])
+            if not all(map(math.isfinite, probabilities)):
+                return Verdict(None, "the judge's probabilities are not numbers")
             best.append(max(probabilities))
         worst = min(range(len(claims)), key=best.__getitem__)
         said = f"{len(claims)} sentences, the least supported {best[worst]:.3f}: {claims[worst]}"
