@@ -151,7 +151,7 @@ def read_json_lines(path: Path, name: str, field: str, opener: Callable[..., Any
 def parse(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
         raise CorpusError(
             f"line {number} of '{path}' is not JSON ({error}): correct or remove the line"
         ) from error

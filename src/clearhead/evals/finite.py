@@ -47,7 +47,7 @@ class Watch:
 
 
 def not_finite(value: Any, where: str = "") -> str | None:
-    """The first number in JSON values that is NaN or infinite, as ``cells.0.loss is nan``; None where all are finite."""
+    """The first number in JSON values that is NaN or infinite, as ``cells.0.loss is nan``; None for none."""
     if isinstance(value, float):
         return None if math.isfinite(value) else f"{where or 'the value'} is {value}"
     if not isinstance(value, dict | list | tuple):

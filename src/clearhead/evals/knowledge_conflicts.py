@@ -98,7 +98,9 @@ def read_conflicts(source: str) -> list[Conflict]:
         asked = text_of(record, "input", where).strip()
         target = text_of(record, "target", where).strip()
         scores = value_of(record, "target_scores", where)
-        if not isinstance(scores, dict) or not all(isinstance(name, str) and name.strip() for name in scores):
+        if not isinstance(scores, dict) or not all(
+            name.strip() and isinstance(score, int | float) for name, score in scores.items()
+        ):
             raise RecordError(
                 f"field 'target_scores' in {where} is not an object of answers and their scores"
             )

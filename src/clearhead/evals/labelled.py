@@ -193,6 +193,8 @@ def _csv_rows(path: Path, text_field: str, label_field: str) -> Iterator[Row]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             for number, record in enumerate(csv.DictReader(file, restkey=""), start=2):
                 yield _row(record, text_field, label_field, f"record {number - 1} of '{path}'")
+    except OSError as error:
+        raise RecordError(f"'{path}' cannot be read ({error.strerror or error})") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise RecordError(
             f"'{path}' is not CSV in UTF-8 (after record {number - 1}: {error}): convert it"
@@ -245,4 +247,13 @@ def _named(
 ) -> Iterator[Row]:
     for record in part:
         text, label = _row(record, text_field, label_field, where)
-        yield text, label if names is None else names[int(label)]
+        if names is not None:
+            # Datasets mark what has no label by -1, which would be the last class.
+            number = int(label) if label.lstrip("-").isdigit() else -1
+            if not 0 <= number < len(names):
+                raise RecordError(
+                    f"field {label_field!r} in {where} is {label}, none of its {len(names)} classes: name a split "
+                    "whose texts are labelled"
+                )
+            label = names[number]
+        yield text, label

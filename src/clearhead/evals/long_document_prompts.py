@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from clearhead.evals.answering import FormName, encode, frame
 from clearhead.evals.haystack import Haystack, measured, specials
-from clearhead.evals.records import RecordError, read_records, text_of, value_of
+from clearhead.evals.records import RecordError, objects_of, read_records, text_of, value_of
 from clearhead.evals.squad_rules import normalised
 
 INTRO = "Read the text and answer the question.\n\nText:\n"
@@ -58,16 +58,16 @@ def read_articles(source: str, *, unique: bool) -> list[Article]:
     found = []
     for number, (where, record) in enumerate(read_records(source)):
         title = str(record.get("title") or f"article {number}")
-        parts = value_of(record, "paragraphs", where)
-        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-            raise RecordError(f"field 'paragraphs' in {where} is not a list of objects")
+        parts = objects_of(record, "paragraphs", where)
         paragraphs = tuple(text_of(part, "context", f"a paragraph in {where}").strip() for part in parts)
         words = [f" {normalised(text)} " for text in paragraphs]
         questions = []
         for place, part in enumerate(parts):
-            for qa in value_of(part, "qas", f"a paragraph in {where}"):
+            for qa in objects_of(part, "qas", f"a paragraph in {where}"):
                 text = text_of(qa, "question", f"a question in {where}").strip()
                 given = value_of(qa, "answers", f"a question in {where}")
+                if not isinstance(given, list):
+                    raise RecordError(f"field 'answers' of a question in {where} is not a list")
                 answers = tuple(dict.fromkeys(_answer(one, where).strip() for one in given))
                 right = [normalised(answer) for answer in answers]
                 # Nothing is left of an answer like "the": no rule could tell it.

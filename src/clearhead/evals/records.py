@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clearhead.data.readers import decode, parse
+from clearhead.data.readers import CorpusError, decode, parse
 from clearhead.evals.base import reason_of
 
 Record = tuple[str, dict[str, Any]]
@@ -45,6 +45,18 @@ def read_records(source: str) -> Iterator[Record]:
 
 def json_lines(path: Path) -> Iterator[Record]:
     """The objects of a .jsonl or .jsonl.gz file. Raises RecordError (or CorpusError) where it is broken."""
+    number = 0
+    try:
+        for number, record in _numbered(path):
+            where = f"line {number} of '{path}'"
+            yield where, whole(record, where)
+    except OSError as error:
+        raise RecordError(
+            f"'{path}' cannot be read after line {number} ({error.strerror or error})"
+        ) from error
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     offset = number = 0
     opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
     try:
@@ -53,7 +65,7 @@ def json_lines(path: Path) -> Iterator[Record]:
                 line = decode(raw, path, offset).strip()
                 offset += len(raw)
                 if line:
-                    yield f"line {number} of '{path}'", parse(line, path, number)
+                    yield number, parse(line, path, number)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise RecordError(
             f"'{path}' is not a whole gzip file (after line {number}): make it again"
@@ -63,13 +75,31 @@ def json_lines(path: Path) -> Iterator[Record]:
 def _list(path: Path) -> Iterator[Record]:
     try:
         value = json.loads(decode(path.read_bytes(), path, 0))
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise RecordError(f"'{path}' cannot be read ({error.strerror or error})") from error
+    except CorpusError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"'{path}' is not JSON ({error}): correct it") from error
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise RecordError(f"'{path}' is neither a list of objects nor an object with such a list 'data'")
     for number, row in enumerate(rows, start=1):
-        yield f"record {number} of '{path}'", row
+        where = f"record {number} of '{path}'"
+        yield where, whole(row, where)
+
+
+def whole(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """The record itself; RecordError where it holds what no text and no other JSON reader has."""
+    try:
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(
+            f"{where} holds half of a surrogate pair ({error.object[error.start]!r}), which is no text: correct it"
+        ) from error
+    except ValueError as error:
+        raise RecordError(f"{where} holds NaN or an infinity, which is no JSON: correct it") from error
+    return record
 
 
 def hub_records(dataset: str, config: str | None, split: str) -> Iterator[Record]:
@@ -94,6 +124,14 @@ def text_of(record: dict[str, Any], name: str, where: str, option: str = "") -> 
     if not isinstance(value, str) or not value.strip():
         kind = "empty" if isinstance(value, str) else type(value).__name__
         raise RecordError(f"field '{name}' in {where} is {kind}, not text")
+    return value
+
+
+def objects_of(record: dict[str, Any], name: str, where: str) -> list[dict[str, Any]]:
+    """Field ``name`` as a list of objects."""
+    value = value_of(record, name, where)
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+        raise RecordError(f"field '{name}' in {where} is not a list of objects")
     return value
 
 

@@ -1,17 +1,23 @@
 """Prompts and answers of an evaluation, a line each, that an interrupted one goes on from.
 
 While it is measured the file is ``NAME.partial.jsonl``, whose first line says what the answers were measured with;
-finished, it is ``NAME.jsonl``. A line that a killed process has left half written is dropped.
+finished, it is ``NAME.jsonl``. Each line of the first ends with a checksum: what a killed process has left half written,
+or a disk has damaged, is dropped and measured again.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from clearhead.train.status import plain, write_text
+
+
+CHECK = "check"
+"""The field of a line's checksum."""
 
 
 class SampleLog:
@@ -22,18 +28,20 @@ class SampleLog:
         self.keys = keys
         self.records: list[dict[str, Any]] = []
         self.known: set[tuple[Any, ...]] = set()
+        self.head: dict[str, Any] = {}
         self.file: TextIO | None = None
         if path is None:
             return
         # What JSON makes of it is what an earlier run has left.
-        head = json.loads(json.dumps(about))
+        head = json.loads(_text(about))
         lines = _lines(path)
         if lines and lines[0] == head:
             for record in lines[1:]:
-                self._keep(record)
+                if all(isinstance(record.get(name), str | int | float) for name in keys):
+                    self._keep(record)
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = [head, *self.records]
-        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in whole))
+        self.head = head
+        write_text(path, "".join(_checked(line) for line in (head, *self.records)))
         self.file = path.open("a", encoding="utf-8")
 
     @classmethod
@@ -62,7 +70,7 @@ class SampleLog:
     def add(self, record: dict[str, Any]) -> None:
         self._keep(record)
         if self.file is not None:
-            self.file.write(json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n")
+            self.file.write(_checked(record))
             self.file.flush()
 
     def __enter__(self) -> SampleLog:
@@ -75,17 +83,42 @@ class SampleLog:
             return
         self.file.close()
         if kind is None:
-            self.path.replace(self.path.with_name(self.path.name.replace(".partial.", ".")))
+            whole = self.path.with_name(self.path.name.replace(".partial.", "."))
+            write_text(whole, "".join(f"{_text(line)}\n" for line in (self.head, *self.records)))
+            self.path.unlink()
+
+
+def _text(record: dict[str, Any]) -> str:
+    return json.dumps(plain(record), ensure_ascii=False, allow_nan=False)
+
+
+def _sum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def _checked(record: dict[str, Any]) -> str:
+    """A line: the record with a checksum of the rest of it as its last field."""
+    text = _text(record)
+    return f"{_text({**record, CHECK: _sum(text)})}\n"
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file up to the first line that is not whole."""
-    if not path.exists():
-        return []
+    """The records of a file without those that are not whole; none where the first one is not."""
     found: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    if not path.exists():
+        return found
+    for number, raw in enumerate(path.read_bytes().split(b"\n")):
         try:
-            found += [json.loads(line)] if line else []
-        except ValueError:
-            break
+            record = json.loads(raw.decode())
+            if not isinstance(record, dict):
+                raise ValueError("a line is no record")
+            # A finished file has no checksums, and may be gone on with.
+            told = record.pop(CHECK, None)
+            if told is not None and told != _sum(_text(record)):
+                raise ValueError("a line is damaged")
+        except (ValueError, RecursionError):
+            if number == 0:
+                return found
+            continue
+        found.append(record)
     return found
