@@ -42,6 +42,7 @@ from clearhead.evals.hallucination_data import FIELDS, Item, ItemSet, known_sour
 from clearhead.evals.hallucination_section import hallucination_section
 from clearhead.evals.haystack import specials
 from clearhead.evals.judges.base import Case, Judge, JudgeError, Task, Verdict, make_judge
+from clearhead.evals.judges.secrets import secret_in
 from clearhead.evals.records import RecordError, UnreachableError
 from clearhead.evals.samples import SampleLog
 from clearhead.registry import resolve
@@ -87,6 +88,16 @@ class HallucinationConfig(EvaluationConfig):
     @classmethod
     def _known(cls, value: str) -> str:
         resolve("judges", value)
+        return value
+
+    @field_validator("judge_options")
+    @classmethod
+    def _told_no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if found := secret_in(value):
+            raise ValueError(
+                f"{found}, and options are written down with the results: put the key into an environment variable and "
+                "its name into judge_options.api_key_env"
+            )
         return value
 
     @field_validator("fields")

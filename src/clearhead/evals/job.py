@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from clearhead.evals.base import Evaluation, Subject
 from clearhead.evals.finite import not_finite, watched
 from clearhead.evals.foreign import DEFAULT_SUITES, ForeignLoader, ForeignSpec, open_foreign_run
+from clearhead.evals.judges.secrets import redacted
 from clearhead.evals.results import read_metrics, read_result
 from clearhead.registry import did_you_mean, resolve
 from clearhead.train.recipe import Job
@@ -147,7 +148,17 @@ def checked(name: str, options: Mapping[str, Any]) -> tuple[Evaluation[Any], Any
         if detail["type"] == "extra_forbidden":
             known = list(evaluation.Config.model_fields)
             raise ValueError(f"{name} has no option {key!r}: {did_you_mean(key, known)}") from None
-        raise ValueError(f"{name}.{key}: {detail['msg'].lower()}, got {detail['input']!r}") from None
+        if detail["type"] == "value_error":
+            # A check of our own says what is wrong, in its own words.
+            said = detail["msg"].removeprefix("Value error, ")
+            raise ValueError(f"{name}.{key}: {said}") from None
+        raise ValueError(f"{name}.{key}: {detail['msg'].lower()}, got {_short(detail['input'])}") from None
+
+
+def _short(value: Any) -> str:
+    """What was given, as an error may show it."""
+    shown = redacted(repr(value))
+    return shown if len(shown) <= 200 else f"{shown[:200]}…"
 
 
 def parse_options(texts: Sequence[str], suites: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -161,13 +172,16 @@ def parse_options(texts: Sequence[str], suites: Sequence[str]) -> dict[str, dict
         key, equals, value = text.partition("=")
         name, dot, option = key.strip().rpartition(".")
         if not equals or not option:
-            raise ValueError(f"--set {text!r} is not of the form key=value")
+            raise ValueError(f"--set {redacted(text)!r} is not of the form key=value")
         if not dot:
             if len(suites) != 1:
-                raise ValueError(f"--set {text!r} does not say of which evaluation; write EVALUATION.{text}")
+                shown = redacted(text)
+                raise ValueError(
+                    f"--set {shown!r} does not say of which evaluation; write EVALUATION.{shown}"
+                )
             name = suites[0]
         if name not in suites:
-            raise ValueError(f"--set {text!r}: {name!r} is not run; {did_you_mean(name, suites)}")
+            raise ValueError(f"--set {redacted(text)!r}: {name!r} is not run; {did_you_mean(name, suites)}")
         try:
             found.setdefault(name, {})[option] = tomllib.loads(f"value = {value}")["value"]
         except (ValueError, RecursionError) as error:

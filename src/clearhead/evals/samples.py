@@ -1,8 +1,8 @@
 """Prompts and answers of an evaluation, a line each, that an interrupted one goes on from.
 
 While it is measured the file is ``NAME.partial.jsonl``, whose first line says what the answers were measured with;
-finished, it is ``NAME.jsonl``. Each line of the first ends with a checksum: what a killed process has left half written,
-or a disk has damaged, is dropped and measured again.
+finished, it is ``NAME.jsonl``. Lines of the first end with a checksum: what a killed process has left half written, or
+a disk has damaged, is dropped and measured again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from clearhead.train.status import plain, write_text
-
 
 CHECK = "check"
 """The field of a line's checksum."""

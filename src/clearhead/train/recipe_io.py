@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from clearhead.evals.judges.secrets import redacted
 from clearhead.registry import did_you_mean, names, resolve
 from clearhead.train.recipe import (
     ARM_TRAIN_KEYS,
@@ -144,7 +145,8 @@ def validate(model: type[M], raw: Any, source: str, prefix: Location, origins: M
         return model.model_validate_json(json.dumps(raw, default=str))
     except ValidationError as error:
         details = error.errors()
-        raise RecipeError(_sentence(model, details[0], len(details), source, prefix, origins)) from None
+        said = _sentence(model, details[0], len(details), source, prefix, origins)
+        raise RecipeError(redacted(said)) from None
 
 
 def _sentence(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from clearhead.evals.judges.secrets import redacted
 from clearhead.registry import did_you_mean, resolve
 
 Task = Literal["summarisation", "qa"]
@@ -93,4 +94,4 @@ def make_judge(name: str, options: dict[str, Any]) -> Judge[Any]:
                 f"the judge {name!r} has no option {key!r}: {did_you_mean(key, known)}"
             ) from None
         where = f"judge_options.{key}: " if key else "judge_options: "
-        raise ValueError(f"{where}{detail['msg'].removeprefix('Value error, ')}") from None
+        raise ValueError(redacted(f"{where}{detail['msg'].removeprefix('Value error, ')}")) from None

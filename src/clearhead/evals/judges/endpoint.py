@@ -6,6 +6,7 @@ without one again, the case counts as undecided. Every reply is kept on disk und
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,13 +15,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from clearhead.data.cache import cache_dir
 from clearhead.evals.judges.base import Case, Judge, JudgeConfig, JudgeError, Verdict
 from clearhead.evals.judges.prompt import AGAIN, conclusion, judge_prompt
 from clearhead.evals.judges.replies import ReplyStore
-from clearhead.evals.judges.transport import RefusedError, Reply, Transport, without_secrets
+from clearhead.evals.judges.secrets import secret_in
+from clearhead.evals.judges.transport import RefusedError, Reply, Transport, reply_of, without_secrets
 
 Message = dict[str, str]
 TEMPLATE = 64
@@ -43,14 +45,29 @@ class EndpointConfig(JudgeConfig):
     api_key_env: str = "OPENAI_API_KEY"
     max_tokens: int = Field(default=512, ge=1)
     extra: dict[str, Any] = Field(default={})
-    timeout: float = Field(default=120.0, gt=0)
-    retries: int = Field(default=5, ge=0)
-    backoff: float = Field(default=1.0, ge=0)
-    concurrency: int = Field(default=4, ge=1)
-    price_input: float | None = Field(default=None, ge=0)
-    price_output: float | None = Field(default=None, ge=0)
-    budget: float | None = Field(default=None, gt=0)
+    timeout: float = Field(default=120.0, gt=0, le=86400)
+    retries: int = Field(default=5, ge=0, le=1000)
+    backoff: float = Field(default=1.0, ge=0, le=3600)
+    concurrency: int = Field(default=4, ge=1, le=1000)
+    price_input: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    price_output: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    budget: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     cache: str | None = None
+
+    @field_validator("extra")
+    @classmethod
+    def _sendable(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(value, allow_nan=False).encode()
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"it cannot be sent as JSON ({error})") from None
+        for name in ("max_tokens", "max_completion_tokens"):
+            most = value.get(name, "")
+            if most not in ("", None) and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+                raise ValueError(
+                    f"{name} is a number of tokens from 1 on, or the empty string to leave it out"
+                )
+        return value
 
     @model_validator(mode="after")
     def _priced(self) -> Self:
@@ -78,6 +95,8 @@ class Endpoint(Judge[EndpointConfig]):
                 f"judge_options.base_url ({without_secrets(self.config.base_url)}) holds a password or a query, which "
                 "would be written down with the results: put the key into the variable of judge_options.api_key_env"
             )
+        if found := secret_in(self.config.model_dump()):
+            raise JudgeError(f"{found}: put the key into the variable of judge_options.api_key_env")
         self._key()
         self.store = self._open_store()
 
@@ -85,15 +104,17 @@ class Endpoint(Judge[EndpointConfig]):
         variable = self.config.api_key_env
         if not variable:
             return ""
+        # What has small letters may be the key itself, put where its variable's name belongs.
+        shown = variable if variable == variable.upper() else "that judge_options.api_key_env names"
         key = os.environ.get(variable, "").strip()
         if not key:
             raise JudgeError(
-                f"the judge's key is read from the environment variable {variable}, which is not set: export it, or "
+                f"the judge's key is read from the environment variable {shown}, which is not set: export it, or "
                 'set judge_options.api_key_env = "" for an endpoint without keys'
             )
         if not (key.isascii() and key.isprintable()) or " " in key:
             raise JudgeError(
-                f"the judge's key in the environment variable {variable} holds a space, a line break or "
+                f"the judge's key in the environment variable {shown} holds a space, a line break or "
                 "another character that no header may hold: export the key alone"
             )
         return key
@@ -164,10 +185,11 @@ class Endpoint(Judge[EndpointConfig]):
         body = {name: value for name, value in body.items() if value != ""}
         key = ReplyStore.key({"url": self.transport.url, **body})
         kept = self.store.get(key)
-        if kept is not None:
+        reply = None if kept is None else reply_of(kept)
+        if reply is not None:
             with self.lock:
                 self.cached += 1
-            return Reply(**kept)
+            return reply
         most = self._reserve(messages)
         try:
             reply = self.transport.send(body)
@@ -191,7 +213,10 @@ class Endpoint(Judge[EndpointConfig]):
             return 0.0
         # No tokenizer makes more tokens of a text than it has bytes.
         size = sum(len(message["content"].encode()) for message in messages) + TEMPLATE
-        longest = max(c.max_tokens, int(c.extra.get("max_completion_tokens") or 0))
+        # What `extra` names is what is sent.
+        longest = max(
+            c.max_tokens, *(int(c.extra.get(name) or 0) for name in ("max_tokens", "max_completion_tokens"))
+        )
         most = (size * c.price_input + longest * c.price_output) / 1e6
         with self.lock:
             spent = self._cost() or 0.0

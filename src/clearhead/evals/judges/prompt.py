@@ -33,7 +33,8 @@ ANSWER = (
     "as the document does, and False when it says anything that the document does not support or that contradicts the "
     "ground truth answers. It need not use their words: an answer that means the same is True."
 )
-LAST = re.compile(r"conclusion\W*?:\W*(true|false)\b", re.IGNORECASE)
+# Bounded, else a reply of nothing but colons would take hours.
+LAST = re.compile(r"conclusion\W{0,40}?:\W{0,40}(true|false)\b", re.IGNORECASE)
 
 
 def judge_prompt(case: Case, *, explain: bool = True) -> str:

@@ -50,6 +50,12 @@ class ReplyStore:
             self.known[key] = reply
             line = json.dumps({"key": key, "reply": reply}, ensure_ascii=False)
             # One write of a whole line: other processes append to the same file.
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(f"{self.separator}{line}\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(f"{self.separator}{line}\n")
+            except OSError as error:
+                raise JudgeError(
+                    f"the judge's reply cannot be kept in '{self.path}' ({error.strerror}): make room, or set "
+                    "judge_options.cache"
+                ) from error
             self.separator = ""

@@ -7,13 +7,15 @@ import json
 import random
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx2
 
 from clearhead.evals.judges.base import JudgeError
+from clearhead.evals.judges.secrets import line_of, without_key
 
 PASSING = (408, 409, 425, 429)
 """Answers below 500 that say "later", not "no"."""
@@ -21,6 +23,9 @@ OF_THIS_CASE = (400, 413, 422)
 """Answers that are about one request (too long for the model, refused), not about the endpoint."""
 NOT_OF_THIS_FORM = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 """What reading an answer raises that is no JSON, has other fields, or numbers or depths past all bounds."""
+MOST_BYTES = 2**24
+"""Of an answer: a completion has a few thousand."""
+MOST_TOKENS = 2**40
 LONGEST_WAIT = 120.0
 """Seconds that a Retry-After may ask for before it counts as no."""
 
@@ -78,10 +83,10 @@ class Transport:
         """
         why = ""
         for attempt in range(self.retries + 1):
-            wait = self.backoff * 2**attempt * random.uniform(0.5, 1.0)
+            wait = min(self.backoff * 2 ** min(attempt, 20) * random.uniform(0.5, 1.0), 3600.0)
             try:
-                response = self.client.post(self.url, json=body)
-            except httpx2.TimeoutException:
+                response = self._post(body)
+            except (httpx2.TimeoutException, TimeoutError):
                 why = f"did not answer within {self.timeout:g} s: raise judge_options.timeout or use a faster judge"
             except httpx2.UnsupportedProtocol as error:
                 raise JudgeError(f"judge_options.base_url {self.url!r} is not an http address") from error
@@ -89,7 +94,9 @@ class Transport:
                 raise JudgeError(
                     f"judge_options.base_url or the judge's key cannot be sent ({self._clean(error)})"
                 ) from None
-            except httpx2.TransportError as error:
+            except _TooLongError:
+                why = f"answers more than {MOST_BYTES >> 20} MiB: check judge_options.base_url"
+            except httpx2.RequestError as error:
                 why = (
                     f"cannot be reached ({self._clean(error)}): check judge_options.base_url and the network"
                 )
@@ -97,7 +104,11 @@ class Transport:
                 if response.status_code == 200:
                     reply = parsed(response)
                     if reply is not None:
-                        return reply
+                        return replace(
+                            reply,
+                            text=without_key(reply.text, self.key),
+                            finish=without_key(reply.finish, self.key),
+                        )
                     why = (
                         "answers something that is no chat completion "
                         f"({self._clean(response.text)!r}): check judge_options.base_url"
@@ -113,6 +124,27 @@ class Transport:
                 raise JudgeError("the judge was stopped")
         raise JudgeError(f"the judge at {self.url} {why}; tried {self.retries + 1} times")
 
+    def _post(self, body: dict[str, Any]) -> httpx2.Response:
+        """The whole answer; TimeoutError when it takes longer than an attempt may, however slowly it drips."""
+        until = time.monotonic() + self.timeout
+        parts: list[bytes] = []
+        size = 0
+        content = json.dumps(body, allow_nan=False).encode()
+        headers = {"Content-Type": "application/json"}
+        with self.client.stream("POST", self.url, content=content, headers=headers) as response:
+            for part in response.iter_bytes():
+                parts.append(part)
+                size += len(part)
+                if size > MOST_BYTES:
+                    raise _TooLongError
+                if time.monotonic() > until:
+                    raise TimeoutError
+        # What was decoded on the way is not to be decoded again.
+        kept = {
+            name: value for name, value in response.headers.items() if name in ("content-type", "retry-after")
+        }
+        return httpx2.Response(response.status_code, headers=kept, content=b"".join(parts))
+
     def _final(self, status: int, why: str) -> None:
         """Raises for an answer that trying again would not change."""
         if status in OF_THIS_CASE:
@@ -127,15 +159,19 @@ class Transport:
 
     def _clean(self, said: object) -> str:
         """A short line of what was said, without the key, which some servers and libraries repeat."""
-        text = " ".join(str(said).split()) or type(said).__name__
-        for form in (self.key, repr(self.key)[1:-1], json.dumps(self.key)[1:-1]):
-            text = text.replace(form, "***") if form else text
-        return text[:200]
+        return line_of(said, self.key)
+
+
+class _TooLongError(Exception):
+    """An answer has more bytes than any completion."""
 
 
 def without_secrets(url: str) -> str:
-    """An address as it may be shown: no user, password, query or fragment."""
-    parts = urlsplit(url.strip())
+    """An address as it may be shown: no user, password, query or fragment. JudgeError for what is none."""
+    try:
+        parts = urlsplit(url.strip())
+    except ValueError as error:
+        raise JudgeError(f"judge_options.base_url is not an address ({line_of(error)})") from None
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
@@ -147,14 +183,29 @@ def parsed(response: httpx2.Response) -> Reply | None:
         choice = body["choices"][0]
         text = choice["message"].get("content") or ""
         used = body.get("usage") or {}
-        return Reply(
-            str(text),
-            int(used.get("prompt_tokens") or 0),
-            int(used.get("completion_tokens") or 0),
-            str(choice.get("finish_reason") or ""),
+        return reply_of(
+            {
+                "text": text if isinstance(text, str) else json.dumps(text),
+                "prompt_tokens": int(used.get("prompt_tokens") or 0),
+                "completion_tokens": int(used.get("completion_tokens") or 0),
+                "finish": str(choice.get("finish_reason") or ""),
+            }
         )
     except NOT_OF_THIS_FORM:
         return None
+
+
+def reply_of(fields: Mapping[str, Any]) -> Reply | None:
+    """A reply from its fields, as they were sent or kept; None where they are none of one."""
+    text, finish = fields.get("text"), fields.get("finish", "")
+    counts = [fields.get(name, 0) for name in ("prompt_tokens", "completion_tokens")]
+    if not isinstance(text, str) or not isinstance(finish, str):
+        return None
+    if not all(type(count) is int and 0 <= count <= MOST_TOKENS for count in counts):
+        return None
+    # Halves of surrogate pairs are JSON, but no text that can be kept.
+    whole, ending = (part.encode("utf-8", "replace").decode() for part in (text, finish))
+    return Reply(whole, counts[0], counts[1], ending)
 
 
 def error_of(response: httpx2.Response) -> str:
@@ -175,5 +226,5 @@ def retry_after(value: str | None) -> float | None:
         pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
