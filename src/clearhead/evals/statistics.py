@@ -34,14 +34,21 @@ class Estimate:
     seeds: int = 1
 
     @property
+    def unknown(self) -> bool:
+        """Whether one sample is all there is: it has a value, and nothing that tells how far it may be off."""
+        return self.n * self.seeds == 1 and self.low == self.high
+
+    @property
     def contains_zero(self) -> bool:
-        return self.low <= 0.0 <= self.high
+        return self.unknown or self.low <= 0.0 <= self.high
 
     def text(self, digits: int = 2) -> str:
         """``0.98 (0.95 to 0.99, n=400, 3 seeds)``."""
         return f"{decimal(self.value, digits)} ({self.interval(digits)}, n={self.n}, {count(self.seeds, 'seed')})"
 
     def interval(self, digits: int = 2) -> str:
+        if self.unknown:
+            return "one sample has no interval"
         return f"{decimal(self.low, digits)} to {decimal(self.high, digits)}"
 
 
@@ -88,7 +95,9 @@ def bootstrap_ratio(
 ) -> tuple[float, float]:
     """Percentile bootstrap of Σ numerator / Σ denominator over samples, e.g. bits over bytes of documents.
 
-    A sample is drawn whole (both of its numbers), so long documents weigh what they weigh in the ratio.
+    A sample is drawn whole (both of its numbers), so long documents weigh what they weigh in the ratio. Draws whose
+    denominators are all 0 have no ratio and do not count.
+    Raises ValueError for numbers that are none, and where no sample has a denominator.
     """
     top = np.asarray(numerators, dtype=np.float64)
     bottom = np.asarray(denominators, dtype=np.float64)
@@ -96,11 +105,16 @@ def bootstrap_ratio(
         raise ValueError(f"expected two vectors of one length, got shapes {top.shape} and {bottom.shape}")
     if top.size == 0:
         raise ValueError("a bootstrap needs at least one sample")
+    if not (np.isfinite(top).all() and np.isfinite(bottom).all()):
+        raise ValueError("the samples of a bootstrap hold NaN or infinities")
+    if not (bottom >= 0).all() or not bottom.any():
+        raise ValueError("the denominators of a ratio must be at least 0, and not all of them 0")
     # Counts of a resample are multinomial: one matrix product instead of an index table of resamples x samples.
     counts = np.random.default_rng(seed).multinomial(
         top.size, np.full(top.size, 1 / top.size), size=resamples
     )
-    ratios = (counts @ top) / (counts @ bottom)
+    sums = counts @ bottom
+    ratios = (counts @ top)[sums > 0] / sums[sums > 0]
     tail = (1 - confidence) / 2
     low, high = np.quantile(ratios, [tail, 1 - tail])
     return float(low), float(high)
@@ -236,10 +250,15 @@ def kaplan_meier(times: Floats, observed: Sequence[bool], confidence: float = 0.
 def logrank(
     times: Floats, observed: Sequence[bool], other_times: Floats, other_observed: Sequence[bool]
 ) -> float:
-    """Two-sided p-value of the log-rank test; 1.0 when no event was seen in either group (nothing to compare)."""
+    """Two-sided p-value of the log-rank test; 1.0 where there is nothing to compare.
+
+    That is where no event was seen, and where none could have fallen to either group: all of both at one time, say.
+    """
     if not any(observed) and not any(other_observed):
         return 1.0
-    return float(stats.logrank(_censored(times, observed), _censored(other_times, other_observed)).pvalue)
+    with np.errstate(all="ignore"):
+        pvalue = stats.logrank(_censored(times, observed), _censored(other_times, other_observed)).pvalue
+    return 1.0 if math.isnan(pvalue) else float(pvalue)
 
 
 def _censored(times: Floats, observed: Sequence[bool]) -> stats.CensoredData:
@@ -253,7 +272,12 @@ def _censored(times: Floats, observed: Sequence[bool]) -> stats.CensoredData:
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment (1979): family-wise error without assuming independence; order is kept."""
+    """Holm's step-down adjustment (1979): family-wise error without assuming independence; order is kept.
+
+    Raises ValueError for what is no probability.
+    """
+    if not all(0 <= p <= 1 for p in pvalues):
+        raise ValueError(f"p-values lie between 0 and 1, not {list(pvalues)}")
     adjusted = [0.0] * len(pvalues)
     running = 0.0
     for rank, index in enumerate(sorted(range(len(pvalues)), key=lambda i: pvalues[i])):
