@@ -24,8 +24,11 @@ def extra_memory(case: AttentionCase, peer: str, threads: int) -> tuple[int | No
         return None, f"its process was ended by signal {-done.returncode}, most likely for want of memory"
     if done.returncode:
         return None, (done.stderr.strip().splitlines() or ["its process failed"])[-1]
-    answer = json.loads(done.stdout.splitlines()[-1])
-    return answer["bytes"], answer["reason"]
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+        return answer["bytes"], answer["reason"]
+    except (ValueError, LookupError, TypeError):
+        return None, "its process said nothing that can be read"
 
 
 def _measured(case: AttentionCase, peer: str) -> dict[str, int | str | None]:

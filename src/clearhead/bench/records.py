@@ -1,6 +1,7 @@
 """Results as JSON lines, one a peer."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
@@ -11,6 +12,8 @@ from clearhead.bench.machine import facts, versions
 from clearhead.bench.measure import Spread
 from clearhead.bench.run import Outcome
 from clearhead.train.status import plain
+
+CHARTS = (".png", ".svg")
 
 
 def lines(verb: str, outcome: Outcome) -> list[dict[str, Any]]:
@@ -41,11 +44,39 @@ def lines(verb: str, outcome: Outcome) -> list[dict[str, Any]]:
 
 
 def append(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Add a line for each entry to `path`."""
+    """Add a line for each entry to `path`; what a killed process has left half written stays a line of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
     with path.open("a", encoding="utf-8") as out:
         for entry in entries:
             out.write(json.dumps(plain(entry), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def check_target(path: Path, *, chart: bool) -> None:
+    """Raises ValueError, before anything is measured, for a file that lines cannot be added to.
+
+    chart: whether charts are drawn beside it.
+    """
+    if chart and path.suffix.lower() in CHARTS:
+        raise ValueError(
+            f"--out {str(path)!r} is where the chart would be drawn; name a file for the JSON lines, such as "
+            f"{path.with_suffix('.jsonl').name!r}"
+        )
+    try:
+        existed = path.exists()
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a directory; name a file for the JSON lines")
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {str(path)!r} ({error.strerror or error}); choose another file with --out"
+        ) from None
 
 
 def _scaled(found: Spread | None, factor: float) -> dict[str, float] | None:

@@ -41,9 +41,9 @@ def command(
         list[str] | None,
         typer.Option(help="Only cases whose name matches, such as 'v1-2048-*'; may be given several times."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Calls of every peer of a case.")] = 15,
+    rounds: Annotated[int, typer.Option(min=1, max=100_000, help="Calls of every peer of a case.")] = 15,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of PyTorch.", show_default="its own choice")
+        int | None, typer.Option(min=1, max=4096, help="Threads of PyTorch.", show_default="its own choice")
     ] = None,
     out: Annotated[
         Path | None,
@@ -80,12 +80,13 @@ def run_cases(verb: str, cases: "Sequence[Case]", rounds: int, out: Path, chart:
 
     from clearhead.bench.chart import draw
     from clearhead.bench.machine import facts
-    from clearhead.bench.records import append, lines
+    from clearhead.bench.records import append, check_target, lines
     from clearhead.bench.run import run_case
     from clearhead.cli.bench_table import render
     from clearhead.train.rundir import check_writable
 
     check_writable(out.parent)
+    check_target(out, chart=chart)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = FILE_WIDTH

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
-from clearhead.evals.results import read_json
+from clearhead.evals.base import reason_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -15,12 +17,30 @@ WEIGHTS = "adapter_model.safetensors"
 def is_adapter(source: str | Path) -> bool:
     """Whether ``source`` is a directory that PEFT saved an adapter in, and no model of its own."""
     folder = Path(source)
-    return (folder / CONFIG).is_file() and not (folder / "config.json").exists()
+    if not (folder / CONFIG).is_file():
+        return False
+    # Some programs save the base's configuration beside the adapter; only weights make a model of it.
+    weights = (*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*"))
+    return not (folder / "config.json").exists() or not weights
+
+
+def settings(source: str | Path) -> dict[str, Any]:
+    """What an adapter's configuration says. ValueError, naming the file, where it says nothing that can be read."""
+    file = Path(source) / CONFIG
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"the adapter's {str(file)!r} cannot be read ({error}); get the adapter again"
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"the adapter's {str(file)!r} is no object; get the adapter again")
+    return found
 
 
 def base_of(source: str | Path) -> str:
     """The model that an adapter changes. ValueError where its directory does not name one."""
-    base = read_json(Path(source) / CONFIG).get("base_model_name_or_path")
+    base = settings(source).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(
             f"{str(source)!r} is an adapter and its {CONFIG} names no base model (base_model_name_or_path): write it "
@@ -40,12 +60,29 @@ def merged(model: Any, source: str | Path) -> Any:
             f"the adapter in {str(source)!r} has no {WEIGHTS}: save it with safe_serialization=True; pickled weights "
             "are not loaded"
         )
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return PeftModel.from_pretrained(model, str(source)).merge_and_unload()
-    except (RuntimeError, ValueError, KeyError, OSError, AttributeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        # Weights that are missing in the file are only warned of, and would be those of an untrained adapter.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, str(source))
+        # Those that are left over are dropped without a word.
+        own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        with safe_open(Path(source) / WEIGHTS, framework="pt") as saved:
+            unused = sorted(key for key in saved.keys() if "lora_" in key and key not in own)  # noqa: SIM118
+        if unused:
+            raise ValueError(f"{len(unused)} of its weights have no place there, {unused[0]} the first")
+        merge = getattr(adapted, "merge_and_unload", None)
+        if merge is None:
+            raise ValueError(
+                f"it is of the type {settings(source).get('peft_type')}, which cannot be merged into weights"
+            )
+        return merge()
+    except (
+        RuntimeError, ValueError, LookupError, TypeError, OSError, AttributeError, SafetensorError, UserWarning
+    ) as error:  # fmt: skip
         raise ValueError(
-            f"the adapter in {str(source)!r} does not fit {base_of(source)!r}: {first}"
+            f"the adapter in {str(source)!r} does not fit {base_of(source)!r}: {reason_of(error)}"
         ) from error

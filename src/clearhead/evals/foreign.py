@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +69,15 @@ def is_foreign(source: str) -> bool:
 def reopened(directory: Path) -> ForeignSpec | None:
     """What an earlier evaluation wrote into its run directory; None where there is none."""
     found = sorted(directory.glob("arms/*/seed-0/subject.json"))
-    return ForeignSpec(**read_json(found[0])) if found else None
+    if not found:
+        return None
+    told = read_json(found[0])
+    names = {field.name for field in fields(ForeignSpec)}
+    if "model" not in told or not set(told) <= names or not all(isinstance(v, str) for v in told.values()):
+        raise ValueError(
+            f"{found[0]} does not say what was evaluated ({', '.join(names)}); choose another --out"
+        )
+    return ForeignSpec(**told)
 
 
 class ForeignLoader:
