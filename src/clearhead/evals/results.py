@@ -64,33 +64,42 @@ class RunResults:
         Only what was measured with the same options can be compared: with the options that most records have. Others,
         left by an interrupted re-evaluation, count as missing, as do skipped ones.
         """
-        options = self._options(evaluation)
+        options, sets = self._options(evaluation)
         found: dict[str, dict[int, dict[str, Any]]] = {}
         for arm in self.arms:
             for seed, record in arm.records(evaluation).items():
-                if record.get("config") == options and "skipped" not in record["values"]:
+                if _same(record, options, sets) and "skipped" not in record["values"]:
                     found.setdefault(arm.name, {})[seed] = record["values"]
         return found
 
     def skipped(self, evaluation: str) -> list[str]:
         """Why results are not there, one entry a reason, with the arms that it concerns."""
-        options = self._options(evaluation)
+        options, sets = self._options(evaluation)
         reasons: dict[str, list[str]] = {}
         for arm in self.arms:
             for record in arm.records(evaluation).values():
                 reason = record["values"].get("skipped")
-                if record.get("config") != options:
-                    reason = "measured with other options than the rest; clearhead evaluate measures it again"
+                if not _same(record, options, sets):
+                    what = "options" if record.get("config") != options else "contents of its evaluation sets"
+                    reason = f"measured with other {what} than the rest; clearhead evaluate measures it again"
                 if reason is not None and arm.name not in reasons.setdefault(str(reason), []):
                     reasons[str(reason)].append(arm.name)
         return [f"{', '.join(arms)}: {reason}" for reason, arms in reasons.items()]
 
-    def _options(self, evaluation: str) -> dict[str, Any] | None:
-        """The options that most records of an evaluation were measured with, the first ones if it is a tie."""
-        all_options = [
-            record.get("config") for arm in self.arms for record in arm.records(evaluation).values()
-        ]
-        return max(all_options, key=all_options.count, default=None)
+    def _options(self, evaluation: str) -> tuple[dict[str, Any] | None, dict[str, str] | None]:
+        """What most records of an evaluation were measured with, the first if it is a tie: options, stamps of sets."""
+        records = [record for arm in self.arms for record in arm.records(evaluation).values()]
+        options = _commonest([record.get("config") for record in records])
+        return options, _commonest([r["sets"] for r in records if r.get("config") == options and "sets" in r])
+
+
+def _commonest(found: list[Any]) -> Any:
+    return max(found, key=found.count, default=None)
+
+
+def _same(record: dict[str, Any], options: dict[str, Any] | None, sets: dict[str, str] | None) -> bool:
+    """Whether a record was measured with these; one from before stamps were kept may be of any sets."""
+    return record.get("config") == options and record.get("sets", sets) == sets
 
 
 def slugify(name: str) -> str:

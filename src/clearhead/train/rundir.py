@@ -1,7 +1,6 @@
 """The run directory: who may write to it, whether it belongs to this recipe, and whether it will fit on the disk."""
 
 import fcntl
-import json
 import os
 import platform
 import shutil
@@ -15,11 +14,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from clearhead.data.began import check_sets, check_text, check_tokens
 from clearhead.train.recipe import Recipe, RecipeError
 from clearhead.train.recipe_io import differences, dump_toml, parse_recipe
-from clearhead.train.status import write_json, write_text
+from clearhead.train.status import read_object, write_json, write_text
 
 # Changing these does not change what a trained model is, so they may differ between calls on one run directory.
+DATA = "data.json"
 FREE_KEYS = ("description", "seeds", "evaluate")
 FREE_TRAIN_KEYS = ("workers", "threads", "save_every")
 PACKAGES = ("clearhead", "torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy", "scipy")
@@ -115,22 +116,33 @@ def open_run(directory: Path, recipe: Recipe) -> None:
         write_json(directory / "env.json", environment())
 
 
-def keep_data(directory: Path, identity: Mapping[str, Any]) -> None:
-    """Record in `data.json` what the run trains on; RunError when it began with something else."""
-    path = directory / "data.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [
-            line
-            for key in ("corpus", "tokenizer_files")
-            for line in differences({key: before[key]}, {key: identity[key]})
-        ]
-        if changed:
-            raise RunError(
-                f"the text has changed since {str(directory)!r} was begun ({'; '.join(changed[:3])}); put it back, "
-                "choose another --out, or --fresh to set the old run aside and begin again"
-            )
-    write_json(path, identity)
+def kept_data(directory: Path) -> dict[str, Any] | None:
+    """What the run or the job in `directory` began with; None where nothing says so: it was made before that was kept.
+
+    A job made before jobs kept it is held to what its run says.
+    """
+    places = [directory]
+    if (directory / "job.json").exists():
+        places += [parent for parent in directory.absolute().parents[:4] if (parent / "recipe.toml").exists()]
+    return next((read_object(place / DATA) for place in places if (place / DATA).exists()), None)
+
+
+def keep_data(directory: Path, identity: Mapping[str, Any], sets: Mapping[str, str] | None = None) -> None:
+    """Record in `data.json` what the run, or a job of it, trains on and is evaluated on.
+
+    sets: the fingerprints of the files that its evaluations read. RunError when it began with something else.
+    """
+    before = read_object(directory / DATA) if (directory / DATA).exists() else {}
+    known = before.get("evaluation_sets", {})
+    try:
+        check_text(before, identity, ({}, {}))
+        check_tokens(before, identity, directory)
+        check_sets(known, sets or {})
+    except ValueError as error:
+        raise RunError(f"{str(directory)!r}: {error}") from None
+    found = {**identity, "evaluation_sets": {**known, **(sets or {})}}
+    if found != before:
+        write_json(directory / DATA, found)
 
 
 def set_aside(directory: Path, say: Callable[[str], None]) -> None:

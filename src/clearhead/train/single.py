@@ -33,8 +33,7 @@ def train_single(
             parameters = check_models(recipe)
             open_run(run_dir, recipe)
             check_space(run_dir, bytes_needed([task], parameters))
-            prepare_rows(recipe, run_dir, say)
-            place(task)
+            place(task, prepare_rows(recipe, run_dir, say))
         run_job(task.job, task.directory, evaluate=False)
     return task.directory
 

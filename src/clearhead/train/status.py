@@ -4,9 +4,26 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 State = Literal["queued", "training", "trained", "evaluated", "failed"]
+STATES = get_args(State)
+_NUMBER = (int, float, type(None))
+# What each key of a status may be.
+KINDS: dict[str, Any] = {
+    "state": str,
+    "step": int,
+    "steps": int,
+    "tokens": int,
+    "tokens_per_second": _NUMBER,
+    "seconds_left": _NUMBER,
+    "loss": _NUMBER,
+    "error": (str, type(None)),
+}
+
+
+class BrokenFile(ValueError):
+    """A file of a run that does not hold what it should: one sentence that names it and what to do."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +40,39 @@ class Status:
     error: str | None = None
 
 
-def read_status(job_dir: Path) -> Status:
-    """The job's status; `queued` when it has not said anything yet."""
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises BrokenFile, one sentence that names the file, for anything else in it."""
     try:
-        return Status(**json.loads((job_dir / "status.json").read_text(encoding="utf-8")))
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise BrokenFile(f"{str(path)!r} cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        raise BrokenFile(f"{str(path)!r} is not JSON ({error}); restore it, or move it away") from error
+    if not isinstance(value, dict):
+        raise BrokenFile(f"{str(path)!r} holds a JSON {type(value).__name__}, not an object; restore it")
+    return value
+
+
+def read_status(job_dir: Path) -> Status:
+    """The job's status; `queued` when it has not said anything yet. Raises BrokenFile that names a broken file."""
+    path = job_dir / "status.json"
+    try:
+        found = read_object(path)
     except FileNotFoundError:
         return Status()
+    for name, value in found.items():
+        kind = KINDS.get(name)
+        if kind is None:
+            raise BrokenFile(f"{str(path)!r} has the unknown key {name!r}; remove the file to begin it again")
+        if (
+            not isinstance(value, kind)
+            or isinstance(value, bool)
+            or (name == "state" and value not in STATES)
+        ):
+            raise BrokenFile(f"{str(path)!r}: {name} cannot be {value!r}; remove the file to begin it again")
+    return Status(**found)
 
 
 def write_status(job_dir: Path, status: Status) -> None:

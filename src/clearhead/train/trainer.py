@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
+from clearhead.data.cache import digest_json
 from clearhead.data.packing import PreparedData, prepare
 from clearhead.data.retrieval import Mixture
 from clearhead.models.causal import ClearheadForCausalLM
@@ -34,6 +35,7 @@ from clearhead.train.checkpoint import (
 from clearhead.train.probe import make_probe
 from clearhead.train.recipe import Job, Train
 from clearhead.train.rows import data_spec, training_rows
+from clearhead.train.rundir import kept_data
 from clearhead.train.status import write_json
 
 IGNORE = -100
@@ -57,7 +59,7 @@ def train_job(job: Job, job_dir: Path) -> None:
             f"train.batch_tokens is {rows_per_step} rows a step, which {world} processes cannot share evenly; "
             f"make it a multiple of {world * job.data.length}"
         )
-    data = prepare(data_spec(job))
+    data = prepare(data_spec(job), began=kept_data(job_dir))
     # Progress is told through status.json; the bars of saving and loading would only break its display.
     disable_progress_bar()
     set_seed(job.seed)
@@ -75,6 +77,7 @@ def train_job(job: Job, job_dir: Path) -> None:
         journal=journal,
         train=job.train,
     )
+    _check_shared(trainer, data)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(progress)
     if first:
@@ -93,6 +96,14 @@ def train_job(job: Job, job_dir: Path) -> None:
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if first and journal is not None:
         _finish(job, job_dir, model, data, journal, trainer.state.global_step)
+
+
+def _check_shared(trainer: Trainer, data: PreparedData) -> None:
+    """TrainingError unless every process of this training has the same text; all of them call this."""
+    number = int(digest_json(data.identity)[:12], 16)
+    found = trainer.accelerator.gather(torch.tensor([number], device=trainer.args.device))
+    if len(set(found.tolist())) > 1:
+        raise TrainingError("the text has changed while the processes started; start the training again")
 
 
 def build_model(job: Job, data: PreparedData) -> ClearheadForCausalLM:
