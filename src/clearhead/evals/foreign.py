@@ -178,13 +178,19 @@ def load(kind: Any, source: str, what: str) -> Any:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return kind.from_pretrained(source)
+        # Weights in pickles are not read: they can run code.
+        return kind.from_pretrained(source, **({"use_safetensors": True} if _has_weights(kind) else {}))
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         raise _unreachable(source, what, error) from error
     except (OSError, ValueError, KeyError) as error:
         if not Path(source).is_dir():
             raise _unreachable(source, what, error) from error
         raise ValueError(f"{what} in {source!r} cannot be loaded: {reason_of(error)}") from error
+
+
+def _has_weights(kind: Any) -> bool:
+    """Whether an Auto class is one of models, not of configurations or tokenizers."""
+    return str(kind.__name__).startswith("AutoModel")
 
 
 def _unreachable(source: str, what: str, error: Exception) -> ValueError:

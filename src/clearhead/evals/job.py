@@ -17,6 +17,7 @@ from clearhead.evals.base import Evaluation, Subject
 from clearhead.evals.foreign import DEFAULT_SUITES, ForeignLoader, ForeignSpec, open_foreign_run
 from clearhead.evals.results import read_json, read_metrics
 from clearhead.registry import did_you_mean, resolve
+from clearhead.train.checksums import check_model
 from clearhead.train.recipe import Job
 from clearhead.train.recipe_io import load_job
 from clearhead.train.rundir import exclusive, kept_data
@@ -191,8 +192,9 @@ class _Loader:
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         data = prepare(data_spec(self.job), began=kept_data(self.job_dir))
+        check_model(self.job_dir / "model")
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            self.job_dir / "model", device_map=device
+            self.job_dir / "model", device_map=device, use_safetensors=True
         ).eval()
 
         def untrained() -> PreTrainedModel:

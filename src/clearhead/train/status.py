@@ -19,6 +19,7 @@ KINDS: dict[str, Any] = {
     "seconds_left": _NUMBER,
     "loss": _NUMBER,
     "error": (str, type(None)),
+    "note": (str, type(None)),
 }
 
 
@@ -38,6 +39,7 @@ class Status:
     seconds_left: float | None = None
     loss: float | None = None
     error: str | None = None
+    note: str | None = None  # what a person should know, though it went on
 
 
 def read_object(path: Path) -> dict[str, Any]:
