@@ -131,6 +131,9 @@ def stored(
     """What ``folder`` holds, made first if it is not there."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder.parent, error) from error
+    try:
         lock = FileLock(folder.with_suffix(".lock"))
         try:
             lock.acquire(timeout=0)
@@ -157,14 +160,18 @@ def stored(
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        raise CorpusError(
-            f"the prepared data cannot be written under '{folder.parent}' ({error.strerror}): free space there or set "
-            "CLEARHEAD_CACHE to another directory"
-        ) from error
+        raise unwritable(folder.parent, error) from error
     prepared = load(folder)
     if prepared is None:
         raise CorpusError(f"the data just written to '{folder}' cannot be read back: check the disk")
     return prepared
+
+
+def unwritable(folder: Path, error: OSError) -> CorpusError:
+    return CorpusError(
+        f"the prepared data cannot be written under '{folder}' ({error.strerror}): free space there or set "
+        "CLEARHEAD_CACHE to another directory"
+    )
 
 
 def tokenizer_files(source: str) -> dict[str, str] | None:

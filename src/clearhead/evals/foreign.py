@@ -10,7 +10,6 @@ runs/NAME/recipe.toml   env.json   arms/ARM/seed-0/   subject.json  status.json 
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,6 +24,7 @@ from clearhead.evals.fused import use_fused
 from clearhead.evals.gguf import is_gguf, load_gguf, open_gguf
 from clearhead.evals.results import read_json, slugify
 from clearhead.evals.texts import open_texts
+from clearhead.train.recipe_io import read_toml
 from clearhead.train.rundir import RunError, environment
 from clearhead.train.status import Status, write_json, write_status, write_text
 
@@ -66,7 +66,14 @@ def is_foreign(source: str) -> bool:
 def reopened(directory: Path) -> ForeignSpec | None:
     """What an earlier evaluation wrote into its run directory; None where there is none."""
     found = sorted(directory.glob("arms/*/seed-0/subject.json"))
-    return ForeignSpec(**read_json(found[0])) if found else None
+    if not found:
+        return None
+    try:
+        return ForeignSpec(**read_json(found[0]))
+    except TypeError as error:
+        raise RunError(
+            f"{str(found[0])!r} does not say which model was evaluated ({error}); restore it"
+        ) from None
 
 
 class ForeignLoader:
@@ -225,7 +232,7 @@ def open_foreign_run(directory: Path, loader: ForeignLoader, suites: list[str]) 
         )
     earlier = directory / "recipe.toml"
     if earlier.exists():
-        before = tomllib.loads(earlier.read_text(encoding="utf-8"))["evaluate"]["suites"]
+        before = read_toml(earlier).get("evaluate", {}).get("suites", [])
         suites = list(dict.fromkeys([*before, *suites]))
     recipe: dict[str, Any] = {
         "name": name,

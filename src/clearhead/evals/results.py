@@ -6,12 +6,13 @@ error that names it, except the last line of ``metrics.jsonl``, which a killed p
 
 from __future__ import annotations
 
-import json
 import re
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from clearhead.train.recipe_io import read_toml
+from clearhead.train.status import read_lines, read_object
 
 
 @dataclass(frozen=True)
@@ -108,34 +109,13 @@ def slugify(name: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or ``{}`` if the file does not exist."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); delete it to have it made again") from error
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{path} holds {type(value).__name__}, expected an object; delete it to have it made again"
-        )
-    return value
+    """A JSON object, or ``{}`` if the file does not exist. Raises ValueError that names a broken file."""
+    return read_object(path) if path.exists() else {}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a ``metrics.jsonl``, the last one for each step and kind: a resumed run repeats some steps."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records: dict[tuple[int, bool], dict[str, Any]] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}, is not valid JSON ({error})") from error
-        records[int(record["step"]), "probe" in record] = record
+    records = {(int(record["step"]), "probe" in record): record for record in read_lines(path)}
     return [records[key] for key in sorted(records)]
 
 
@@ -145,13 +125,19 @@ def load_run(directory: str | Path) -> RunResults:
     recipe_file = root / "recipe.toml"
     if not recipe_file.exists():
         raise FileNotFoundError(f"{root} is not a run directory: it has no recipe.toml")
-    recipe = tomllib.loads(recipe_file.read_text(encoding="utf-8"))
-    seeds = [int(seed) for seed in recipe.get("seeds", [0])]
+    recipe = read_toml(recipe_file)
+    try:
+        seeds = [int(seed) for seed in recipe.get("seeds", [0])]
+        named = [(str(arm["name"]), str(arm.get("attention", "softmax"))) for arm in recipe.get("arms", [])]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{recipe_file} is not the recipe of a run: its seeds or arms cannot be read ({error})"
+        ) from error
     arms = []
-    for arm in recipe.get("arms", []):
-        slug = slugify(arm["name"])
+    for name, attention in named:
+        slug = slugify(name)
         runs = {seed: _load_seed(root / "arms" / slug / f"seed-{seed}") for seed in seeds}
-        arms.append(ArmResults(arm["name"], slug, arm.get("attention", "softmax"), runs))
+        arms.append(ArmResults(name, slug, attention, runs))
     if not arms:
         raise ValueError(f"{recipe_file} names no arms")
     return RunResults(recipe, read_json(root / "env.json"), arms)

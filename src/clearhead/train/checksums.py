@@ -71,7 +71,7 @@ def fault(folder: Path, name: str) -> str | None:
 
 
 def check_model(folder: Path) -> None:
-    """Raise BrokenFile, naming the file, unless the trained model in `folder` is as it was written and of safetensors."""
+    """Raise BrokenFile, naming the file, unless the model in `folder` is as it was written, and of safetensors."""
     if (reason := fault(folder, CHECKSUMS)) is not None:
         raise BrokenFile(f"the model in {str(folder)!r} is damaged ({reason}); restore it or train it again")
     names = ("model.safetensors", "model.safetensors.index.json")

@@ -50,11 +50,12 @@ def run_comparison(
 
     Raises RunError or RecipeError before anything is trained; a job that fails later is in the outcome.
     """
+    # A recipe that cannot be run leaves everything as it was.
+    parameters = check_models(recipe)
     if fresh:
         set_aside(run_dir, say)
     check_writable(run_dir)
     with exclusive(run_dir, f"the run {str(run_dir)!r}"):
-        parameters = check_models(recipe)
         open_run(run_dir, recipe)
         tasks = arm_tasks(recipe, run_dir)
         sweep = _sweep_tasks(recipe, run_dir)

@@ -20,6 +20,7 @@ from clearhead.train.recipe import (
     RecipeError,
     Train,
 )
+from clearhead.train.status import read_object
 
 Location = tuple[int | str, ...]
 M = TypeVar("M", bound=BaseModel)
@@ -65,8 +66,8 @@ def parse_recipe(
 
 
 def load_job(path: Path) -> Job:
-    """Read a `job.json`."""
-    return Job.model_validate_json(path.read_text(encoding="utf-8"))
+    """Read a `job.json`. Raises RecipeError, or BrokenFile, that names the file when it is not one of this version."""
+    return validate(Job, read_object(path), str(path), (), {})
 
 
 def dump_toml(recipe: Recipe) -> str:

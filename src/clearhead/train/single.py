@@ -26,11 +26,11 @@ def train_single(
     with ExitStack() as held:
         # Under torchrun the first process keeps the books for all.
         if int(os.environ.get("RANK", "0")) == 0:
+            parameters = check_models(recipe)
             if fresh:
                 set_aside(run_dir, say)
             check_writable(run_dir)
             held.enter_context(exclusive(run_dir, f"the run {str(run_dir)!r}"))
-            parameters = check_models(recipe)
             open_run(run_dir, recipe)
             check_space(run_dir, bytes_needed([task], parameters))
             place(task, prepare_rows(recipe, run_dir, say))

@@ -240,6 +240,8 @@ class ComparisonTrainer(Trainer):
         # Every process has its own file in it.
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            if self.journal is not None and self.journal.path.exists():
+                sync(self.journal.path)
             mark_complete(self.folder / f"checkpoint-{self.state.global_step}")
             drop_old(self.folder, KEEP_CHECKPOINTS)
 
