@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from clearhead.data.began import set_stamps
-from clearhead.registry import did_you_mean
+from clearhead.registry import did_you_mean, resolve
 from clearhead.train.jobs import Row, Task, Watcher, is_trained, parallelism, run_tasks
+from clearhead.train.model_table import model_fault, option_fault
 from clearhead.train.recipe import RESERVED_MODEL_KEYS, Evaluate, Recipe, RecipeError
 from clearhead.train.rundir import (
     check_space,
@@ -82,11 +83,11 @@ def prepare_rows(recipe: Recipe, run_dir: Path, say: Say) -> dict[str, Any]:
     or the key when rows cannot be made.
     """
     from clearhead.data.packing import prepare
-    from clearhead.train.rows import data_spec, training_rows
+    from clearhead.train.rows import check_rows, data_spec
 
     data = prepare(data_spec(recipe), progress=say, began=kept_data(run_dir))
     keep_data(run_dir, data.identity, evaluation_sets(recipe.evaluate))
-    training_rows(recipe.for_arm(recipe.arms[0].name, recipe.seeds[0]), data)
+    check_rows(recipe.for_arm(recipe.arms[0].name, recipe.seeds[0]), data)
     return kept_data(run_dir) or {}
 
 
@@ -149,10 +150,15 @@ def check_models(recipe: Recipe) -> dict[str, int]:
         for key in (*recipe.model, *arm.model):
             if key not in known:
                 raise RecipeError(f"{here}: unknown key 'model.{key}'; {did_you_mean(key, known)}")
+        fault = model_fault(recipe.model_of(arm)) or option_fault(
+            resolve("variants", arm.attention), arm.attention_options
+        )
+        if fault is not None:
+            raise RecipeError(f"{here}: {fault}")
         try:
             config = ClearheadConfig(vocab_size=recipe.tokenizer.vocab_size, **recipe.model_of(arm))
             counts[arm.name] = parameters(config)
-        except (ValueError, TypeError, StrictDataclassError) as error:
+        except (ValueError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
             # The configuration's own check wraps what it found; the cause is the sentence.
             reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
             raise RecipeError(f"{here}: {' '.join(str(reason).split())}") from error

@@ -19,6 +19,8 @@ def train_single(
 
     Raises RunError when the run directory cannot be used, ValueError or OSError from training.
     """
+    # A recipe that cannot be run leaves everything as it was.
+    parameters = check_models(recipe)
     task = _task(recipe, run_dir, arm, seed)
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if fresh and distributed:
@@ -26,7 +28,6 @@ def train_single(
     with ExitStack() as held:
         # Under torchrun the first process keeps the books for all.
         if int(os.environ.get("RANK", "0")) == 0:
-            parameters = check_models(recipe)
             if fresh:
                 set_aside(run_dir, say)
             check_writable(run_dir)
