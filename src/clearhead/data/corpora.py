@@ -234,6 +234,8 @@ def open_corpus(source: str, *, text_field: str = "text", max_bytes: int | None 
 
     ``max_bytes`` ends reading after the document that reaches that many bytes of text; of several files it takes a
     sample by the hash of their names, of one file or dataset the beginning.
+    A record whose text is missing (null) or blank is passed over, in every kind of file and in datasets.
+
     Raises CorpusError when the source is missing, matches nothing or holds no supported file; reading raises it for
     a file that is empty, binary, not UTF-8, not JSON or without ``text_field``.
     """
