@@ -15,6 +15,7 @@ from tests.train.small import SAVE_EVERY, STEPS
 
 from clearhead.train import checkpoint, trainer
 from clearhead.train.checkpoint import MARKER, newest_complete
+from clearhead.train.jobs import Task, place
 from clearhead.train.status import BrokenFile, read_status
 
 # Seconds until a test gives up on a process; none is expected to take nearly as long.
@@ -256,3 +257,14 @@ def test_a_finished_model_has_checksums(uninterrupted: Path, tmp_path: Path) -> 
 
 def test_the_last_step_is_the_budget(uninterrupted: Path) -> None:
     assert losses(uninterrupted)[-1][0] == STEPS
+
+
+def test_a_loss_that_is_no_number_ends_the_training(
+    corpus: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    from clearhead.train.callbacks import TrainingError
+
+    made = Task(small.recipe(corpus, learning_rate=1e30).for_arm("V1", 0), tmp_path / "run", "V1")
+    place(made)
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d+; lower train\.learning_rate"):
+        trainer.train_job(made.job, made.directory)
