@@ -74,9 +74,10 @@ def outcome(task: Task) -> dict[str, Any]:
     for record in read_lines(task.directory / "metrics.jsonl"):
         probe = record.get("probe")
         if probe is None:
-            losses.append(record["loss"])
+            # Null is a loss that was no number.
+            losses.append(math.inf if record["loss"] is None else record["loss"])
             continue
-        probe_loss = probe.get("validation_loss", probe_loss)
+        probe_loss = probe.get("validation_loss") or probe_loss
         if mastered_at is None and probe.get("needle_accuracy", 0.0) >= task.job.train.mastery:
             mastered_at = record["tokens"]
     last = losses[-max(1, len(losses) // 10) :]
@@ -92,5 +93,6 @@ def _score(runs: Sequence[dict[str, Any]], mastered: bool) -> float:
     if mastered:
         values = [run["budget"] if run["mastered_at"] is None else run["mastered_at"] for run in runs]
     else:
-        values = [run["final_loss"] if math.isfinite(run["final_loss"]) else math.inf for run in runs]
+        values = [math.inf if run["final_loss"] is None else run["final_loss"] for run in runs]
+        values = [value if math.isfinite(value) else math.inf for value in values]
     return float(sum(values) / len(values))
