@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clearhead.core.dispatch import Backend, Kernel, Plan, Problem, choose
-from clearhead.core.heads import Heads
+from clearhead.core.heads import Heads, repeat_kv
 from clearhead.core.legalise import lower, raise_maps, raise_streams
 from clearhead.core.masks import MaskSpec
 
@@ -97,8 +97,11 @@ def attend(
     heads = heads.expanded()
     results = [backend(call, prepared.mask, scale) for call in lower(heads, lowering)]
     groups = heads.v.shape[1]
-    output = mix(raise_streams([out for out, _ in results], lowering, groups), heads.gate)
+    streams = raise_streams([out for out, _ in results], lowering, groups)
     if not with_maps:
-        return output, None
-    maps = [m for _, m in results if m is not None]
-    return output, mix(raise_maps(maps, lowering, groups), heads.gate)
+        return mix(streams, heads.gate), None
+    effective = mix(raise_maps([m for _, m in results if m is not None], lowering, groups), heads.gate)
+    if mix is single:
+        return mix(streams, heads.gate), effective
+    # Through the map that is returned, so that it has a gradient; the same by linearity.
+    return effective @ repeat_kv(heads.v, effective.shape[1]), effective

@@ -18,7 +18,7 @@ from clearhead.core.legalise import Call, Lowering, WideValues, legalise
 from clearhead.core.masks import MaskSpec
 from clearhead.registry import did_you_mean, names, resolve
 
-MASK_FEATURES = frozenset({"causal", "window", "padding", "documents", "dense", "bias", "alibi"})
+MASK_FEATURES = frozenset({"causal", "window", "padding", "documents", "dense", "bias", "alibi", "places"})
 FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 

@@ -97,7 +97,7 @@ class Differential(Variant):
         )
         return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init
 
-    def gate(self, x: Tensor) -> Tensor:
+    def gate(self, x: Tensor | None) -> Tensor:
         return self.lambda_full().view(1, 1, 1, 1)
 
     @property
@@ -115,7 +115,7 @@ class Differential(Variant):
             nn.init.ones_(self.head_norm.weight)
 
     def mean_lambda(self) -> float:
-        return float(self.lambda_full().detach())
+        return float(self(None).detach())
 
 
 def _pairs(x: Tensor, heads: int) -> tuple[Tensor, ...]:
