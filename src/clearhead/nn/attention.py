@@ -165,7 +165,7 @@ class Attention(AttentionCore):
                 length = self._longest_request(
                     positions, context_positions, key_padding_mask, documents, past
                 )
-        heads = self.project(x, source, self.position.rotation(positions, context_positions, length), cache)
+        heads = self.project(x, source, self.position(positions, context_positions, length, x.dtype), cache)
         mask = MaskSpec(
             is_causal=is_causal,
             offset=past if context is None else None,
