@@ -17,8 +17,8 @@ def readable(tensor: Tensor) -> bool:
 def demand(holds: Tensor, message: str) -> None:
     """Raise ValueError(message) unless `holds`, one bool, is true.
 
-    No device is waited for: outside the CPU, and in a traced graph, the assertion travels with the computation and fails
-    there, as RuntimeError.
+    No device is waited for: outside the CPU, and in a traced graph, the assertion travels with the computation and
+    fails there, as RuntimeError.
     """
     if holds.device.type == "cpu" and readable(holds):
         if not bool(holds):

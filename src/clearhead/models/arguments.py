@@ -39,8 +39,11 @@ def check_keywords(keywords: Mapping[str, Any], own: Mapping[str, Any]) -> None:
 
 
 def packed_numbers(keywords: Mapping[str, Any], batch: int, queries: int) -> Tensor | None:
-    """(B or 1, L) document numbers, of the keywords that FlashAttention's collators give: cu_seq_lens_q (documents + 1,)
-    where each of one flattened row begins, and the row's length; or seq_idx (B, L). None without them."""
+    """(B or 1, L) document numbers, of the keywords that FlashAttention's collators give; None without them.
+
+    cu_seq_lens_q (documents + 1,): where each document of one flattened row begins, and the row's length.
+    seq_idx (B, L): the numbers themselves.
+    """
     bounds, numbers = keywords.get("cu_seq_lens_q"), keywords.get("seq_idx")
     other = keywords.get("cu_seq_lens_k")
     bounds = other if bounds is None else bounds
@@ -97,7 +100,7 @@ def check_dense(mask: Tensor, batch: int, queries: int, keys: int) -> None:
 
 
 def check_mask_shape(mask: Tensor, batch: int, queries: int, past: int | Tensor, keys: int) -> None:
-    """ValueError unless it is (B, S), with a column for each token so far; in caches of fixed size up to all that fit."""
+    """ValueError unless it is (B, S), with a column for each token so far; in fixed caches up to all that fit."""
     # How much of a cache of fixed size is written is on its device; asking would stall it.
     known = not isinstance(past, Tensor) or (past.device.type == "cpu" and readable(past))
     least = int(past) + queries if known else queries
@@ -109,8 +112,9 @@ def check_mask_shape(mask: Tensor, batch: int, queries: int, past: int | Tensor,
 
 
 def has_padding(mask: Tensor, documents: Tensor | None) -> tuple[bool, Tensor | None]:
-    """Whether anything of a (B, S) mask is padded, and `documents` where there is more than one. Looked at together, once;
-    where nothing can be looked at the answers are yes.
+    """Whether anything of a (B, S) mask is padded, and `documents` where there is more than one.
+
+    Looked at together, once; where nothing can be looked at the answers are yes.
 
     ValueError for a mask that holds anything but 0 and 1, or is floating point and all 0: such masks are added.
     """

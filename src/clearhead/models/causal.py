@@ -155,7 +155,7 @@ class ClearheadModel(ClearheadPreTrainedModel):
             name that transformers' models do not have either is a TypeError.
         """
         check_keywords(kwargs, _ARGUMENTS)
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise ValueError(
                 "torch.jit.trace keeps what it sees of its example (nothing is padded, say) for every input after it; "
                 "export with torch.export"
@@ -189,7 +189,7 @@ class ClearheadModel(ClearheadPreTrainedModel):
             packed_numbers(kwargs, batch, inputs_embeds.shape[1]),
             distances=any(found is not None for found in slopes.values()),
         )
-        length = request_lengths(methods.values(), rope_length, placed, batch)
+        length = request_lengths(methods.values(), rope_length, placed, batch, past_key_values)
         compact = self.config.compact_cache and past_key_values is not None
         keys = key_positions(placed) if compact else None
         plans = self._plan_each(inputs_embeds, placed, slopes, output_attentions)
@@ -307,7 +307,7 @@ class ClearheadModel(ClearheadPreTrainedModel):
 
     def _compute_dtype(self, inputs_embeds: Tensor) -> torch.dtype:
         device = inputs_embeds.device.type
-        if torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return inputs_embeds.dtype
 

@@ -95,11 +95,9 @@ def place(
         demand(~again.any(), _RESTARTS_BEHIND)
 
     counted = None if padding is None else (padding.long().cumsum(dim=-1) - 1).clamp(min=0)
-    if position_ids is not None:
-        positions = position_ids
-    else:
-        # Real tokens are counted, so that left padding moves nothing: slack collinear attention would notice.
-        positions = slots if counted is None else _own(counted, past, queries)
+    # Real tokens are counted, so that left padding moves nothing: slack collinear attention would notice.
+    own = slots if counted is None else _own(counted, past, queries)
+    positions = own if position_ids is None else position_ids
     if documents is not None:
         documents = F.pad(documents, (0, keys - queries))
     places = None
@@ -173,11 +171,16 @@ def shortest_trained_length(methods: Iterable[Position]) -> int | None:
 
 
 def request_lengths(
-    methods: Iterable[Position], rope_length: int | Tensor | None, placed: Placed, batch: int
+    methods: Iterable[Position],
+    rope_length: int | Tensor | None,
+    placed: Placed,
+    batch: int,
+    cache: Cache | None = None,
 ) -> Tensor | None:
     """(B or 1, 1), or (B, L) in packed rows: the length of each row's or token's request; None if nobody asks.
 
-    ValueError for a rope_length that is no length or shorter than the request, and for a cache that needs one.
+    ValueError for a rope_length that is no length or shorter than the request, for a cache that needs one, and for one
+    that was written with another.
     """
     methods = list(methods)
     if not depends_on_length(methods):
@@ -190,11 +193,31 @@ def request_lengths(
     if rope_length is not None:
         length = given_length(rope_length, batch, positions.device)
         check_given_length(length, longest)
-        return length
-    if placed.past is not None:
-        check_cached_length(shortest_trained_length(methods), placed.past, placed.keys)
-    # Behind a cache this is too short, but all lengths that pass the check are within the trained one.
-    return longest
+    else:
+        if placed.past is not None:
+            check_cached_length(shortest_trained_length(methods), placed.past, placed.keys)
+        # Behind a cache this is too short, but all lengths that pass the check are within the trained one.
+        length = longest
+    if cache is not None:
+        _keep_length(cache, length, shortest_trained_length(methods), past)
+    return length
+
+
+def _keep_length(cache: Cache, length: Tensor, trained: int | None, past: int | Tensor) -> None:
+    """Notes on a cache the length that its keys were turned by; ValueError if they were turned by another one."""
+    if not readable(length) or (isinstance(past, Tensor) and past.device.type != "cpu"):
+        return
+    # Up to the trained length all are alike.
+    length = length if trained is None else length.clamp(min=trained)
+    held = getattr(cache, "_rope_length", None) if int(past) > 0 else None
+    if held is not None and (held.shape == length.shape or 1 in (len(held), len(length))):
+        demand(
+            (held.to(length.device) == length).all(),
+            "rope_length differs from the one that the cache was written with: this rope scaling turns keys by it, so "
+            "give every call on a cache the same, from the first one on",
+        )
+    else:
+        cache._rope_length = length  # type: ignore[attr-defined]
 
 
 def _own(x: Tensor, past: int | Tensor, queries: int) -> Tensor:

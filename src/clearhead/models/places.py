@@ -33,8 +33,8 @@ def places_of_dense(positions: Tensor, slots: Tensor, keys: int, fresh: bool) ->
     if not fresh:
         demand(
             (positions[:, :1] == slots[:, :1]).all(),
-            "position_ids under a mask of 4 dimensions must go on where the cache ends for ALiBi, which has to know the "
-            "positions of the cached keys: leave them out, or give all tokens without a cache",
+            "position_ids under a mask of 4 dimensions must go on where the cache ends for ALiBi, which has to know "
+            "the positions of the cached keys: leave them out, or give all tokens without a cache",
         )
     if _known((positions == slots).all()):
         return None
@@ -57,8 +57,8 @@ def places_behind(
     if given:
         demand(
             _goes_on(positions, theirs, real, slots).all(),
-            "position_ids behind a cache must count all tokens so far, or the real ones, for ALiBi, which has to know the "
-            "positions of the cached keys: leave them out",
+            "position_ids behind a cache must count all tokens so far, or the real ones, for ALiBi, which has to know "
+            "the positions of the cached keys: leave them out",
         )
     if real is None or _known(_even(theirs.expand(real.shape[0], -1), real, None)):
         return None

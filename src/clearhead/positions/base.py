@@ -131,6 +131,16 @@ class Position(nn.Module, ABC):
             self.double()
         return self.rotation(positions, key_positions, length=length)
 
+    @classmethod
+    def check_scaling(cls, parameters: Mapping[str, Any]) -> None:
+        """Raise ValueError for a rope scaling that a method without angles, alone in its model, would not look at."""
+        kind = parameters.get("rope_type", "default")
+        if not cls.rotates and kind != "default":
+            raise ValueError(
+                f"rope_parameters ask for rope_type {kind!r}, but position {cls.__name__.lower()!r} turns nothing that "
+                "could be scaled: leave rope_parameters out"
+            )
+
     @property
     def depends_on_length(self) -> bool:
         """Whether the rotation of a token depends on how long its request is."""
@@ -142,14 +152,14 @@ class Position(nn.Module, ABC):
         return None
 
     def slopes(self, heads: int) -> Tensor | None:
-        """(H,) in float64, or float32: what is taken off each head's scaled logits for each token of distance; None for nothing."""
+        """(H,) in float64 or float32: what a token of distance takes off each head's logits; None for nothing."""
         return None
 
     def reset_buffers(self) -> None:
-        """Compute the buffers that no checkpoint holds anew, after the module was built without memory, cast or moved."""
+        """Compute the buffers that no checkpoint holds anew, after the module was built without memory or moved."""
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        # Every cast, move and `to_empty` comes through here. What it leaves in a buffer may be rounded or no value at all.
+        # Every cast, move and `to_empty` comes through here, and may leave what is rounded or no value at all.
         super()._apply(fn, recurse)
         self.reset_buffers()
         return self

@@ -78,9 +78,9 @@ def check_cached_length(trained: int | None, past: int | Tensor, total: int | No
     held = "an unknown number of" if total is None else str(total)
     raise ValueError(
         f"rope_length is missing: the cache may hold {held} tokens, the model was trained with "
-        f"{'an unknown number' if trained is None else trained}, and this rope scaling turns keys by the length of the "
-        "whole request; give every call on this cache, `generate` too, the same rope_length, from the first one on (all "
-        "tokens that the request or conversation may come to)"
+        f"{'an unknown number' if trained is None else trained}, and this rope scaling turns keys by the length of "
+        "the whole request; give every call on this cache, `generate` too, the same rope_length, from the first one on "
+        "(all tokens that the request or conversation may come to)"
     )
 
 

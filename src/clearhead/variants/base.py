@@ -56,8 +56,10 @@ class Variant(nn.Module, ABC):
         return self.gate(x)
 
     def gate(self, x: Tensor | None) -> Tensor | None:
-        """What `mix` weighs the second stream with, broadcastable to (B, H, L, 1). x is the layer's input, or None where
-        only a gate that does not depend on it is asked for."""
+        """What `mix` weighs the second stream with, broadcastable to (B, H, L, 1).
+
+        x is the layer's input, or None where only a gate that does not depend on it is asked for.
+        """
         return None
 
     def place(self, heads: Heads, rotation: Rotation) -> Heads:
