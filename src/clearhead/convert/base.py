@@ -58,7 +58,7 @@ class Computation(Protocol):
     def hidden(self, embedded: Tensor, read: Callable[[str], Tensor]) -> Tensor:
         """(B, L, hidden_size) embedded tokens to the states that the output matrix is multiplied with.
 
-        read: a weight by its name in this format, in the dtype of `embedded`. Each is held only as long as it is needed.
+        read: a weight by its name in this format, in the dtype of `embedded`; each is held only while it is needed.
         """
         ...
 

@@ -16,12 +16,12 @@ from clearhead.convert.weights import Weights
 
 TEXT = (
     "It was a bright morning in March, and the clerk who kept the harbour's books had counted 1,482 barrels, three "
-    "crates of lemons and one very small dog. \"Whose is it?\" he asked; nobody knew. The list said: salt, rope, tar, "
+    'crates of lemons and one very small dog. "Whose is it?" he asked; nobody knew. The list said: salt, rope, tar, '
     "oil (two casks), nails. He wrote the dog down between the rope and the tar, for that is where it sat, and went on."
 )
 TOKENS = 96
 EXACT, ROUNDED = 1e-10, 1e-5
-"""What a difference may be beside the largest logit, or beside 1: where nothing was rounded, and where something was."""
+"""What a difference may be beside the largest logit, or 1: where nothing was rounded, and where something was."""
 CHUNK = 2**21
 """Numbers of the output matrix that are held at a time."""
 

@@ -63,8 +63,9 @@ class CocaLlama(LlamaFamily):
             mixed = causal_softmax(logits) @ spread(v, heads)
             return F.linear(mixed.transpose(1, 2).flatten(2), read(f"{prefix}.o_proj.weight"))
 
-        head = "model.embed_tokens.weight" if theirs.tie_word_embeddings else "lm_head.weight"
-        return PlainDecoder(attention, theirs.num_hidden_layers, theirs.rms_norm_eps, head=head)
+        return PlainDecoder(
+            attention, theirs.num_hidden_layers, theirs.rms_norm_eps, theirs.tie_word_embeddings
+        )
 
 
 class CocaNeox(Converter):

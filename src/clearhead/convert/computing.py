@@ -1,4 +1,4 @@
-"""How models compute, one layer's weights in memory at a time: those of transformers and of this library, and plain ones.
+"""How models compute, one layer's weights in memory at a time: of transformers, of this library, and plain ones.
 
 Legend: B batch, L tokens, H heads, D width of a head.
 """
@@ -94,24 +94,18 @@ def _place(module: nn.Module, name: str, value: Tensor) -> None:
 class PlainDecoder:
     """A LLaMA-like decoder around any attention, written with plain functions from a released file.
 
-    names:     the table of a layer's and the model's tensors, as in LLaMA: keys input_layernorm, post_attention_layernorm,
-        gate_proj, up_proj, down_proj, norm with `{}` for the layer.
     attention: (layer, normed states (B, L, hidden_size), read) -> (B, L, hidden_size).
     """
 
+    embedding = "model.embed_tokens.weight"
+
     def __init__(
-        self,
-        attention: Callable[[int, Tensor, Read], Tensor],
-        layers: int,
-        eps: float,
-        embedding: str = "model.embed_tokens.weight",
-        head: str = "lm_head.weight",
+        self, attention: Callable[[int, Tensor, Read], Tensor], layers: int, eps: float, tied: bool
     ) -> None:
         self.attention = attention
         self.layers = layers
         self.eps = eps
-        self.embedding = embedding
-        self.head = head
+        self.head = self.embedding if tied else "lm_head.weight"
 
     def hidden(self, embedded: Tensor, read: Read) -> Tensor:
         """The decoder's last states, after its norm."""

@@ -5,6 +5,7 @@ Of the twin's h heads DiffLlama takes heads i and i + h / 2 as the streams of di
 has no weight: ours goes into the columns of the output projection, W diag(w), which is the same function.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,15 +40,10 @@ class DiffLlama(LlamaFamily):
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         assert groups is not None
         turned = to_halves(config)
-        ordered = {"q_proj": (heads, turned), "k_proj": (groups, turned), "v_proj": (groups, same)}
         lines = [
-            Line(
-                f"{ATTENTION}.{part}.weight",
-                f"{ATTENTION}.{part}.weight",
-                lambda rows, count=count: chunks_to_stripes(rows, count),
-                lambda rows, count=count, turn=turn: stripes_to_chunks(turn(rows), count),
-            )
-            for part, (count, turn) in ordered.items()
+            _striped("q_proj", heads, turned),
+            _striped("k_proj", groups, turned),
+            _striped("v_proj", groups, same),
         ]
         lines.append(Line(f"{ATTENTION}.o_proj.weight", f"{ATTENTION}.o_proj.weight"))
         lines += [Line(f"{ATTENTION}.variant.{name}", f"{ATTENTION}.{name}") for name in LAMBDAS]
@@ -59,17 +55,22 @@ class DiffLlama(LlamaFamily):
         width = 2 * config.head_dim
         for layer in range(config.num_hidden_layers):
             norm = NORM.format(layer=layer)
-            like = source.weights.dtype(f"{ATTENTION}.o_proj.weight".format(layer=layer))
+            beside = f"{ATTENTION}.o_proj.weight".format(layer=layer)
+            like = source.weights.dtype(beside) if beside in source.weights else None
             found[norm] = Recipe((), lambda: torch.ones(width), like)
         return found
 
     def written(self, config: ClearheadConfig) -> dict[str, Any]:
         if config.attention != "differential":
-            raise refuse("attention", config.attention, "DiffLlamaForCausalLM computes 'differential' (V1) only")
+            raise refuse(
+                "attention", config.attention, "DiffLlamaForCausalLM computes 'differential' (V1) only"
+            )
         options = dict(config.attention_options or {})
         for key, only in (("lambda_init", "depth"), ("head_norm", True)):
             if options.get(key, only) != only:
-                raise refuse(f"attention_options[{key!r}]", options[key], f"DiffLlamaForCausalLM has {only!r}")
+                raise refuse(
+                    f"attention_options[{key!r}]", options[key], f"DiffLlamaForCausalLM has {only!r}"
+                )
         if (eps := options.get("norm_eps", 1e-5)) != config.rms_norm_eps:
             raise refuse(
                 "attention_options['norm_eps']",
@@ -87,7 +88,7 @@ class DiffLlama(LlamaFamily):
             lambda_std_dev=options.get("lambda_std", 0.1),
             architectures=[self.class_name],
         )
-        return dict(made.to_dict())
+        return dict(made.to_diff_dict())
 
     def outgoing(self, config: ClearheadConfig, weights: Weights) -> dict[str, Recipe]:
         found = super().outgoing(config, weights)
@@ -106,6 +107,19 @@ class DiffLlama(LlamaFamily):
                 for name, recipe in found.items()
             }
         return found
+
+
+def _striped(part: str, heads: int, turned: Callable[[Tensor], Tensor]) -> Line:
+    """Streams of one head side by side here, in two halves there."""
+    name = f"{ATTENTION}.{part}.weight"
+
+    def into(rows: Tensor) -> Tensor:
+        return chunks_to_stripes(rows, heads)
+
+    def back(rows: Tensor) -> Tensor:
+        return stripes_to_chunks(turned(rows), heads)
+
+    return Line(name, name, into, back)
 
 
 def fold(projection: Tensor, weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from clearhead.convert.base import LAYER, Computation, Converter, Line, Source, Table, refuse
 from clearhead.convert.computing import ModelComputation
 from clearhead.convert.orders import pairs_to_halves
-from clearhead.convert.weights import ConversionError, Weights, same
+from clearhead.convert.weights import ConversionError, Weights, reason, same
 from clearhead.models.config import ClearheadConfig
 from clearhead.positions.interchange import from_transformers, to_transformers
 
@@ -84,7 +84,9 @@ class LlamaFamily(Converter):
         try:
             rope = from_transformers(theirs)
         except ValueError as error:
-            raise ConversionError(f"the configuration's rope_parameters cannot be taken over: {error}") from None
+            raise ConversionError(
+                f"the configuration's rope_parameters cannot be taken over: {error}"
+            ) from None
         attention, options = self.attention(theirs)
         sizes = {name: getattr(theirs, name) for name in SIZES}
         return ClearheadConfig(
@@ -123,7 +125,7 @@ class LlamaFamily(Converter):
             return self._class().config_class.from_dict(dict(config))
         except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
             raise ConversionError(
-                f"the configuration is not one of a {self.model_type!r} model: {' '.join(str(error).split())}"
+                f"the configuration is not one of a {self.model_type!r} model: {reason(error)}"
             ) from None
 
     def _check_all(self, theirs: Any, source: Source) -> None:

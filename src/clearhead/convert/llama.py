@@ -29,7 +29,7 @@ class Llama(LlamaFamily):
             rope_parameters=rope,
             architectures=[self.class_name],
         )
-        return dict(made.to_dict())
+        return dict(made.to_diff_dict())
 
 
 class Mistral(LlamaFamily):
@@ -37,5 +37,3 @@ class Mistral(LlamaFamily):
 
     model_type = "mistral"
     class_name = "MistralForCausalLM"
-
-

@@ -24,6 +24,7 @@ from clearhead.models.config import ClearheadConfig
 FIRST = "model.layers.0.self_attn"
 SUBLN_EPS = 1e-5
 """The released layer's, whatever the norms around it have."""
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 
 
@@ -42,7 +43,9 @@ class _Microsoft(Converter):
         """What the variant has besides projections."""
         raise NotImplementedError
 
-    def layer(self, layer: int, x: Tensor, read: Read, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int]) -> Tensor:
+    def layer(
+        self, layer: int, x: Tensor, read: Read, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int]
+    ) -> Tensor:
         """The released layer, in plain functions."""
         raise NotImplementedError
 
@@ -71,6 +74,7 @@ class _Microsoft(Converter):
                 )
         layers = {int(name.split(".")[2]) for name in weights.names() if name.startswith("model.layers.")}
         vocabulary, hidden = weights.shape("model.embed_tokens.weight")
+        tokens: dict[str, Any] = {key: given.get(key) for key in TOKENS}
         return ClearheadConfig(
             vocab_size=vocabulary,
             hidden_size=hidden,
@@ -84,7 +88,7 @@ class _Microsoft(Converter):
             max_position_embeddings=given.get("max_position_embeddings", 2048),
             rope_parameters=self._rope(given),
             tie_word_embeddings="lm_head.weight" not in weights,
-            **{key: given.get(key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")},
+            **tokens,
         )
 
     output: ClassVar[str] = "o_proj.weight"
@@ -119,16 +123,20 @@ class _Microsoft(Converter):
             turned = angles(x.shape[1], sizes[2], rope, dtype)
             return self.layer(layer, x, read, turned.cos(), turned.sin(), sizes)
 
-        head = "model.embed_tokens.weight" if ours.tie_word_embeddings else "lm_head.weight"
-        return PlainDecoder(attention, ours.num_hidden_layers, ours.rms_norm_eps, head=head)
+        return PlainDecoder(attention, ours.num_hidden_layers, ours.rms_norm_eps, ours.tie_word_embeddings)
 
     @staticmethod
     def _rope(given: Mapping[str, Any]) -> dict[str, Any]:
         nested = given.get("rope_parameters") or given.get("rope_scaling") or {}
         kind = nested.get("rope_type", nested.get("type", "default"))
         if kind != "default":
-            raise ConversionError(f"the configuration's rope_type is {kind!r}: the released code has no rotary scaling")
-        return {"rope_type": "default", "rope_theta": nested.get("rope_theta", given.get("rope_theta", 10000.0))}
+            raise ConversionError(
+                f"the configuration's rope_type is {kind!r}: the released code has no rotary scaling"
+            )
+        return {
+            "rope_type": "default",
+            "rope_theta": nested.get("rope_theta", given.get("rope_theta", 10000.0)),
+        }
 
 
 class MicrosoftV1(_Microsoft):
@@ -147,7 +155,9 @@ class MicrosoftV1(_Microsoft):
         found = [Line(f"{ATTENTION}.variant.{name}", f"{ATTENTION}.{name}") for name in LAMBDAS]
         return [*found, Line(f"{ATTENTION}.variant.head_norm.weight", f"{ATTENTION}.subln.weight")]
 
-    def layer(self, layer: int, x: Tensor, read: Read, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int]) -> Tensor:
+    def layer(
+        self, layer: int, x: Tensor, read: Read, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int]
+    ) -> Tensor:
         heads, groups, width = sizes
         prefix = f"model.layers.{layer}.self_attn"
         q = _rotated(_heads(F.linear(x, read(f"{prefix}.q_proj.weight")), heads), cos, sin)
@@ -178,7 +188,9 @@ class MicrosoftV2(_Microsoft):
     def lines(self) -> list[Line]:
         return [Line(f"{ATTENTION}.variant.lambda_proj.weight", f"{ATTENTION}.lambda_proj.weight")]
 
-    def layer(self, layer: int, x: Tensor, read: Read, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int]) -> Tensor:
+    def layer(
+        self, layer: int, x: Tensor, read: Read, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int]
+    ) -> Tensor:
         heads, groups, width = sizes
         prefix = f"model.layers.{layer}.self_attn"
         q = _rotated(_heads(F.linear(x, read(f"{prefix}.q_proj.weight")), 2 * heads), cos, sin)

@@ -7,7 +7,7 @@ import torch
 
 from clearhead.convert.base import Computation, Converter, Line, Source, Table
 from clearhead.convert.computing import ModelComputation
-from clearhead.convert.weights import ConversionError, Weights
+from clearhead.convert.weights import ConversionError, Weights, reason
 from clearhead.models.config import ClearheadConfig
 
 
@@ -25,11 +25,13 @@ class Clearhead(Converter):
             return ClearheadConfig.from_dict(dict(source.config))
         except (ValueError, TypeError) as error:
             raise ConversionError(
-                f"the configuration is not one of a clearhead model: {' '.join(str(error).split())}"
+                f"the configuration is not one of a clearhead model: {reason(error)}"
             ) from None
 
     def table(self, config: ClearheadConfig) -> Table:
-        return Table(tuple(Line(name, name) for name in self.shapes(config.to_dict())), config.num_hidden_layers)
+        return Table(
+            tuple(Line(name, name) for name in self.shapes(config.to_dict())), config.num_hidden_layers
+        )
 
     def computation(self, config: Mapping[str, Any], weights: Weights, dtype: torch.dtype) -> Computation:
         from clearhead.models.causal import ClearheadForCausalLM
@@ -37,7 +39,7 @@ class Clearhead(Converter):
         return ModelComputation(ClearheadForCausalLM, ClearheadConfig.from_dict(dict(config)), dtype)
 
     def written(self, config: ClearheadConfig) -> dict[str, Any]:
-        return {**config.to_dict(), "architectures": ["ClearheadForCausalLM"]}
+        return {**config.to_diff_dict(), "architectures": ["ClearheadForCausalLM"]}
 
     def shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         from clearhead.models.causal import ClearheadForCausalLM

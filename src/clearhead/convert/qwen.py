@@ -13,7 +13,11 @@ class Qwen2(LlamaFamily):
     class_name = "Qwen2ForCausalLM"
 
     def check(self, config: Any) -> None:
-        raise refuse("model_type", self.model_type, "Qwen 2 has biases on q_proj, k_proj and v_proj; clearhead models have none")
+        raise refuse(
+            "model_type",
+            self.model_type,
+            "Qwen 2 has biases on q_proj, k_proj and v_proj; clearhead models have none",
+        )
 
 
 class Qwen3(LlamaFamily):
@@ -23,4 +27,8 @@ class Qwen3(LlamaFamily):
     class_name = "Qwen3ForCausalLM"
 
     def check(self, config: Any) -> None:
-        raise refuse("model_type", self.model_type, "Qwen 3 norms queries and keys (q_norm, k_norm); clearhead models do not")
+        raise refuse(
+            "model_type",
+            self.model_type,
+            "Qwen 3 norms queries and keys (q_norm, k_norm); clearhead models do not",
+        )

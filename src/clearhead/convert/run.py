@@ -14,7 +14,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,18 @@ import torch
 
 from clearhead.convert.base import Converter, Source
 from clearhead.convert.check import EXACT, ROUNDED, Agreement, compare, precision, token_ids
-from clearhead.convert.source import find_converter, open_source
+from clearhead.convert.source import find_converter, open_source, read_config
 from clearhead.convert.start import SAME_FUNCTION, restart, restarted
-from clearhead.convert.weights import FLOATS, ConversionError, FileWeights, MadeWeights, Sheet, Weights, write_weights
+from clearhead.convert.weights import (
+    FLOATS,
+    ConversionError,
+    FileWeights,
+    MadeWeights,
+    Sheet,
+    Weights,
+    reason,
+    write_weights,
+)
 from clearhead.models.config import ClearheadConfig
 from clearhead.registry import did_you_mean, names, resolve
 from clearhead.train.rundir import exclusive
@@ -135,10 +144,7 @@ def make_plan(source: Source, to: str, attention: str | None) -> Plan:
     except ConversionError as error:
         raise ConversionError(f"{source.name!r} cannot be converted: {error}") from None
     except (ValueError, TypeError) as error:
-        # The strict validation of configurations says what is wrong in its last line.
-        raise ConversionError(
-            f"{source.name!r} cannot be converted: {str(error).strip().splitlines()[-1].strip()}"
-        ) from None
+        raise ConversionError(f"{source.name!r} cannot be converted: {reason(error)}") from None
     incoming = reader.incoming(before, source)
     _complete(source, reader, incoming)
     weights: Weights = MadeWeights(source.weights, incoming)
@@ -211,8 +217,7 @@ def _dtype_name(sheets: tuple[Sheet, ...]) -> str:
 
 
 def _write(part: Path, plan: Plan, shard_bytes: int) -> dict[str, str]:
-    config = {key: value for key, value in plan.config.items() if value is not None}
-    config["transformers_version"] = importlib.metadata.version("transformers")
+    config = {**plan.config, "transformers_version": importlib.metadata.version("transformers")}
     (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     files = list(write_weights(part, plan.sheets, plan.weights.read, shard_bytes))
     return {file.name: _sha256(file) for file in files}
@@ -231,15 +236,32 @@ def _carry(plan: Plan, part: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, part / name)
+    _name_tokenizer_class(source.folder, part)
     for pattern in KEPT:
         for file in source.folder.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, part / file.name)
 
 
+def _name_tokenizer_class(folder: Path, part: Path) -> None:
+    """Say which class the tokenizer is of, where only the source's model type did."""
+    file = part / "tokenizer_config.json"
+    if not file.exists() or "tokenizer_class" in read_config(file):
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        found = type(AutoTokenizer.from_pretrained(folder)).__name__
+    except (OSError, ValueError, KeyError, ImportError):
+        found = "PreTrainedTokenizerFast"
+    text = json.dumps({**read_config(file), "tokenizer_class": found}, indent=2, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
 def _check(plan: Plan, part: Path) -> Agreement:
     vocabulary = plan.ours.vocab_size
-    tokenizer = plan.source.tokenizer or _tokenizer(plan.source.folder)
+    # The one that was carried: what cannot be loaded now could not be loaded later.
+    tokenizer = _tokenizer(part)
     ids = token_ids(tokenizer, vocabulary)[: max(2, plan.ours.max_position_embeddings)]
     written = FileWeights(sorted(part.glob("*.safetensors")))
     layer = max(
@@ -259,8 +281,8 @@ def _check(plan: Plan, part: Path) -> Agreement:
     )
 
 
-def _tokenizer(folder: Path | None) -> Any:
-    if folder is None or not (folder / "tokenizer_config.json").exists():
+def _tokenizer(folder: Path) -> Any:
+    if not (folder / "tokenizer_config.json").exists():
         return None
     from transformers import AutoTokenizer
 
@@ -268,13 +290,14 @@ def _tokenizer(folder: Path | None) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConversionError(
-            f"the tokenizer in {str(folder)!r} cannot be loaded ({' '.join(str(error).split())[:200]})"
+            f"the source's tokenizer cannot be loaded ({reason(error)[:200]}); mend it, or move its files away to "
+            "convert the weights alone"
         ) from None
 
 
 def _record(part: Path, plan: Plan, agreement: Agreement, sums: Mapping[str, str]) -> None:
     source = plan.source
-    record = {
+    record: dict[str, Any] = {
         "source": {
             "name": Path(source.name).name if Path(source.name).exists() else source.name,
             "format": plan.format,

@@ -116,14 +116,11 @@ def _pickled(path: Path, found: Sequence[str]) -> ConversionError:
 def _from_gguf(path: Path) -> Source:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from clearhead.evals.gguf import load_gguf, open_gguf
+    from clearhead.evals.gguf import load_gguf, open_gguf, refuse_lost_scaling
 
     file = open_gguf(path)
-    from transformers import AutoConfig
-
-    # Refuses a scaling that is not read, before the weights take their time.
-    load_gguf(AutoConfig, path, "the configuration")
     model = load_gguf(AutoModelForCausalLM, path, "the model")
+    refuse_lost_scaling(file, model.config)
     config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
     config["architectures"] = [type(model).__name__]
     # The dequantised numbers are what is converted; which ones they were is recorded.
@@ -136,6 +133,7 @@ def _from_gguf(path: Path) -> Source:
         weights=MemoryWeights(tensors),
         files=(path,),
         tokenizer=load_gguf(AutoTokenizer, path, "the tokenizer"),
+        generation=model.generation_config.to_diff_dict(),
     )
 
 

@@ -21,7 +21,9 @@ def restarted(config: ClearheadConfig, attention: str) -> ClearheadConfig:
     if config.attention == attention:
         return config
     if config.attention != "softmax" or config.attention_options:
-        raise refuse("attention", config.attention, f"--attention {attention} can be given to softmax models only")
+        raise refuse(
+            "attention", config.attention, f"--attention {attention} can be given to softmax models only"
+        )
     plain = config.to_dict()
     plain |= {"attention": attention, "attention_options": {}}
     return ClearheadConfig.from_dict(plain)

@@ -39,6 +39,12 @@ class ConversionError(ValueError):
     """A conversion that cannot be done. The message is one sentence; no output is left."""
 
 
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line: validation of configurations says it in the last of several."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].strip().removeprefix("ValueError: ")
+
+
 class Weights(ABC):
     """Tensors by name."""
 
@@ -260,7 +266,7 @@ def write_weights(
         if shards[-1] and sum(other.size for other in shards[-1]) + sheet.size > shard_bytes:
             shards.append([])
         shards[-1].append(sheet)
-    places = {}
+    places: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         places |= {sheet.name: file for sheet in shard}
@@ -296,4 +302,4 @@ def _write(file: Path, shard: Sequence[Sheet], read: Callable[[str], Tensor]) ->
                     f"{list(sheet.shape)}: they do not belong together"
                 )
             plain = tensor.detach().contiguous().reshape(-1)
-            stream.write(memoryview(plain.view(torch.uint8).numpy()))
+            stream.write(plain.view(torch.uint8).numpy().data)
