@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from clearhead.convert.weights import ConversionError, FileWeights, MemoryWeights, Recipe, Weights, same
 from clearhead.models.config import ClearheadConfig
 
 LAYER = "{layer}"
+# What a configuration of transformers raises for values that are not possible.
+INVALID = (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError)
 
 
 @dataclass(frozen=True)

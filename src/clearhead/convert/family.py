@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from clearhead.convert.base import LAYER, Computation, Converter, Line, Source, Table, refuse
+from clearhead.convert.base import INVALID, LAYER, Computation, Converter, Line, Source, Table, refuse
 from clearhead.convert.computing import ModelComputation
 from clearhead.convert.orders import pairs_to_halves
 from clearhead.convert.weights import ConversionError, Weights, reason, same
@@ -123,7 +123,7 @@ class LlamaFamily(Converter):
     def _theirs(self, config: Mapping[str, Any]) -> Any:
         try:
             return self._class().config_class.from_dict(dict(config))
-        except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        except INVALID as error:
             raise ConversionError(
                 f"the configuration is not one of a {self.model_type!r} model: {reason(error)}"
             ) from None

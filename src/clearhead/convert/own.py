@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from clearhead.convert.base import Computation, Converter, Line, Source, Table
+from clearhead.convert.base import INVALID, Computation, Converter, Line, Source, Table
 from clearhead.convert.computing import ModelComputation
 from clearhead.convert.weights import ConversionError, Weights, reason
 from clearhead.models.config import ClearheadConfig
@@ -23,7 +23,7 @@ class Clearhead(Converter):
     def configuration(self, source: Source) -> ClearheadConfig:
         try:
             return ClearheadConfig.from_dict(dict(source.config))
-        except (ValueError, TypeError) as error:
+        except INVALID as error:
             raise ConversionError(
                 f"the configuration is not one of a clearhead model: {reason(error)}"
             ) from None

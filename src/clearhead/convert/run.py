@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from clearhead.convert.base import Converter, Source
+from clearhead.convert.base import INVALID, Converter, Source
 from clearhead.convert.check import EXACT, ROUNDED, Agreement, compare, precision, token_ids
 from clearhead.convert.source import find_converter, open_source, read_config
 from clearhead.convert.start import SAME_FUNCTION, restart, restarted
@@ -143,7 +143,7 @@ def make_plan(source: Source, to: str, attention: str | None) -> Plan:
         ours = before if attention is None else restarted(before, attention)
     except ConversionError as error:
         raise ConversionError(f"{source.name!r} cannot be converted: {error}") from None
-    except (ValueError, TypeError) as error:
+    except INVALID as error:
         raise ConversionError(f"{source.name!r} cannot be converted: {reason(error)}") from None
     incoming = reader.incoming(before, source)
     _complete(source, reader, incoming)

@@ -42,7 +42,7 @@ class ConversionError(ValueError):
 def reason(error: BaseException) -> str:
     """What went wrong, in one line: validation of configurations says it in the last of several."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].strip().removeprefix("ValueError: ")
+    return lines[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")
 
 
 class Weights(ABC):
