@@ -86,13 +86,14 @@ def test_a_configuration_that_does_not_fit(
     refused(copy, tmp_path / "out", words)
 
 
+WITHOUT_WIDTH = {key: value for key, value in SIZES.items() if key != "head_dim"}
 OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "window": (
         lambda: MistralForCausalLM(MistralConfig(num_key_value_heads=4, sliding_window=16, **SIZES)),
         "sliding_window is 16: clearhead models see all tokens",
     ),
     "biases": (
-        lambda: Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=4, **{k: v for k, v in SIZES.items() if k != "head_dim"})),
+        lambda: Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=4, **WITHOUT_WIDTH)),
         "model_type is 'qwen2': Qwen 2 has biases",
     ),
     "norms": (
@@ -104,7 +105,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
         "architectures is 'LlamaForSequenceClassification'",
     ),
     "family": (
-        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=2)),
+        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4, eos_token_id=2)),
         "the model type 'gpt2'",
     ),
 }  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
+from clearhead.convert.computing import Reader
 from clearhead.convert.weights import ConversionError, FileWeights, MemoryWeights, Recipe, Weights, same
 from clearhead.models.config import ClearheadConfig
 
@@ -58,10 +59,10 @@ class Computation(Protocol):
     embedding: str
     head: str
 
-    def hidden(self, embedded: Tensor, read: Callable[[str], Tensor]) -> Tensor:
+    def hidden(self, embedded: Tensor, read: Reader) -> Tensor:
         """(B, L, hidden_size) embedded tokens to the states that the output matrix is multiplied with.
 
-        read: a weight by its name in this format, in the dtype of `embedded`; each is held only while it is needed.
+        read: a weight by its name in this format, in the dtype of `embedded`.
         """
         ...
 

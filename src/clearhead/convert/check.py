@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from clearhead.convert.base import Computation
+from clearhead.convert.computing import Reader
 from clearhead.convert.weights import Weights
 
 TEXT = (
@@ -22,7 +22,7 @@ TEXT = (
 TOKENS = 96
 EXACT, ROUNDED = 1e-10, 1e-5
 """What a difference may be beside the largest logit, or 1: where nothing was rounded, and where something was."""
-CHUNK = 2**21
+CHUNK = 2**19
 """Numbers of the output matrix that are held at a time."""
 
 
@@ -70,12 +70,8 @@ def compare(
     """Logits of both, a part of the vocabulary at a time, so that no output matrix is held whole."""
     states = []
     for computation, weights in (first, second):
-
-        def read(name: str, weights: Weights = weights) -> Tensor:
-            return weights.read(name).to(dtype)
-
         embedded = weights.take(computation.embedding, ids).to(dtype)[None]
-        states.append(computation.hidden(embedded, read))
+        states.append(computation.hidden(embedded, Reader(weights, dtype)))
     difference = largest = 0.0
     step = max(1, CHUNK // states[0].shape[-1])
     for start in range(0, vocabulary, step):

@@ -9,11 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clearhead.convert.base import Computation, Converter, Line, Source, Table, refuse
-from clearhead.convert.computing import PlainDecoder, Read, angles, causal_softmax, spread
+from clearhead.convert.computing import PlainDecoder, Reader, angles, causal_softmax, spread
 from clearhead.convert.family import ATTENTION, LlamaFamily
 from clearhead.convert.weights import Weights
 from clearhead.models.config import ClearheadConfig
@@ -48,10 +47,10 @@ class CocaLlama(LlamaFamily):
         theirs = self._theirs(_standard(config))
         heads, groups = theirs.num_attention_heads, theirs.num_key_value_heads
 
-        def attention(layer: int, x: Tensor, read: Read) -> Tensor:
+        def attention(layer: int, x: Tensor, read: Reader) -> Tensor:
             prefix = f"model.layers.{layer}.self_attn"
             q, t, v = (
-                F.linear(x, read(f"{prefix}.{name}.weight")).unflatten(-1, (count, -1)).transpose(1, 2)
+                read.linear(x, f"{prefix}.{name}.weight").unflatten(-1, (count, -1)).transpose(1, 2)
                 for name, count in (("q_proj", heads), ("t_proj", groups), ("v_proj", groups))
             )
             first, second = t.chunk(2, dim=-1)
@@ -61,7 +60,7 @@ class CocaLlama(LlamaFamily):
             keys = spread(_rotated(torch.cat((tied, tied), dim=-1), cos, sin), heads)
             logits = (q * _rotated(q, cos, sin)) @ keys.mT / math.sqrt(q.shape[-1])
             mixed = causal_softmax(logits) @ spread(v, heads)
-            return F.linear(mixed.transpose(1, 2).flatten(2), read(f"{prefix}.o_proj.weight"))
+            return read.linear(mixed.transpose(1, 2).flatten(2), f"{prefix}.o_proj.weight")
 
         return PlainDecoder(
             attention, theirs.num_hidden_layers, theirs.rms_norm_eps, theirs.tie_word_embeddings

@@ -1,18 +1,46 @@
-"""How models compute, one layer's weights in memory at a time: of transformers, of this library, and plain ones.
+"""How models compute with weights that stay on disk: those of transformers, of this library, and plain ones.
 
 Legend: B batch, L tokens, H heads, D width of a head.
 """
 
+import ctypes
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
-Read = Callable[[str], Tensor]
+from clearhead.convert.weights import Weights
+
+
+def give_back() -> None:
+    """Return freed memory to the system where the C library would keep it (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+class Reader:
+    """Weights by name in one dtype, and products with matrices of which a few rows are in memory at a time."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
+        self.weights = weights
+        self.dtype = dtype
+
+    def __call__(self, name: str) -> Tensor:
+        """The tensor, whole."""
+        return self.weights.read(name).to(self.dtype)
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        """x Wᵀ for the matrix W of that name."""
+        made = torch.cat([F.linear(x, rows.to(self.dtype)) for rows in self.weights.blocks(name)], dim=-1)
+        give_back()
+        return made
 
 
 class _Wide(TorchFunctionMode):
@@ -61,22 +89,17 @@ class ModelComputation:
                 else:
                     self.decoder.rotary_emb = type(self.decoder.rotary_emb)(config=config)
 
-    def hidden(self, embedded: Tensor, read: Read) -> Tensor:
+    def hidden(self, embedded: Tensor, read: Reader) -> Tensor:
         """The decoder's last states, after its norm."""
-        units = {f"model.layers.{index}": layer for index, layer in enumerate(self.decoder.layers)}
-        units["model.norm"] = self.decoder.norm
+        blocks = {f"model.layers.{index}": layer for index, layer in enumerate(self.decoder.layers)}
+        blocks["model.norm"] = self.decoder.norm
         hooks = []
-        for prefix, unit in units.items():
-
-            def fill(module: nn.Module, inputs: Any, prefix: str = prefix) -> None:
-                for name, _ in list(module.named_parameters()):
-                    _place(module, name, read(f"{prefix}.{name}"))
-
-            def drop(module: nn.Module, inputs: Any, output: Any) -> None:
-                for name, held in list(module.named_parameters()):
-                    _place(module, name, held.to("meta"))
-
-            hooks += [unit.register_forward_pre_hook(fill), unit.register_forward_hook(drop)]
+        for prefix, block in blocks.items():
+            matrices = {name: unit for name, unit in block.named_modules() if isinstance(unit, nn.Linear)}
+            for path, unit in matrices.items():
+                unit.forward = partial(read.linear, name=f"{prefix}.{path}.weight")  # type: ignore[method-assign]
+            rest = [name for name, _ in block.named_parameters() if name.rpartition(".")[0] not in matrices]
+            hooks += _held(block, {name: f"{prefix}.{name}" for name in rest}, read)
         try:
             with torch.no_grad(), self.mode():
                 states: Tensor = self.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
@@ -84,6 +107,20 @@ class ModelComputation:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _held(unit: nn.Module, names: Mapping[str, str], read: Reader) -> list[RemovableHandle]:
+    """Hooks that give a module the parameters `names` (its own name of each: ours) for as long as it runs."""
+
+    def fill(module: nn.Module, inputs: Any) -> None:
+        for name, stored in names.items():
+            _place(module, name, read(stored))
+
+    def drop(module: nn.Module, inputs: Any, output: Any) -> None:
+        for name in names:
+            _place(module, name, module.get_parameter(name).to("meta"))
+
+    return [unit.register_forward_pre_hook(fill), unit.register_forward_hook(drop)]
 
 
 def _place(module: nn.Module, name: str, value: Tensor) -> None:
@@ -100,14 +137,14 @@ class PlainDecoder:
     embedding = "model.embed_tokens.weight"
 
     def __init__(
-        self, attention: Callable[[int, Tensor, Read], Tensor], layers: int, eps: float, tied: bool
+        self, attention: Callable[[int, Tensor, Reader], Tensor], layers: int, eps: float, tied: bool
     ) -> None:
         self.attention = attention
         self.layers = layers
         self.eps = eps
         self.head = self.embedding if tied else "lm_head.weight"
 
-    def hidden(self, embedded: Tensor, read: Read) -> Tensor:
+    def hidden(self, embedded: Tensor, read: Reader) -> Tensor:
         """The decoder's last states, after its norm."""
         x = embedded
         for layer in range(self.layers):
@@ -115,9 +152,9 @@ class PlainDecoder:
             normed = rms_norm(x, read(f"{prefix}.input_layernorm.weight"), self.eps)
             x = x + self.attention(layer, normed, read)
             normed = rms_norm(x, read(f"{prefix}.post_attention_layernorm.weight"), self.eps)
-            gated = F.silu(F.linear(normed, read(f"{prefix}.mlp.gate_proj.weight")))
-            inner = gated * F.linear(normed, read(f"{prefix}.mlp.up_proj.weight"))
-            x = x + F.linear(inner, read(f"{prefix}.mlp.down_proj.weight"))
+            gated = F.silu(read.linear(normed, f"{prefix}.mlp.gate_proj.weight"))
+            inner = gated * read.linear(normed, f"{prefix}.mlp.up_proj.weight")
+            x = x + read.linear(inner, f"{prefix}.mlp.down_proj.weight")
         return rms_norm(x, read("model.norm.weight"), self.eps)
 
 

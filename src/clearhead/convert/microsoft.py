@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clearhead.convert.base import Computation, Converter, Line, Source, Table
-from clearhead.convert.computing import PlainDecoder, Read, angles, causal_softmax, rms_norm, spread
+from clearhead.convert.computing import PlainDecoder, Reader, angles, causal_softmax, rms_norm, spread
 from clearhead.convert.family import ATTENTION, frame, layout_of
 from clearhead.convert.orders import halves_to_pairs, pairs_to_halves
 from clearhead.convert.weights import ConversionError, FileWeights, MemoryWeights, Weights, same
@@ -44,7 +43,7 @@ class _Microsoft(Converter):
         raise NotImplementedError
 
     def layer(
-        self, layer: int, x: Tensor, read: Read, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int]
+        self, layer: int, x: Tensor, read: Reader, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int]
     ) -> Tensor:
         """The released layer, in plain functions."""
         raise NotImplementedError
@@ -119,7 +118,7 @@ class _Microsoft(Converter):
         sizes = (ours.num_attention_heads, ours.num_key_value_heads, ours.head_dim)
         rope = self._rope(config)
 
-        def attention(layer: int, x: Tensor, read: Read) -> Tensor:
+        def attention(layer: int, x: Tensor, read: Reader) -> Tensor:
             turned = angles(x.shape[1], sizes[2], rope, dtype)
             return self.layer(layer, x, read, turned.cos(), turned.sin(), sizes)
 
@@ -156,13 +155,13 @@ class MicrosoftV1(_Microsoft):
         return [*found, Line(f"{ATTENTION}.variant.head_norm.weight", f"{ATTENTION}.subln.weight")]
 
     def layer(
-        self, layer: int, x: Tensor, read: Read, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int]
+        self, layer: int, x: Tensor, read: Reader, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int]
     ) -> Tensor:
         heads, groups, width = sizes
         prefix = f"model.layers.{layer}.self_attn"
-        q = _rotated(_heads(F.linear(x, read(f"{prefix}.q_proj.weight")), heads), cos, sin)
-        k = _rotated(_heads(F.linear(x, read(f"{prefix}.k_proj.weight")), groups), cos, sin)
-        v = spread(_heads(F.linear(x, read(f"{prefix}.v_proj.weight")), groups // 2), heads // 2)
+        q = _rotated(_heads(read.linear(x, f"{prefix}.q_proj.weight"), heads), cos, sin)
+        k = _rotated(_heads(read.linear(x, f"{prefix}.k_proj.weight"), groups), cos, sin)
+        v = spread(_heads(read.linear(x, f"{prefix}.v_proj.weight"), groups // 2), heads // 2)
         maps = [
             causal_softmax(q[:, s::2] @ spread(k[:, s::2], heads // 2).mT / math.sqrt(width)) for s in (0, 1)
         ]
@@ -171,7 +170,7 @@ class MicrosoftV1(_Microsoft):
         weight = (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + start
         mixed = (maps[0] - weight * maps[1]) @ v
         normed = rms_norm(mixed, read(f"{prefix}.subln.weight"), SUBLN_EPS) * (1 - start)
-        return F.linear(_merged(normed), read(f"{prefix}.out_proj.weight"))
+        return read.linear(_merged(normed), f"{prefix}.out_proj.weight")
 
 
 class MicrosoftV2(_Microsoft):
@@ -189,16 +188,16 @@ class MicrosoftV2(_Microsoft):
         return [Line(f"{ATTENTION}.variant.lambda_proj.weight", f"{ATTENTION}.lambda_proj.weight")]
 
     def layer(
-        self, layer: int, x: Tensor, read: Read, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int]
+        self, layer: int, x: Tensor, read: Reader, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int]
     ) -> Tensor:
         heads, groups, width = sizes
         prefix = f"model.layers.{layer}.self_attn"
-        q = _rotated(_heads(F.linear(x, read(f"{prefix}.q_proj.weight")), 2 * heads), cos, sin)
-        k = _rotated(_heads(F.linear(x, read(f"{prefix}.k_proj.weight")), groups), cos, sin)
-        v = _heads(F.linear(x, read(f"{prefix}.v_proj.weight")), groups)
+        q = _rotated(_heads(read.linear(x, f"{prefix}.q_proj.weight"), 2 * heads), cos, sin)
+        k = _rotated(_heads(read.linear(x, f"{prefix}.k_proj.weight"), groups), cos, sin)
+        v = _heads(read.linear(x, f"{prefix}.v_proj.weight"), groups)
         both = causal_softmax(q @ spread(k, 2 * heads).mT / math.sqrt(width)) @ spread(v, 2 * heads)
-        gate = F.linear(x, read(f"{prefix}.lambda_proj.weight")).sigmoid().transpose(1, 2)[..., None]
-        return F.linear(_merged(both[:, 0::2] - gate * both[:, 1::2]), read(f"{prefix}.o_proj.weight"))
+        gate = read.linear(x, f"{prefix}.lambda_proj.weight").sigmoid().transpose(1, 2)[..., None]
+        return read.linear(_merged(both[:, 0::2] - gate * both[:, 1::2]), f"{prefix}.o_proj.weight")
 
 
 def _heads(x: Tensor, count: int) -> Tensor:

@@ -7,8 +7,9 @@ Nothing is ever unpickled.
 import json
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,8 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEADER_LIMIT = 100 * 2**20
+BLOCK = 1 * 2**20
+"""Bytes that are read at a time where a tensor need not be whole."""
 
 
 class ConversionError(ValueError):
@@ -63,6 +66,10 @@ class Weights(ABC):
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start..stop of a matrix; only they are read where that is possible."""
         return self.read(name)[start:stop]
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The tensor in pieces along its first axis, small ones where they can be read alone."""
+        yield self.read(name)
 
     def take(self, name: str, rows: Sequence[int]) -> Tensor:
         """Single rows of a matrix."""
@@ -119,6 +126,15 @@ class FileWeights(Weights):
         width = entry.size // entry.shape[0]
         read = _read(entry, entry.begin + start * width, (stop - start) * width)
         return read.view(stop - start, *entry.shape[1:])
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        entry = self.entries[name]
+        if not entry.shape or entry.size <= BLOCK:
+            yield self.read(name)
+            return
+        step = max(1, BLOCK * entry.shape[0] // entry.size)
+        for start in range(0, entry.shape[0], step):
+            yield self.rows(name, start, start + step)
 
 
 class MemoryWeights(Weights):
@@ -184,6 +200,14 @@ class MadeWeights(Weights):
         made = recipe.make(*(self.source.read(taken) for taken in recipe.takes))
         return made.to(self.dtype(name))
 
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        recipe = self.recipes[name]
+        if recipe.make is not same:
+            yield self.read(name)
+            return
+        for block in self.source.blocks(recipe.takes[0]):
+            yield block.to(self.dtype(name))
+
     @property
     def rounded(self) -> bool:
         """Whether any of them is not the bits of its source."""
@@ -226,7 +250,8 @@ def read_header(file: Path) -> dict[str, Stored]:
 def _read(entry: Stored, begin: int, size: int) -> Tensor:
     if size == 0:
         return torch.empty(0, dtype=entry.dtype)
-    buffer = bytearray(size)
+    # Pages of their own, which go back to the system at once; the heap would keep them.
+    buffer = bytearray(size) if size < BLOCK // 4 else mmap(-1, size)
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(begin)
         view, done = memoryview(buffer), 0
@@ -236,6 +261,10 @@ def _read(entry: Stored, begin: int, size: int) -> Tensor:
                 raise ConversionError(f"{str(entry.file)!r} ends before its tensors do; get it again")
             done += got
     return torch.frombuffer(buffer, dtype=entry.dtype)
+
+
+Blocks = Callable[[str], Iterable[Tensor]]
+"""A tensor by its name, in pieces along its first axis."""
 
 
 class Sheet(NamedTuple):
@@ -254,10 +283,8 @@ class Sheet(NamedTuple):
         return numbers * self.dtype.itemsize
 
 
-def write_weights(
-    folder: Path, sheets: Sequence[Sheet], read: Callable[[str], Tensor], shard_bytes: int
-) -> Iterator[Path]:
-    """Write tensors one at a time into safetensors files of at most `shard_bytes` (or one tensor); yields each file.
+def write_weights(folder: Path, sheets: Sequence[Sheet], blocks: Blocks, shard_bytes: int) -> Iterator[Path]:
+    """Write tensors piece by piece into safetensors files of at most `shard_bytes` (or one tensor); yields each file.
 
     Several files get transformers' index. ConversionError for a tensor that is not what its sheet says.
     """
@@ -270,14 +297,14 @@ def write_weights(
     for number, shard in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         places |= {sheet.name: file for sheet in shard}
-        _write(folder / file, shard, read)
+        _write(folder / file, shard, blocks)
         yield folder / file
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sheet.size for sheet in sheets)}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write(file: Path, shard: Sequence[Sheet], read: Callable[[str], Tensor]) -> None:
+def _write(file: Path, shard: Sequence[Sheet], blocks: Blocks) -> None:
     called = {dtype: name for name, dtype in DTYPES.items()}
     # Wide numbers first, so that every tensor is aligned.
     ordered = sorted(shard, key=lambda sheet: -sheet.dtype.itemsize)
@@ -295,11 +322,14 @@ def _write(file: Path, shard: Sequence[Sheet], read: Callable[[str], Tensor]) ->
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(header)) + header)
         for sheet in ordered:
-            tensor = read(sheet.name)
-            if tuple(tensor.shape) != sheet.shape or tensor.dtype != sheet.dtype:
+            rows: list[int] = []
+            for block in blocks(sheet.name):
+                rows.append(block.shape[0] if block.ndim else 1)
+                plain = block.detach().contiguous().reshape(-1)
+                stream.write(plain.view(torch.uint8).numpy().data)
+            found = (sum(rows), *block.shape[1:]) if block.ndim else ()
+            if found != sheet.shape or block.dtype != sheet.dtype:
                 raise ConversionError(
-                    f"the source's {sheet.name!r} has the shape {list(tensor.shape)}, but the configuration asks for "
+                    f"the source's {sheet.name!r} has the shape {list(found)}, but the configuration asks for "
                     f"{list(sheet.shape)}: they do not belong together"
                 )
-            plain = tensor.detach().contiguous().reshape(-1)
-            stream.write(plain.view(torch.uint8).numpy().data)
