@@ -16,7 +16,7 @@ from clearhead.convert.weights import Sheet, write_weights
 
 ROOT = Path(__file__).parents[2]
 MEGABYTES = int(os.environ.get("CLEARHEAD_MEMORY_MB", "0"))
-SHARDS = 5
+SHARDS = 3
 MEASURED = """
 import re, sys
 from clearhead.convert import run
