@@ -41,15 +41,20 @@ def test_shards_in_and_out(tmp_path: Path) -> None:
             assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == found
 
 
-def test_files_are_written_as_safetensors_reads_them(tmp_path: Path) -> None:
-    """Numbers of two widths in one file, and one of no dimension, aligned; blocks of rows are the rows."""
+def test_files_are_written_as_safetensors_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers of two widths in one file, aligned; blocks of rows are the rows."""
     source = ours(tmp_path / "ours", torch.bfloat16, attention="differential")
+    weights = {n: value.float() if "lambda" in n else value for n, value in tensors(source).items()}
+    save_file(weights, source / "model.safetensors")
+    monkeypatch.setattr("clearhead.convert.weights.BLOCK", 512)
     convert(str(source), tmp_path / "out")
-    weights = tensors(tmp_path / "out")
+    assert same_bits(source, tmp_path / "out")
     assert weights["model.layers.0.self_attn.variant.lambda_q1"].dtype == torch.float32
     read = FileWeights([tmp_path / "out/model.safetensors"])
     for name, value in load_file(tmp_path / "out/model.safetensors").items():
-        assert torch.equal(read.read(name), value) and torch.equal(torch.cat(list(read.blocks(name))), value)
+        blocks = list(read.blocks(name))
+        assert torch.equal(read.read(name), value) and torch.equal(torch.cat(blocks), value)
+        assert all(block.numel() * block.itemsize <= 512 for block in blocks)
     name = "model.embed_tokens.weight"
     assert torch.equal(read.take(name, [5, 0, 5]), weights[name][[5, 0, 5]])
 
@@ -78,7 +83,7 @@ def test_tokenizer_settings_and_licence_go_along(tmp_path: Path) -> None:
 
 def test_a_gguf_file(tmp_path: Path) -> None:
     words = tiny.tokenizer()
-    model = write(tmp_path / "m.gguf", tiny.llama(len(words)), words)
+    model = write(tmp_path / "m.gguf", tiny.llama(len(words), intermediate_size=64), words)
     agreement = convert(str(tmp_path / "m.gguf"), tmp_path / "ours")
     assert agreement.difference <= 1e-10
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")

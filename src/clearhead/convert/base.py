@@ -6,7 +6,7 @@ A third party adds a format with one file, a subclass of `Converter`, and one en
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -86,7 +86,6 @@ class Table:
 
     lines: tuple[Line, ...]
     layers: int
-    skip: tuple[str, ...] = field(default=())
 
     def expanded(self) -> Iterable[Line]:
         """A line a tensor."""
@@ -114,12 +113,10 @@ class Converter(ABC):
 
     exports:  whether a model of this library can be written in it.
     ignored:  endings of tensors that carry nothing, for example tables of angles.
-    library:  what the format needs to be loaded, for messages.
     """
 
     exports: ClassVar[bool] = False
     ignored: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
-    library: ClassVar[str] = "transformers"
 
     @abstractmethod
     def claims(self, source: Source) -> bool:

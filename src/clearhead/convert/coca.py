@@ -23,7 +23,6 @@ class CocaLlama(LlamaFamily):
 
     model_type = "llama"
     class_name = "LlamaForCausalLM"
-    library = "the released CoCA code"
 
     def claims(self, source: Source) -> bool:
         return source.has("self_attn.t_proj.weight")

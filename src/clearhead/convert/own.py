@@ -15,7 +15,6 @@ class Clearhead(Converter):
     """`ClearheadForCausalLM`, any attention."""
 
     exports = True
-    library = "clearhead"
 
     def claims(self, source: Source) -> bool:
         return source.model_type == ClearheadConfig.model_type
