@@ -109,9 +109,19 @@ def test_the_interleaved_layout_is_turned(attention: str, to: str, tmp_path: Pat
     assert not torch.equal(tensors(source)[name], tensors(tmp_path / "theirs")[name])
 
 
-@pytest.mark.parametrize("attention", ["differential_v2", "collinear", "differential_v2_collinear"])
-def test_our_own_are_carried(attention: str, tmp_path: Path) -> None:
-    source = ours(tmp_path / "a", torch.bfloat16, attention=attention, num_key_value_heads=2)
+@pytest.mark.parametrize(
+    ("attention", "position"),
+    [
+        ("differential_v2", "xpos"),
+        ("collinear", "rope"),
+        ("differential_v2_collinear", "rope"),
+        ("differential", "alibi"),
+        ("softmax", "nope"),
+    ],
+)
+def test_our_own_are_carried(attention: str, position: str, tmp_path: Path) -> None:
+    settings = {"attention": attention, "position": position, "num_key_value_heads": 2}
+    source = ours(tmp_path / "a", torch.bfloat16, **settings)
     assert convert(str(source), tmp_path / "b").difference == 0.0
     assert same_bits(source, tmp_path / "b")
 

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from clearhead.convert.weights import Weights
+from clearhead.models.config import AUTOMATIC
 
 
 def give_back() -> None:
@@ -80,7 +81,9 @@ class ModelComputation:
         self.mode: Callable[[], Any] = _Wide if wide else nullcontext
         with _default(dtype):
             with torch.device("meta"):
-                model = kind._from_config(config, attn_implementation="sdpa", dtype=dtype)
+                model = kind._from_config(
+                    config, attn_implementation=AUTOMATIC if ours else "sdpa", dtype=dtype
+                )
             self.decoder = model.model.eval()
             # Angles are no weights: they are made anew outside of the meta device.
             with self.mode():
