@@ -38,6 +38,7 @@ def test_a_model_of_a_run(model: Path) -> None:
     assert found.data.tags is not None and "differential" in found.data.tags
     for words in (
         "# demo: DIFF V1",
+        "| tokens of a row in training | 256 |",
         "differential attention V1 (arXiv 2410.05258)",
         "in rows of 256 tokens: 75% text, 25% texts with facts to look up",
         "5,000,000 tokens in batches of 4,096; AdamW, learning rate 0.001 (cosine",

@@ -96,9 +96,7 @@ def _weight_files(folder: Path) -> list[Path]:
         raise _pickled(folder, pickled)
     runs = sorted(folder.glob("arms/*/seed-*/model"))
     if runs:
-        raise ConversionError(
-            f"{str(folder)!r} is a run with several models; give one, such as {str(runs[0])!r}"
-        )
+        raise ConversionError(f"{str(folder)!r} is a run; give one of its models, such as {str(runs[0])!r}")
     gguf = sorted(folder.glob("*.gguf"))
     hint = f"; give the file {str(gguf[0])!r}" if gguf else ""
     raise ConversionError(f"{str(folder)!r} holds no weights (no {SINGLE}){hint}")

@@ -25,7 +25,7 @@ SIZES = (
     ("key-value heads", "num_key_value_heads"),
     ("width of a head", "head_dim"),
     ("vocabulary", "vocab_size"),
-    ("length trained with", "max_position_embeddings"),
+    ("`max_position_embeddings`", "max_position_embeddings"),
 )
 
 
@@ -61,7 +61,7 @@ def card(folder: Path, *, name: str | None = None, licence: str | None = None) -
     parts = [
         _header(config, job, licence),
         f"{MARK}\n# {title}\n",
-        _what(config, folder),
+        _what(config, folder, job),
         _origin(read_json(folder / RECORD)),
         _data(job, run),
         _recipe(job),
@@ -98,7 +98,7 @@ def _attention(config: Mapping[str, Any]) -> str:
     return "differential" if config.get("model_type") == "diffllama" else "softmax"
 
 
-def _what(config: Mapping[str, Any], folder: Path) -> str:
+def _what(config: Mapping[str, Any], folder: Path, job: Mapping[str, Any]) -> str:
     described = {
         "softmax": "the Transformer's attention",
         "differential": "differential attention V1 (arXiv 2410.05258): softmax(q₁k₁ᵀ) − λ softmax(q₂k₂ᵀ)",
@@ -115,6 +115,8 @@ def _what(config: Mapping[str, Any], folder: Path) -> str:
         positions = f"RoPE ({rope.get('rope_type', 'default')}, base {rope.get('rope_theta', 10000.0):g})"
     rows = [("parameters", f"{_parameters(folder):,}")] if list(folder.glob("*.safetensors")) else []
     rows += [(label, f"{config[key]:,}") for label, key in SIZES if isinstance(config.get(key), int)]
+    if job:
+        rows.append(("tokens of a row in training", f"{job['data']['length']:,}"))
     rows += [("positions", positions), ("stored in", str(config.get("dtype", "float32")))]
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
     return (
