@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from clearhead.cli import bench, compare, evaluate, explain, generate, report, train
+from clearhead.cli import bench, card, compare, convert, evaluate, explain, generate, report, train
 from clearhead.cli.console import Interrupted, fail
 
 app = typer.Typer(
@@ -16,7 +16,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (compare, train, evaluate, report, generate, explain, bench):
+for verb in (compare, train, evaluate, report, generate, explain, bench, convert, card):
     app.command(verb.__name__.rpartition(".")[2])(verb.command)
 
 
