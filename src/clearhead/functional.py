@@ -43,8 +43,8 @@ def attention(
     window:           a query sees keys fewer than this many positions away: under is_causal the last `window`, its own
         among them, otherwise as many to either side.
     attn_mask:        (L, S) or (B, H, L, S), where a 1 stands for any size; bool (True = visible) or added.
-    alibi_slopes:     (H,) float32 or float64 constants: slope_h · |query's − key's position| is taken off the scaled logits of
-        head h (`clearhead.positions.alibi.slopes` makes them).
+    alibi_slopes:     (H,) float32 or float64 constants: slope_h · |query's − key's position| is taken off the scaled
+        logits of head h (`clearhead.positions.alibi.slopes` makes them).
     Masks combine by "and"; a query that sees no key gives zeros. What a padded key and its value hold changes nothing,
     NaN and infinities included, in every backend; hidden from some queries only, they may still reach these as 0 · NaN.
     scale: 1/√D by default; a number of any sign, or a tensor of one, which gets its gradient.
