@@ -13,9 +13,10 @@ from torch import Tensor
 from clearhead.core.dispatch import Backend, Engine, Kernel, Plan, Problem, choose
 from clearhead.core.heads import Heads, repeat_kv
 from clearhead.core.hidden import (
-    hides_from_some,
-    holds_what_is_not_finite,
+    all_finite,
+    hides_real_keys,
     isolated,
+    readable,
     spoilt_sequences,
     without,
 )
@@ -81,13 +82,15 @@ class Prepared:
     """A plan and the mask in its backend's own form: what all layers of one forward pass share.
 
     real:   (B or 1, S) bool, False at keys that are padding and must not be looked at; None where none is.
-    hidden: the mask as it came, where it hides keys from some queries only and the engine might not keep them apart.
+    hidden: the mask as it came, where it hides real keys from a query and the engine might not keep them apart.
+    looks:  whether values may be looked at to see if any of this matters.
     """
 
     plan: Plan
     mask: Any
     real: Tensor | None = None
     hidden: MaskSpec | None = None
+    looks: bool = False
 
 
 def prepare(backends: tuple[Backend, ...], problem: Problem, mask: MaskSpec, automatic: bool) -> Prepared:
@@ -96,10 +99,9 @@ def prepare(backends: tuple[Backend, ...], problem: Problem, mask: MaskSpec, aut
     if isinstance(chosen.backend, Kernel) or chosen.lowering is None:
         return Prepared(chosen, mask)
     native = chosen.backend.prepare(mask, problem, chosen.lowering)
-    looks = (
-        problem.device == "cpu" and not problem.modes and hides_from_some(mask, problem.queries, problem.keys)
-    )
-    return Prepared(chosen, native, mask.key_padding, mask if looks else None)
+    looks = problem.device == "cpu" and not problem.modes
+    hidden = mask if looks and hides_real_keys(mask, problem.queries, problem.keys) else None
+    return Prepared(chosen, native, mask.key_padding, hidden, looks)
 
 
 def attend(
@@ -117,9 +119,14 @@ def attend(
         assert isinstance(backend, Kernel)
         return backend.run(heads if backend.takes_tables else heads.expanded(), prepared.mask, scale), None
     heads, scale = _legal(heads.expanded(), scale)
+    if prepared.real is None and prepared.hidden is None:
+        return _run(heads, prepared, scale, mix, with_maps)
+    known = prepared.looks and readable(heads.v)
+    if known and all_finite(heads):
+        return _run(heads, prepared, scale, mix, with_maps)
     if prepared.real is not None:
         heads = without(heads, ~prepared.real[:, None, :, None])
-    if prepared.hidden is None or not holds_what_is_not_finite(heads):
+    if not known or prepared.hidden is None:
         return _run(heads, prepared, scale, mix, with_maps)
     spoilt = spoilt_sequences(heads)
     output, effective = _run(without(heads, spoilt), prepared, scale, mix, with_maps)

@@ -8,6 +8,7 @@ CPU, no graph being made), and such a sequence is written out here.
 Legend: B batch, H query heads, L queries, S keys, E value width.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -20,27 +21,34 @@ _HIDES = frozenset({"causal", "window", "documents", "dense", "bias"})
 _ROWS = 256  # queries at a time, so that memory stays linear in the length
 
 
-def hides_from_some(mask: MaskSpec, queries: int, keys: int) -> bool:
-    """Whether a key may be hidden from one query and seen by another."""
-    return bool(mask.features & _HIDES) and not mask.is_open(queries, keys)
+def hides_real_keys(mask: MaskSpec, queries: int, keys: int) -> bool:
+    """Whether a key that is no padding may be hidden from a query, which the last token's own step does not do."""
+    hides = mask.features & _HIDES
+    last = queries == 1 and mask.ends_aligned(queries, keys)
+    return bool(hides - {"causal"} if last else hides)
 
 
-def holds_what_is_not_finite(heads: Heads) -> bool:
-    """Whether a key or value is NaN or infinite; False where the answer would stall a device or break a graph."""
-    if torch.compiler.is_compiling() or not _readable(heads.v):
-        return False
-    # A sum that overflows is taken for infinite, which costs time and no correctness.
-    sums = (x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in (*heads.k, heads.v))
-    return not all(bool(x.isfinite()) for x in sums)
-
-
-def _readable(x: Tensor) -> bool:
+def readable(x: Tensor) -> bool:
+    """Whether looking at values stalls no device and breaks no graph."""
     return (
-        x.is_cpu
+        not torch.compiler.is_compiling()
+        and x.is_cpu
         and type(x) in (Tensor, nn.Parameter)
         and not torch._C._is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
     )
+
+
+def all_finite(heads: Heads) -> bool:
+    """Whether no key or value is NaN or infinite; then a weight of zero is enough to hide one.
+
+    A sum that overflows is taken for infinite, which costs time and no correctness.
+    """
+    for x in (*heads.k, heads.v):
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if not math.isfinite(x.detach().sum(dtype=wide).item()):
+            return False
+    return True
 
 
 def spoilt_sequences(heads: Heads) -> Tensor:
