@@ -46,6 +46,15 @@ class MaskSpec:
         far = queries + keys + (self.offset if isinstance(self.offset, int) else 0)
         return replace(self, window=None) if self.window >= far else self
 
+    def rows(self, first: int, count: int, queries: int, keys: int) -> "MaskSpec":
+        """The same for `count` of the queries from `first` on."""
+        dense = self.dense
+        if dense is not None and dense.shape[-2] > 1:
+            dense = dense[..., first : first + count, :]
+        return replace(
+            self, offset=(keys - queries if self.offset is None else self.offset) + first, dense=dense
+        )
+
     @property
     def features(self) -> frozenset[str]:
         """Names of the parts in use, for the choice of an engine."""
@@ -102,8 +111,12 @@ class MaskSpec:
     def materialise(self, queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(B or 1, H or 1, L, S): bool, or additive in `dtype` when slopes or a floating-point part are present."""
         allowed = self.visible(queries, keys, device)
-        bias = self._bias(queries, keys, dtype, device)
-        return allowed if bias is None else bias.masked_fill(~allowed, float("-inf"))
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        bias = self._bias(queries, keys, wide, device)
+        if bias is None:
+            return allowed
+        bias = bias.masked_fill(~allowed, float("-inf"))
+        return bias.to(dtype) if self.dense is None else _cast(_lifted(bias), dtype)
 
     def diagonals(self, queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """(H, L + S − 1) additive in `dtype`, [h, j − i + L − 1] for key j and query i: all of a mask with slopes.
@@ -126,7 +139,7 @@ class MaskSpec:
         """(B or 1, H or 1, L, S): what is added to the logits, or None."""
         dense = self.dense if self.dense is not None and self.dense.is_floating_point() else None
         if self.slopes is None:
-            return None if dense is None else _as_four(dense).to(dtype)
+            return None if dense is None else _cast(_as_four(dense), dtype)
         if self.places is None:
             positions = self.query_positions(queries, keys, device)
             distance = (torch.arange(keys, device=device) - positions[:, None])[None, None]
@@ -134,7 +147,7 @@ class MaskSpec:
             own, theirs = self.places
             distance = theirs[:, None, None, :] - own[:, None, :, None]
         bias = -self.slopes.to(dtype).to(device)[:, None, None] * distance.abs().to(dtype)
-        return bias if dense is None else bias + _as_four(dense).to(dtype)
+        return bias if dense is None else bias + _cast(_as_four(dense), dtype)
 
     def validate(
         self, batch: int, heads: int, queries: int, keys: int, device: torch.device | None = None
@@ -224,6 +237,24 @@ def _check_slopes(slopes: Tensor, heads: int) -> None:
 
 def _as_four(mask: Tensor) -> Tensor:
     return mask[None, None] if mask.ndim == 2 else mask
+
+
+def _cast(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """`bias` in `dtype`. A large number stays one: as an infinity it would hide a key, or a whole row."""
+    limit = torch.finfo(dtype).max
+    if torch.finfo(bias.dtype).max <= limit:
+        return bias.to(dtype)
+    return torch.where(bias.isfinite(), bias.clamp(-limit, limit), bias).to(dtype)
+
+
+def _lifted(bias: Tensor) -> Tensor:
+    """`bias` with zero for the largest number of each row, which softmax does not notice.
+
+    Beside −1e9 for every key logits round to one another, and a fused kernel's log of the row's sum, which its gradient
+    rests on, to nothing.
+    """
+    top = bias.detach().amax(dim=-1, keepdim=True)
+    return bias - torch.where(top.isfinite(), top, 0.0)
 
 
 def written(length: int | Tensor) -> int | Tensor:

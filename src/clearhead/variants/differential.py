@@ -46,7 +46,10 @@ class Differential(Variant):
         lambda_std: float = 0.1,
     ) -> None:
         super().__init__(shape)
-        if isinstance(lambda_init, str) and lambda_init != "depth":
+        known = (
+            lambda_init == "depth" if isinstance(lambda_init, str) else isinstance(lambda_init, int | float)
+        )
+        if not known or isinstance(lambda_init, bool):
             raise ValueError(f'lambda_init must be "depth" or a number, not {lambda_init!r}')
         if not isinstance(lambda_init, str) and not 0.0 <= lambda_init < 1.0:
             raise ValueError(f"lambda_init must be at least 0 and below 1, not {lambda_init}")
