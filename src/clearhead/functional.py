@@ -3,7 +3,8 @@
 Legend: B batch, H query heads, G key-value heads, L queries, S keys, D key width, E value width.
 """
 
-import math
+import numbers
+import sys
 from dataclasses import replace
 
 import torch
@@ -18,6 +19,8 @@ __all__ = ["attention", "differential_attention"]
 
 # Loaded here, so that a first call inside `torch.compile` has nothing left to import.
 automatic_backends()
+
+LARGEST = sys.float_info.max
 
 
 def attention(
@@ -43,10 +46,12 @@ def attention(
     window:           a query sees keys fewer than this many positions away: under is_causal the last `window`, its own
         among them, otherwise as many to either side.
     attn_mask:        (L, S) or (B, H, L, S), where a 1 stands for any size; bool (True = visible) or added.
-    alibi_slopes:     (H,) float32 constants: slope_h · |query's − key's position| is taken off the scaled logits of
-        head h (`clearhead.positions.alibi.slopes` makes them).
-    Masks combine by "and"; a query that sees no key gives zeros. What a padded key and its value hold changes nothing,
-    NaN and infinities included, in every backend; hidden from some queries only, they may still reach these as 0 · NaN.
+    alibi_slopes:     (H,) float32 or float64 constants: slope_h · |query's − key's position| is taken off the scaled
+        logits of head h (`clearhead.positions.alibi.slopes` makes them).
+    Masks combine by "and"; a query that sees no key gives zeros. What a hidden key and its value hold changes nothing,
+    NaN and infinities included: under key_padding_mask everywhere, gradients too; hidden in another way on a CPU
+    outside compiled graphs, for outputs and gradients of q. (Elsewhere 0 · NaN may reach queries of the same sequence.)
+    A mask's large finite numbers stay numbers: −1e9 for all keys of a row changes nothing.
     scale: 1/√D by default; a number of any sign, or a tensor of one, which gets its gradient.
     backend: "auto", or the name of an engine or kernel, which runs it or raises ValueError with its reason. Every way
     to differentiate that PyTorch has gives the right derivative, or a named backend refuses it; "auto" takes one that
@@ -122,9 +127,18 @@ def _gate(lam: float | Tensor, device: torch.device) -> Tensor:
         if lam.device != device:
             raise ValueError(f"lam is on {lam.device}, q on {device}; they must agree")
         return lam
-    if isinstance(lam, bool) or not isinstance(lam, int | float):
-        raise ValueError(f"lam must be a number or a tensor, not {lam!r}")
+    if not _is_number(lam):
+        finite = "finite number" if isinstance(lam, float) else "number"
+        raise ValueError(f"lam must be a {finite} or a tensor, not {lam!r}")
     return torch.tensor(float(lam), device=device, dtype=torch.float64)
+
+
+def _is_number(x: object) -> bool:
+    if isinstance(x, bool) or not isinstance(x, (int, float, numbers.Real)):
+        return False
+    # NumPy's numbers are real ones too. Compared and not asked: `torch.compile` can follow that for one that changes.
+    value = x if isinstance(x, (int, float)) else float(x)
+    return -LARGEST <= value <= LARGEST
 
 
 def _scaled(heads: Heads, scale: float | Tensor | None) -> tuple[Heads, float]:
@@ -136,12 +150,13 @@ def _scaled(heads: Heads, scale: float | Tensor | None) -> tuple[Heads, float]:
             raise ValueError(
                 f"scale must be one real number, not a tensor of shape {tuple(scale.shape)} in {scale.dtype}"
             )
-        if scale.device != heads.q[0].device and scale.ndim:
+        # One number may stay on the host, where it is read without waiting for a device.
+        if scale.device != heads.q[0].device and (scale.ndim or not scale.is_cpu):
             raise ValueError(f"scale is on {scale.device}, q on {heads.q[0].device}; they must agree")
         wide = torch.float64 if heads.q[0].dtype == torch.float64 else torch.float32
         factor = scale.reshape(()).to(wide)
         return replace(heads, q=tuple((q.to(wide) * factor).to(q.dtype) for q in heads.q)), 1.0
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+    if not _is_number(scale):
         raise ValueError(f"scale must be a finite number, not {scale!r}")
     return heads, float(scale)
 
@@ -170,6 +185,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, query_streams: int, key_streams: int
             raise ValueError(f"{name} is empty: its shape is {tuple(value.shape)}")
         if not value.is_floating_point():
             raise ValueError(f"{name} must be floating point, not {value.dtype}")
+        if value.layout != torch.strided:
+            raise ValueError(f"{name} must be dense, not {value.layout}: call to_dense() on it first")
         if value.dtype != q.dtype or value.device != q.device:
             raise ValueError(
                 f"{name} is {value.dtype} on {value.device}, q is {q.dtype} on {q.device}; they must agree"

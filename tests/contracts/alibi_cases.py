@@ -123,7 +123,7 @@ def heads_of(form: str, inputs: tuple[Tensor, ...]) -> Heads:
 def run(engine: Engine | str, form: str, inputs: tuple[Tensor, ...], mask: MaskSpec) -> Tensor:
     backend = load_backend(engine) if isinstance(engine, str) else engine
     heads, mix = heads_of(form, inputs), single if form == "softmax" else difference
-    mask.validate(B, heads.q[0].shape[1], heads.q[0].shape[2], heads.v.shape[2])
+    mask.validate(B, heads.q[0].shape[1], heads.q[0].shape[2], heads.v.shape[2], heads.v.device)
     prepared = prepare((backend,), problem_of(heads, mask, mix), mask, automatic=False)
     return attend(heads, prepared, D**-0.5, mix)[0]
 

@@ -10,8 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clearhead.core.dispatch import Backend, Kernel, Plan, Problem, choose
+from clearhead.core.dispatch import Backend, Engine, Kernel, Plan, Problem, choose
 from clearhead.core.heads import Heads, repeat_kv
+from clearhead.core.hidden import (
+    all_finite,
+    hides_real_keys,
+    isolated,
+    readable,
+    spoilt_sequences,
+    without,
+)
 from clearhead.core.legalise import lower, raise_maps, raise_streams
 from clearhead.core.masks import MaskSpec
 from clearhead.core.modes import active_modes
@@ -73,12 +81,16 @@ def problem_of(heads: Heads, mask: MaskSpec, mix: Mix, needs_maps: bool = False)
 class Prepared:
     """A plan and the mask in its backend's own form: what all layers of one forward pass share.
 
-    real: (B or 1, S) bool, False at keys that are padding and must not be looked at; None where none is.
+    real:   (B or 1, S) bool, False at keys that are padding and must not be looked at; None where none is.
+    hidden: the mask as it came, where it hides real keys from a query and the engine might not keep them apart.
+    looks:  whether values may be looked at to see if any of this matters.
     """
 
     plan: Plan
     mask: Any
     real: Tensor | None = None
+    hidden: MaskSpec | None = None
+    looks: bool = False
 
 
 def prepare(backends: tuple[Backend, ...], problem: Problem, mask: MaskSpec, automatic: bool) -> Prepared:
@@ -86,7 +98,10 @@ def prepare(backends: tuple[Backend, ...], problem: Problem, mask: MaskSpec, aut
     chosen = choose(backends, problem, automatic)
     if isinstance(chosen.backend, Kernel) or chosen.lowering is None:
         return Prepared(chosen, mask)
-    return Prepared(chosen, chosen.backend.prepare(mask, problem, chosen.lowering), mask.key_padding)
+    native = chosen.backend.prepare(mask, problem, chosen.lowering)
+    looks = problem.device == "cpu" and not problem.modes
+    hidden = mask if looks and hides_real_keys(mask, problem.queries, problem.keys) else None
+    return Prepared(chosen, native, mask.key_padding, hidden, looks)
 
 
 def attend(
@@ -104,14 +119,37 @@ def attend(
         assert isinstance(backend, Kernel)
         return backend.run(heads if backend.takes_tables else heads.expanded(), prepared.mask, scale), None
     heads, scale = _legal(heads.expanded(), scale)
+    if prepared.real is None and prepared.hidden is None:
+        return _run(heads, prepared, scale, mix, with_maps)
+    known = prepared.looks and readable(heads.v)
+    if known and all_finite(heads):
+        return _run(heads, prepared, scale, mix, with_maps)
     if prepared.real is not None:
-        heads = _without_padding(heads, prepared.real)
+        heads = without(heads, ~prepared.real[:, None, :, None])
+    if not known or prepared.hidden is None:
+        return _run(heads, prepared, scale, mix, with_maps)
+    spoilt = spoilt_sequences(heads)
+    output, effective = _run(without(heads, spoilt), prepared, scale, mix, with_maps)
+    outputs, maps = zip(*isolated(heads, prepared.hidden, scale), strict=True)
+    output = torch.where(spoilt, mix(outputs, heads.gate), output)
+    return output, None if effective is None else torch.where(spoilt, mix(maps, heads.gate), effective)
+
+
+def _run(
+    heads: Heads, prepared: Prepared, scale: float, mix: Mix, with_maps: bool
+) -> tuple[Tensor, Tensor | None]:
+    backend, lowering = prepared.plan.backend, prepared.plan.lowering
+    assert isinstance(backend, Engine) and lowering is not None
     results = [backend(call, prepared.mask, scale) for call in lower(heads, lowering)]
     groups = heads.v.shape[1]
+    streams = raise_streams([out for out, _ in results], lowering, groups)
     if not with_maps:
-        return mix(raise_streams([out for out, _ in results], lowering, groups), heads.gate), None
-    maps = mix(raise_maps([m for _, m in results if m is not None], lowering, groups), heads.gate)
-    return maps @ repeat_kv(heads.v, maps.shape[1]), maps
+        return mix(streams, heads.gate), None
+    effective = mix(raise_maps([m for _, m in results if m is not None], lowering, groups), heads.gate)
+    if mix is single:
+        return mix(streams, heads.gate), effective
+    # Through the map that is returned, so that it has a gradient; the same by linearity.
+    return effective @ repeat_kv(heads.v, effective.shape[1]), effective
 
 
 def _legal(heads: Heads, scale: float) -> tuple[Heads, float]:
@@ -121,14 +159,6 @@ def _legal(heads: Heads, scale: float) -> tuple[Heads, float]:
     if scale < 0:
         return replace(heads, q=tuple(-q for q in heads.q)), -scale
     return replace(heads, q=tuple(q * 0.0 for q in heads.q)), 1.0
-
-
-def _without_padding(heads: Heads, real: Tensor) -> Heads:
-    """Zeros where a key is padding: an engine multiplies what is there by a weight of zero, and 0 · NaN is NaN."""
-    padded = ~real[:, None, :, None]
-    return replace(
-        heads, k=tuple(k.masked_fill(padded, 0.0) for k in heads.k), v=heads.v.masked_fill(padded, 0.0)
-    )
 
 
 def _of_nothing(heads: Heads, mix: Mix, with_maps: bool) -> tuple[Tensor, Tensor | None]:

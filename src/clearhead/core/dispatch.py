@@ -20,7 +20,7 @@ from clearhead.core.masks import MaskSpec
 from clearhead.core.modes import MODES
 from clearhead.registry import BACKEND_FACTORIES, did_you_mean, names, resolve
 
-MASK_FEATURES = frozenset({"causal", "window", "padding", "documents", "dense", "bias", "alibi"})
+MASK_FEATURES = frozenset({"causal", "window", "padding", "documents", "dense", "bias", "alibi", "places"})
 FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
@@ -69,7 +69,7 @@ class Caps:
     max_width: int | None = None
     grads: bool = True
     maps: bool = False
-    modes: frozenset[str] = frozenset(MODES)
+    modes: frozenset[str] = frozenset()
 
 
 class Engine(ABC):
@@ -137,10 +137,12 @@ class Kernel(ABC):
     """Runs a whole variant: the streams, their masks and their mixing, in one fused pass.
 
     takes_tables: it takes `Heads` with a table; others get them expanded.
+    modes:        which of `MODES` it is right in; the choice of a backend refuses it in the others.
     """
 
     name: str
     takes_tables: ClassVar[bool] = False
+    modes: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def refusal(self, problem: Problem) -> str | None:
@@ -225,7 +227,8 @@ def choose(backends: tuple[Backend, ...], problem: Problem, automatic: bool) -> 
     """`plan` over backends already loaded, which is what a compiled forward pass can trace."""
     refusals: list[tuple[str, str]] = []
     for backend in backends:
-        reason = backend.refusal(problem)
+        reason = refused_modes(problem, backend.modes) if isinstance(backend, Kernel) else None
+        reason = backend.refusal(problem) if reason is None else reason
         if reason is not None:
             refusals.append((backend.name, reason))
         elif isinstance(backend, Kernel):

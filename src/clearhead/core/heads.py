@@ -10,6 +10,14 @@ import torch
 from torch import Tensor
 
 
+def check_whole(name: str, value: object, least: int = 1) -> None:
+    """Raise ValueError unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be an integer, not {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+
+
 @dataclass(frozen=True, slots=True)
 class HeadShape:
     """Sizes of one attention layer, counted as its Transformer twin counts them.
@@ -26,10 +34,8 @@ class HeadShape:
 
     def __post_init__(self) -> None:
         for name in ("embed_dim", "num_heads", "num_kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.layer_idx < 0:
-            raise ValueError(f"layer_idx counts from 0, so it cannot be {self.layer_idx}")
+            check_whole(name, getattr(self, name))
+        check_whole("layer_idx", self.layer_idx, 0)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads}), "

@@ -26,6 +26,8 @@ class MaskSpec:
     slopes:      (H,) float32 or float64 constants: slope_h · |query position − key position| is taken off the scaled
         logits of head h (ALiBi). Positions are places among the keys, as for `window`, so their distance is the real
         one under padding at either end and within a packed document.
+    places:      integers, (B or 1, L) of the queries and (B or 1, S) of the keys: the positions that `slopes` take the
+        distance from, where they are not places among the keys.
     """
 
     is_causal: bool = False
@@ -35,6 +37,7 @@ class MaskSpec:
     documents: Tensor | None = None
     dense: Tensor | None = None
     slopes: Tensor | None = None
+    places: tuple[Tensor, Tensor] | None = None
 
     def within(self, queries: int, keys: int) -> "MaskSpec":
         """The same without a window that hides nothing, however large: no position plus it can overflow."""
@@ -42,6 +45,15 @@ class MaskSpec:
             return self
         far = queries + keys + (self.offset if isinstance(self.offset, int) else 0)
         return replace(self, window=None) if self.window >= far else self
+
+    def rows(self, first: int, count: int, queries: int, keys: int) -> "MaskSpec":
+        """The same for `count` of the queries from `first` on."""
+        dense = self.dense
+        if dense is not None and dense.shape[-2] > 1:
+            dense = dense[..., first : first + count, :]
+        return replace(
+            self, offset=(keys - queries if self.offset is None else self.offset) + first, dense=dense
+        )
 
     @property
     def features(self) -> frozenset[str]:
@@ -54,6 +66,7 @@ class MaskSpec:
             "dense": self.dense is not None and not self.dense.is_floating_point(),
             "bias": self.dense is not None and self.dense.is_floating_point(),
             "alibi": self.slopes is not None,
+            "places": self.places is not None,
         }
         return frozenset(name for name, used in parts.items() if used)
 
@@ -98,8 +111,12 @@ class MaskSpec:
     def materialise(self, queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(B or 1, H or 1, L, S): bool, or additive in `dtype` when slopes or a floating-point part are present."""
         allowed = self.visible(queries, keys, device)
-        bias = self._bias(queries, keys, dtype, device)
-        return allowed if bias is None else bias.masked_fill(~allowed, float("-inf"))
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        bias = self._bias(queries, keys, wide, device)
+        if bias is None:
+            return allowed
+        bias = bias.masked_fill(~allowed, float("-inf"))
+        return bias.to(dtype) if self.dense is None else _cast(_lifted(bias), dtype)
 
     def diagonals(self, queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """(H, L + S − 1) additive in `dtype`, [h, j − i + L − 1] for key j and query i: all of a mask with slopes.
@@ -115,21 +132,30 @@ class MaskSpec:
             hidden = hidden | (away > 0)
         if self.window is not None:
             hidden = hidden | (away.abs() >= self.window)
-        bias = -self.slopes.to(device, dtype)[:, None] * away.abs().to(dtype)
+        bias = -self.slopes.to(dtype).to(device)[:, None] * away.abs().to(dtype)
         return bias.masked_fill(hidden, float("-inf"))
 
     def _bias(self, queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """(B or 1, H or 1, L, S): what is added to the logits, or None."""
         dense = self.dense if self.dense is not None and self.dense.is_floating_point() else None
         if self.slopes is None:
-            return None if dense is None else _as_four(dense).to(dtype)
-        positions = self.query_positions(queries, keys, device)
-        distance = (torch.arange(keys, device=device) - positions[:, None]).abs().to(dtype)
-        bias = -self.slopes.to(device, dtype)[:, None, None] * distance
-        return bias[None] if dense is None else bias + _as_four(dense).to(dtype)
+            return None if dense is None else _cast(_as_four(dense), dtype)
+        if self.places is None:
+            positions = self.query_positions(queries, keys, device)
+            distance = (torch.arange(keys, device=device) - positions[:, None])[None, None]
+        else:
+            own, theirs = self.places
+            distance = theirs[:, None, None, :] - own[:, None, :, None]
+        bias = -self.slopes.to(dtype).to(device)[:, None, None] * distance.abs().to(dtype)
+        return bias if dense is None else bias + _cast(_as_four(dense), dtype)
 
-    def validate(self, batch: int, heads: int, queries: int, keys: int, device: torch.device) -> None:
-        """Raise ValueError, naming the argument, if a part does not fit the problem or lies on another device."""
+    def validate(
+        self, batch: int, heads: int, queries: int, keys: int, device: torch.device | None = None
+    ) -> None:
+        """Raise ValueError, naming the argument, if a part does not fit the problem or lies on another device.
+
+        None asks nothing of devices.
+        """
         if not isinstance(self.is_causal, bool):
             raise ValueError(f"is_causal must be True or False, not {self.is_causal!r}")
         parts = (
@@ -144,7 +170,7 @@ class MaskSpec:
             if not isinstance(part, Tensor):
                 raise ValueError(f"{name} must be a tensor, not {type(part).__name__}")
             # Slopes are a few constants that are copied to where they are needed; from meta nothing can be copied.
-            if part.device != device and (name != "alibi_slopes" or part.is_meta):
+            if device is not None and part.device != device and (name != "alibi_slopes" or part.is_meta):
                 raise ValueError(f"{name} is on {part.device}, q on {device}; they must agree")
         if self.window is not None and (isinstance(self.window, bool) or not isinstance(self.window, int)):
             raise ValueError(f"window must be an integer, not {self.window!r}")
@@ -211,6 +237,24 @@ def _check_slopes(slopes: Tensor, heads: int) -> None:
 
 def _as_four(mask: Tensor) -> Tensor:
     return mask[None, None] if mask.ndim == 2 else mask
+
+
+def _cast(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """`bias` in `dtype`. A large number stays one: as an infinity it would hide a key, or a whole row."""
+    limit = torch.finfo(dtype).max
+    if torch.finfo(bias.dtype).max <= limit:
+        return bias.to(dtype)
+    return torch.where(bias.isfinite(), bias.clamp(-limit, limit), bias).to(dtype)
+
+
+def _lifted(bias: Tensor) -> Tensor:
+    """`bias` with zero for the largest number of each row, which softmax does not notice.
+
+    Beside −1e9 for every key logits round to one another, and a fused kernel's log of the row's sum, which its gradient
+    rests on, to nothing.
+    """
+    top = bias.detach().amax(dim=-1, keepdim=True)
+    return bias - torch.where(top.isfinite(), top, 0.0)
 
 
 def written(length: int | Tensor) -> int | Tensor:

@@ -9,6 +9,7 @@ from clearhead.core.dispatch import Caps, Engine, Problem
 from clearhead.core.heads import repeat_kv
 from clearhead.core.legalise import Call, Lowering, lower_mask
 from clearhead.core.masks import MaskSpec
+from clearhead.core.modes import MODES
 
 
 class Eager(Engine):
@@ -17,7 +18,7 @@ class Eager(Engine):
     name = "eager"
 
     def caps(self, device: str) -> Caps:
-        return Caps(maps=True)
+        return Caps(maps=True, modes=frozenset(MODES))
 
     def prepare(self, mask: MaskSpec, problem: Problem, lowering: Lowering) -> Any:
         if mask.is_open(problem.queries, problem.keys):

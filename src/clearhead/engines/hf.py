@@ -18,7 +18,6 @@ _FLASH = Caps(
     dtypes=frozenset({torch.float16, torch.bfloat16}),
     devices=frozenset({"cuda", "xpu", "npu"}),
     max_width=256,
-    modes=frozenset(),
 )
 KNOWN_CAPS = {
     "flash_attention_2": _FLASH,

@@ -3,6 +3,7 @@
 Legend: B batch, H query heads, L queries, S keys.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,8 +63,9 @@ class Sdpa(Engine):
         if mask.is_plain_causal(queries, keys):
             return _CAUSAL
         dtype = problem.dtype
-        if mask.slopes is not None:
+        if mask.slopes is not None or (device.type == "cpu" and "bias" in mask.features):
             dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        if mask.slopes is not None:
             stacked = replace(mask, slopes=lower_slopes(mask.slopes, lowering, problem.kv_heads))
             diagonals = stacked.diagonals(queries, keys, dtype, device)
             if diagonals is not None:
@@ -82,7 +84,7 @@ class Sdpa(Engine):
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
     causal = isinstance(mask, str)
-    return F.scaled_dot_product_attention(
+    out = F.scaled_dot_product_attention(
         q,
         k,
         v,
@@ -90,6 +92,33 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
         is_causal=causal,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
+    )
+    if out.requires_grad and not torch.compiler.is_compiling():
+        _name_what_is_missing(out)
+    return out
+
+
+def _name_what_is_missing(out: Tensor) -> None:
+    """Have a second derivative of a fused kernel say who has it; PyTorch's math path has it and stays as it is."""
+    node = out.grad_fn
+    if (
+        node is not None
+        and node.name().startswith("ScaledDotProduct")
+        and not torch._C._are_functorch_transforms_active()
+    ):
+        node.register_hook(_watch_gradients)
+
+
+def _watch_gradients(gradients: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
+    for gradient in gradients:
+        # Only where the backward pass is itself recorded.
+        if gradient is not None and gradient.requires_grad:
+            gradient.register_hook(_refuse)
+
+
+def _refuse(_: Tensor) -> None:
+    raise RuntimeError(
+        'PyTorch\'s fused attention has no second derivative: take backend="eager" to differentiate twice'
     )
 
 
@@ -99,20 +128,22 @@ def _bands(mask: MaskSpec, diagonals: Tensor, queries: int, keys: int) -> tuple[
     Forwards it would be [h, j − i], and tensors have no negative strides.
     """
     offset = keys - queries if mask.offset is None else mask.offset
-    narrows = (mask.is_causal or mask.window is not None) and not isinstance(offset, Tensor)
-    rows = _ROWS if narrows else queries
+    # Bands are counted in Python, which would tie an exported graph to the length of its example.
+    narrows = (mask.is_causal or mask.window is not None) and not torch.compiler.is_exporting()
+    at = None if isinstance(offset, Tensor) or not narrows else offset
+    rows = queries if at is None else _ROWS
     bands = []
-    for first in range(0, queries, rows):
-        end = min(first + rows, queries)
+    for first in (0,) if at is None else range(0, queries, rows):
+        end = queries if at is None else min(first + rows, queries)
         start, stop = 0, keys
-        if not isinstance(offset, Tensor):
+        if at is not None:
             if mask.window is not None:
-                start, stop = first + offset - mask.window + 1, end + offset + mask.window - 1
+                start, stop = first + at - mask.window + 1, end + at + mask.window - 1
             if mask.is_causal:
-                stop = end + offset
-        # At least one key, hidden or not: rows that see none are zeros, which takes a softmax to say.
-        start = min(max(start, 0), keys - 1)
-        stop = max(min(stop, keys), start + 1)
+                stop = end + at
+            # At least one key, hidden or not: rows that see none are zeros, which takes a softmax to say.
+            start = min(max(start, 0), keys - 1)
+            stop = max(min(stop, keys), start + 1)
         part = diagonals[:, queries - end + start :]
         heads, stride = part.shape[0], part.stride(0)
         shape = (1, heads, end - first, stop - start)

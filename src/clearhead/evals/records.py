@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clearhead.data.readers import CorpusError, decode, parse
+from clearhead.data.readers import decode, parse
 from clearhead.evals.base import reason_of
 
 Record = tuple[str, dict[str, Any]]
@@ -74,11 +74,11 @@ def _numbered(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _list(path: Path) -> Iterator[Record]:
     try:
-        value = json.loads(decode(path.read_bytes(), path, 0))
+        text = decode(path.read_bytes(), path, 0)
     except OSError as error:
         raise RecordError(f"'{path}' cannot be read ({error.strerror or error})") from error
-    except CorpusError:
-        raise
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RecordError(f"'{path}' is not JSON ({error}): correct it") from error
     rows = value.get("data") if isinstance(value, dict) else value

@@ -11,11 +11,16 @@ from torch import Tensor
 
 from clearhead.core.attend import prepare, problem_of
 from clearhead.core.dispatch import automatic_backends, load_backend
-from clearhead.core.heads import HeadShape
+from clearhead.core.heads import HeadShape, check_whole
 from clearhead.core.masks import MaskSpec, written
 from clearhead.nn.core import AttentionCore, KeyValueCache
 from clearhead.positions.base import Position
-from clearhead.positions.length import check_cached_length, given_length, longest_request
+from clearhead.positions.length import (
+    check_cached_length,
+    check_given_length,
+    given_length,
+    longest_request,
+)
 from clearhead.registry import resolve
 from clearhead.variants.base import Variant
 from clearhead.variants.softmax import Softmax
@@ -58,11 +63,15 @@ class Attention(AttentionCore):
     ) -> None:
         shape = head_shape(embed_dim, num_heads, num_kv_heads, head_dim, layer_idx)
         place = make_position(position, shape.head_dim, rope_theta, rope_parameters, max_positions)
+        check_flag("head_norm", head_norm)
         self._build(Softmax(shape, head_norm=head_norm), place, bias, context_dim, backend)
 
     def _build(
         self, variant: Variant, position: Position, bias: bool, context_dim: int | None, backend: str
     ) -> None:
+        check_flag("bias", bias)
+        if context_dim is not None:
+            check_whole("context_dim", context_dim)
         AttentionCore.__init__(self, variant, bias=bias, context_dim=context_dim)
         self.position = position
         if variant.needs_rotation and not position.rotates:
@@ -161,11 +170,13 @@ class Attention(AttentionCore):
         if self.position.depends_on_length:
             if rope_length is not None:
                 length = given_length(rope_length, x.shape[0], x.device)
+                if key_padding_mask is None:
+                    check_given_length(length, longest_request(positions))
             else:
                 length = self._longest_request(
                     positions, context_positions, key_padding_mask, documents, past
                 )
-        heads = self.project(x, source, self.position.rotation(positions, context_positions, length), cache)
+        heads = self.project(x, source, self.position(positions, context_positions, length, x.dtype), cache)
         mask = MaskSpec(
             is_causal=is_causal,
             offset=past if context is None else None,
@@ -220,10 +231,20 @@ class Attention(AttentionCore):
             ("x", x, self.q_proj.in_features),
             ("context", source, self.k_proj.in_features),
         ):
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name} must be a tensor, not {type(value).__name__}")
+            if not value.is_floating_point():
+                raise ValueError(f"{name} must be floating point, not {value.dtype}")
             if value.ndim != 3 or value.shape[2] != width:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}; expected (batch, tokens, {width})")
             if value.shape[1] == 0:
                 raise ValueError(f"{name} has no tokens: its shape is {tuple(value.shape)}")
+        if source.device != x.device:
+            raise ValueError(f"context is on {source.device}, x on {x.device}; they must agree")
+        if cache is not None and not (hasattr(cache, "update") and hasattr(cache, "get_seq_length")):
+            raise ValueError(
+                f"cache must have Hugging Face's update and get_seq_length, which {type(cache).__name__} has not"
+            )
         if source.shape[0] != x.shape[0]:
             raise ValueError(f"context has batch size {source.shape[0]}, x has {x.shape[0]}")
         if documents is not None and cache is not None:
@@ -235,8 +256,10 @@ class Attention(AttentionCore):
 def head_shape(
     embed_dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None, layer_idx: int
 ) -> HeadShape:
+    check_whole("embed_dim", embed_dim)
+    check_whole("num_heads", num_heads)
     if head_dim is None:
-        if num_heads < 1 or embed_dim % num_heads:
+        if embed_dim % num_heads:
             raise ValueError(
                 f"embed_dim ({embed_dim}) is not a multiple of num_heads ({num_heads}); give head_dim"
             )
@@ -254,16 +277,32 @@ def make_position(
     max_positions: int | None,
 ) -> Position:
     """The registered position `name`, with rope_theta put into its parameters."""
+    if not isinstance(name, str):
+        raise ValueError(f"position must be the name of a registered position, not {name!r}")
+    if rope_parameters is not None and not isinstance(rope_parameters, Mapping):
+        raise ValueError(f"rope_parameters must be a mapping, not {rope_parameters!r}")
+    if max_positions is not None:
+        check_whole("max_positions", max_positions)
     parameters = dict(rope_parameters or {})
     if rope_theta is not None and "rope_theta" in parameters:
         raise ValueError("rope_theta is given twice: as an argument and in rope_parameters")
     if rope_theta is not None:
         parameters["rope_theta"] = rope_theta
-    made: Position = resolve("positions", name).from_rope_parameters(head_dim, parameters, max_positions)
-    return made
+    method: type[Position] = resolve("positions", name)
+    method.check_scaling(parameters)
+    return method.from_rope_parameters(head_dim, parameters, max_positions)
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, not {value!r}")
 
 
 def _check_positions(name: str, positions: Tensor, x: Tensor) -> None:
+    if not isinstance(positions, Tensor):
+        raise ValueError(f"{name} must be a tensor of integers, not {type(positions).__name__}")
+    if positions.device != x.device:
+        raise ValueError(f"{name} is on {positions.device}, x on {x.device}; they must agree")
     expected = (x.shape[0], x.shape[1])
     if positions.ndim != 2 or positions.shape[0] not in (1, expected[0]) or positions.shape[1] != expected[1]:
         raise ValueError(

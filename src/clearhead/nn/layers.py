@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from clearhead.nn.attention import Attention, head_shape, make_position
+from clearhead.nn.attention import Attention, check_flag, head_shape, make_position
 from clearhead.variants.collinear import Collinear
 from clearhead.variants.differential import Differential
 from clearhead.variants.differential_collinear import DifferentialCollinear, DifferentialV2Collinear
@@ -40,6 +40,7 @@ class DifferentialAttention(Attention):
     ) -> None:
         shape = head_shape(embed_dim, num_heads, num_kv_heads, head_dim, layer_idx)
         place = make_position(position, shape.head_dim, rope_theta, rope_parameters, max_positions)
+        check_flag("head_norm", head_norm)
         variant = Differential(shape, lambda_init=lambda_init, head_norm=head_norm)
         self._build(variant, place, bias, context_dim, backend)
 
@@ -133,6 +134,7 @@ class DifferentialCollinearAttention(Attention):
     ) -> None:
         shape = head_shape(embed_dim, num_heads, num_kv_heads, head_dim, layer_idx)
         place = make_position(position, shape.head_dim, rope_theta, rope_parameters, max_positions)
+        check_flag("head_norm", head_norm)
         variant = DifferentialCollinear(
             shape, mode=mode, activation=activation, lambda_init=lambda_init, head_norm=head_norm
         )

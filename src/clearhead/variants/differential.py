@@ -46,7 +46,10 @@ class Differential(Variant):
         lambda_std: float = 0.1,
     ) -> None:
         super().__init__(shape)
-        if isinstance(lambda_init, str) and lambda_init != "depth":
+        known = (
+            lambda_init == "depth" if isinstance(lambda_init, str) else isinstance(lambda_init, int | float)
+        )
+        if not known or isinstance(lambda_init, bool):
             raise ValueError(f'lambda_init must be "depth" or a number, not {lambda_init!r}')
         if not isinstance(lambda_init, str) and not 0.0 <= lambda_init < 1.0:
             raise ValueError(f"lambda_init must be at least 0 and below 1, not {lambda_init}")
@@ -99,7 +102,7 @@ class Differential(Variant):
         # As a vector of one: PyTorch makes the forward-mode derivative of a scalar and a number float64.
         return (learned.view(1) + self.lambda_init).view(())
 
-    def gate(self, x: Tensor) -> Tensor:
+    def gate(self, x: Tensor | None) -> Tensor:
         return self.lambda_full().view(1, 1, 1, 1)
 
     @property
@@ -117,7 +120,7 @@ class Differential(Variant):
             nn.init.ones_(self.head_norm.weight)
 
     def mean_lambda(self) -> float:
-        return float(self.lambda_full().detach())
+        return float(self(None).detach())
 
 
 def _pairs(x: Tensor, heads: int) -> tuple[Tensor, ...]:

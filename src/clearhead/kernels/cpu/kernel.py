@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from clearhead.core.dispatch import Kernel, Problem, dtype_name, refused_modes
+from clearhead.core.dispatch import Kernel, Problem, dtype_name
 from clearhead.core.heads import Heads
 from clearhead.core.masks import MaskSpec
 from clearhead.kernels import ops
@@ -39,8 +40,6 @@ class Cpu(Kernel):
             return reason
         if problem.needs_maps:
             return "it does not return attention maps"
-        if problem.modes:
-            return refused_modes(problem, frozenset())
         if problem.dtype not in _DTYPES:
             return f"it computes in bfloat16, float32, not in {dtype_name(problem.dtype)}"
         if _MIXING.get(problem.streams) != problem.mixing:
@@ -105,6 +104,15 @@ def _check_devices(*tensors: Tensor | None) -> None:
             raise ValueError(f"the CPU kernel was given a tensor on {x.device}; all of them must be on cpu")
 
 
+def _check_level() -> None:
+    """A tangent ends here without a word: also that of a gradient whose forward pass was an ordinary one."""
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "the fused kernel has no forward-mode derivatives, neither of its output nor of its gradients: under jvp, "
+            'jacfwd and dual numbers take backend="eager"'
+        )
+
+
 def _tensor(x: Tensor) -> library.Tensor:
     batch, head, token = x.stride()[:3]
     return library.Tensor(x.data_ptr(), batch, head, token)
@@ -123,6 +131,7 @@ class _Call:
     """A problem in C's words, and the tensors it points at, kept alive with it."""
 
     def __init__(self, inputs: ops.Inputs) -> None:
+        _check_level()
         _check_devices(*inputs[:9])
         self.q = tuple(_contiguous_width(x) for x in (inputs.q1, inputs.q2) if x is not None)
         self.k = tuple(_contiguous_width(x) for x in (inputs.k1, inputs.k2) if x is not None)
