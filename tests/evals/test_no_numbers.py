@@ -132,11 +132,9 @@ def test_metrics_are_read_with_nan_and_refused_without_a_step(tmp_path: Path) ->
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": null}\n')
     assert [record["loss"] for record in read_metrics(log)] == [None, None]
-    for line, said in (("5", "has no step"), ('{"loss": 1}', "has no step"), ("9" * 5000, "not valid JSON")):
+    for line in ("5", '{"loss": 1}', "9" * 5000):
         log.write_text(f'{line}\n{{"step": 2}}\n')
-        with pytest.raises(
-            ValueError, match=f"line 1, {'has no step' if 'step' in said else 'is not valid'}"
-        ):
+        with pytest.raises(ValueError, match="line 1, is not valid JSON with a step"):
             read_metrics(log)
 
 

@@ -138,7 +138,7 @@ def test_a_result_of_other_sets_is_no_result(tmp_path: Path) -> None:
     from clearhead.evals.job import _is_done
 
     target = tmp_path / "x.json"
-    target.write_text(json.dumps({"config": {"a": 1}, "sets": {"s": "1"}}))
+    target.write_text(json.dumps({"config": {"a": 1}, "values": {}, "sets": {"s": "1"}}))
     assert _is_done(target, {"a": 1}, {"s": "1"})
     assert not _is_done(target, {"a": 1}, {"s": "2"})
 

@@ -75,7 +75,8 @@ def reopened(directory: Path) -> ForeignSpec | None:
     names = {field.name for field in fields(ForeignSpec)}
     if "model" not in told or not set(told) <= names or not all(isinstance(v, str) for v in told.values()):
         raise ValueError(
-            f"{found[0]} does not say what was evaluated ({', '.join(names)}); choose another --out"
+            f"{found[0]} does not say what was evaluated: it has {', '.join(map(str, told))}, expected "
+            f"{', '.join(sorted(names))}; choose another --out"
         )
     return ForeignSpec(**told)
 
