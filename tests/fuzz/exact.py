@@ -97,6 +97,15 @@ def attend(
 
 
 @dataclass(frozen=True)
+class Attended:
+    """What a layer gives: output (B, L, d_model), effective map (B, H, L, S), and the logits of each stream."""
+
+    output: Tensor
+    map: Tensor
+    logits: list[Tensor]
+
+
+@dataclass(frozen=True)
 class Turn:
     """How far the pairs of each token turn a step, (B or 1, N, J), and what multiplies cos and sin, (B or 1, N, 1)."""
 
@@ -191,15 +200,12 @@ def unscaled(spec: Spec, q: Tensor, k: Tensor, place: Place) -> Tensor:
     if mode == "strict":
         q1 = q2 = (q1 + q2) / 2
     squared = q1 * q1 + q2 * q2
-    return torch.einsum("bhlj,bhsj,blsj->bhls", squared, t, (strength * angle.cos()).expand(
-        squared.shape[0], -1, -1, -1
-    )) * factor
+    turned = (strength * angle.cos()).expand(squared.shape[0], -1, -1, -1)
+    return torch.einsum("bhlj,bhsj,blsj->bhls", squared, t, turned) * factor
 
 
-def layer(
-    spec: Spec, weights: dict[str, Tensor], x: Tensor, source: Tensor, place: Place
-) -> tuple[Tensor, Tensor]:
-    """Output (B, L, d_model) and effective map (B, H, L, S); weights by name as in `tests.oracles.layers`."""
+def layer(spec: Spec, weights: dict[str, Tensor], x: Tensor, source: Tensor, place: Place) -> Attended:
+    """x (B, L, d_model) over source (B, S, d_source); weights by name as in `tests.oracles.layers`."""
     v1, v2 = spec.attention in ("differential", "differential_collinear"), "_v2" in spec.attention
     streams = 2 if v1 or v2 else 1
     q, k = (_heads(y, weights, name, spec.width) for y, name in ((x, "q_proj"), (source, "k_proj")))
@@ -209,13 +215,12 @@ def layer(
     bias = place.bias
     if spec.position == "alibi":
         assert place.distance is not None
-        slopes = torch.tensor([alibi.slope(h, heads) for h in range(heads)], dtype=torch.float64)
-        sloped = -slopes[:, None, None] * place.distance[:, None]
+        # In float32 whatever the model's dtype: what the layers say of themselves.
+        slopes = torch.tensor([alibi.slope(h, heads) for h in range(heads)], dtype=torch.float32)
+        sloped = -slopes.double()[:, None, None] * place.distance[:, None]
         bias = sloped if bias is None else bias + sloped
-    maps = []
-    for query, key in zip(queries, keys, strict=True):
-        logits = unscaled(spec, query, key, place) * spec.width**-0.5
-        maps.append(weights_of(logits if bias is None else logits + bias, place.see))
+    every = [unscaled(spec, q, k, place) * spec.width**-0.5 for q, k in zip(queries, keys, strict=True)]
+    maps = [weights_of(logits if bias is None else logits + bias, place.see) for logits in every]
     initial = _initial(spec)
     if v1:
         vectors = [weights[f"lambda_{name}"] for name in ("q1", "k1", "q2", "k2")]
@@ -232,7 +237,7 @@ def layer(
         out = rms_norm(out, weights["head_norm"], spec.eps)
     merged = out.transpose(1, 2).flatten(2)
     y = merged @ weights["o_proj"].mT
-    return y + weights["o_proj.bias"] if "o_proj.bias" in weights else y, mixed
+    return Attended(y + weights["o_proj.bias"] if "o_proj.bias" in weights else y, mixed, every)
 
 
 def _heads(x: Tensor, weights: dict[str, Tensor], name: str, width: int) -> Tensor:
@@ -260,11 +265,11 @@ class Decoder:
         for index, spec in enumerate(self.specs):
             w = _below(self.weights, f"model.layers.{index}.")
             normed = rms_norm(x, w["input_layernorm"], spec.eps)
-            y, seen = layer(spec, _below(w, "self_attn."), normed, normed, place)
-            x = x + y
+            attended = layer(spec, _below(w, "self_attn."), normed, normed, place)
+            x = x + attended.output
             inner = rms_norm(x, w["post_attention_layernorm"], spec.eps)
             x = x + swiglu(inner, w["mlp.gate_proj"], w["mlp.up_proj"], w["mlp.down_proj"])
-            maps.append(seen)
+            maps.append(attended.map)
         normed = rms_norm(x, self.weights["model.norm"], self.specs[0].eps)
         return normed @ self.weights["lm_head"].mT, maps
 
@@ -274,10 +279,12 @@ class Decoder:
 
 
 def _below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    found = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    return {key.removeprefix("variant."): value for key, value in found.items()}
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def named(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """Parameters under the names used here, in float64."""
-    return {key.removesuffix(".weight"): value.detach().double() for key, value in parameters.items()}
+    return {
+        key.replace("variant.", "").removesuffix(".weight"): value.detach().double()
+        for key, value in parameters.items()
+    }
