@@ -3,6 +3,7 @@
 #   make test   lint, types and tests
 # For whoever changes kernels or bounds:
 #   make test-processors   the numbers again as on other processors: older instruction sets and libraries, one and two threads
+#   make fuzz              random calls against float64 oracles, SECONDS=600 of them; every finding with its seed (SEED=0)
 # And, when there is an hour to spend (it downloads 93 MB, once):
 #   make evaluate-smollm2   every evaluation on SmolLM2-135M-Instruct, runs/smollm2/report.html; on English prose with
 #                           TEXTS=novels.jsonl, with the evaluations that need data with SETS=DIRECTORY
@@ -21,7 +22,7 @@ KERNEL_STAMP := $(VENV)/.kernel
 KERNEL_SUM := $(shell cat hatch_build.py $(KERNEL)/src/* | cksum | tr ' ' '-')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evaluate-smollm2 test test-processors install lint types pytest format clean
+.PHONY: help demo evaluate-smollm2 test test-processors fuzz install lint types pytest format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -74,6 +75,11 @@ test-processors: install
 	$(call AS_ON,1,ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE) portable
 	$(call AS_ON,2,ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2) avx2
 	$(call AS_ON,2,ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI) avx512
+
+SECONDS ?= 600
+SEED ?= 0
+fuzz: install
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -100,7 +100,9 @@ class Generation(Case):
         if self.way == "sample":
             return
         gap = exact.max(-1).values - exact.gather(1, new[:, None])[:, 0]
-        compare(["tokens"], [gap], [torch.zeros_like(gap)], [4 * self.tolerance * (1 + exact.abs().max())], label)
+        compare(
+            ["tokens"], [gap], [torch.zeros_like(gap)], [4 * self.tolerance * (1 + exact.abs().max())], label
+        )
 
     def length(self, prompt: int) -> int:
         """Of the request, as `generate` freezes it, or as it is told."""
@@ -116,7 +118,9 @@ class Generation(Case):
             "return_dict_in_generate": True,
         }
         if self.ones:
-            call["attention_mask"] = torch.stack([torch.arange(total) >= total - len(p) for p in prompts]).long()
+            call["attention_mask"] = torch.stack(
+                [torch.arange(total) >= total - len(p) for p in prompts]
+            ).long()
         if self.cache == "none":
             call["use_cache"] = False
         elif self.cache != "dynamic":

@@ -19,6 +19,8 @@ SENTENCES = (ValueError, TypeError, NotImplementedError)
 SPEAKERS = ("/clearhead/", "/transformers/", "/huggingface_hub/")
 # What PyTorch says of second derivatives, which nobody can know of before they are asked for.
 PYTORCH = re.compile(r"derivative for '?[\w:]+'? is not implemented|Trying to use forward AD with")
+# What is refused by decision and drawn all the same: a scaling of a model that turns nothing, a length that is too short.
+DECIDED = re.compile(r"turns nothing that could be scaled|shorter than the request")
 
 
 class Wrong(Exception):
@@ -82,7 +84,7 @@ def judge(case: Case) -> Outcome:
         if reason is None:
             kind = f"{area}: {type(error).__name__} in {_where(error)}: {_general(str(error))}"
             return Outcome("crashed", kind, "an answer, or one sentence", _trace(error))
-        if not (case.may_refuse or case.must_refuse):
+        if not (case.may_refuse or case.must_refuse or DECIDED.search(reason)):
             return Outcome("wrong", f"{area}: refused: {_general(reason)}", "an answer", reason)
         return Outcome("refused", _general(reason))
     if case.must_refuse:

@@ -282,9 +282,7 @@ class Layer(Case):
             start = end
         return torch.cat(parts, 1)
 
-    def expected(
-        self, weights: dict[str, Tensor], tensors: list[Tensor]
-    ) -> tuple[list[Tensor], list[float]]:
+    def expected(self, weights: dict[str, Tensor], tensors: list[Tensor]) -> tuple[list[Tensor], list[float]]:
         """The exact answers, and how large the gradients of the logits alone are where nothing cancels."""
         inputs = [x.clone().requires_grad_() for x in tensors]
         spec = Spec(
@@ -317,10 +315,11 @@ class Layer(Case):
         parts = {"padding": real, "documents": documents, "dense": dense}
         see = exact.visible(L, S, causal=self.causal, window=self.window, **parts)
         positions = given.get("positions", torch.arange(L)[None]).expand(B, L)
-        if self.kind == "cross":
-            keys = given.get("context_positions", torch.arange(S)[None]).expand(B, S)
-        else:
-            keys = positions
+        keys = (
+            given.get("context_positions", torch.arange(S)[None]).expand(B, S)
+            if self.kind == "cross"
+            else positions
+        )
         if self.rope_length is not None:
             lengths, key_lengths = (torch.full((B, n), self.rope_length) for n in (L, S))
         elif self.kind == "cross":

@@ -24,8 +24,8 @@ class Forward(Case):
     """One forward pass of a model without an earlier cache.
 
     form:   how rows are laid out: "left", "right", "both" are padded with a 2-D mask; "packed" rows have positions that
-            restart, "ones" with a mask of ones beside them; "mask" and "additive" are 4-D; a "tree" is two suffixes over
-            one prefix in one row, as tree decoding has it.
+            restart, "ones" with a mask of ones beside them; "mask" and "additive" are 4-D; a "tree" is two suffixes
+            over one prefix in one row, as tree decoding has it.
     wanted: what is compared besides the logits.
     """
 
@@ -127,7 +127,11 @@ class Forward(Case):
         for b, (row, start) in enumerate(zip(rows, self.starts(), strict=True)):
             ids[b, start : start + len(row)] = row
             mask[b, start : start + len(row)] = 1
-        call: dict[str, Any] = {"input_ids": ids, "use_cache": self.use_cache, "rope_length": self.rope_length}
+        call: dict[str, Any] = {
+            "input_ids": ids,
+            "use_cache": self.use_cache,
+            "rope_length": self.rope_length,
+        }
         if self.form in ("left", "right", "both", "packed, ones"):
             call["attention_mask"] = mask.to(getattr(torch, self.mask_dtype))
         if self.form in ("shifted", "packed", "packed, ones", "tree"):
@@ -136,9 +140,7 @@ class Forward(Case):
             seen = self.seen()
             additive = torch.zeros(seen.shape, dtype=DTYPES[self.tiny.dtype])
             hidden = torch.finfo(additive.dtype).min
-            call["attention_mask"] = (
-                seen if self.form != "additive" else additive.masked_fill(~seen, hidden)
-            )
+            call["attention_mask"] = seen if self.form != "additive" else additive.masked_fill(~seen, hidden)
         if self.wanted.startswith("loss"):
             call["labels"] = self.labels()
         if self.wanted == "loss of a batch":
@@ -209,7 +211,9 @@ class Forward(Case):
             raise Wrong("dtype of the logits", self.tiny.dtype, str(out.logits.dtype))
         if self.wanted == "last":
             return [out.logits[:, -1].double()]
-        parts = [out.logits[b, s : s + n] for b, (s, n) in enumerate(zip(self.starts(), self.rows, strict=True))]
+        parts = [
+            out.logits[b, s : s + n] for b, (s, n) in enumerate(zip(self.starts(), self.rows, strict=True))
+        ]
         logits = torch.cat(parts)
         if self.wanted == "gradients":
             u = torch.cat(self.cotangents()).to(logits.dtype)

@@ -232,7 +232,7 @@ class Operation(Case):
     def recomputes(self) -> bool:
         """Whether gradients come from weights that PyTorch's kernels compute again, as exp(logit − log of the sum).
 
-        In float32 the two are rounded apart by more than 1 from logits of 10⁶ on, so that such a weight may be anything.
+        In float32 the two are rounded apart by more than 1 from logits of 10⁶ on: such a weight may be anything.
         """
         return self.spread == 1e9 and self.backend in ("auto", "sdpa")
 

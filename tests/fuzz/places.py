@@ -118,7 +118,5 @@ def request_lengths(positions: Tensor, documents: Tensor | None, real: Tensor | 
         if documents is None:
             rows.append(torch.full_like(here, int(here.max()) + 1))
             continue
-        rows.append(
-            torch.stack([here[documents[b] == documents[b, i]].max() + 1 for i in range(len(here))])
-        )
+        rows.append(torch.stack([here[documents[b] == documents[b, i]].max() + 1 for i in range(len(here))]))
     return torch.stack(rows)

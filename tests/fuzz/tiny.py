@@ -143,10 +143,7 @@ class Tiny:
         row = None if documents is None else documents[None]
         if see is None:
             see = exact.visible(L, L, causal=True, documents=row)
-        if length is None:
-            lengths = request_lengths(place[None], row, None)
-        else:
-            lengths = torch.full((1, L), length)
+        lengths = request_lengths(place[None], row, None) if length is None else torch.full((1, L), length)
         away = (place[None, None, :] - place[None, :, None]).abs().double()
         method = Method("rope", self.method.parameters) if self.kinds else self.method
         made = place_of(method, self.width, place[None], place[None], see, lengths, lengths, bias, away)
