@@ -19,7 +19,7 @@ SENTENCES = (ValueError, TypeError, NotImplementedError)
 SPEAKERS = ("/clearhead/", "/transformers/", "/huggingface_hub/")
 # What PyTorch says of second derivatives, which nobody can know of before they are asked for.
 PYTORCH = re.compile(r"derivative for '?[\w:]+'? is not implemented|Trying to use forward AD with")
-# What is refused by decision and drawn all the same: a scaling of a model that turns nothing, a length that is too short.
+# Refused by decision and drawn all the same: a scaling of a model that turns nothing, a length that is too short.
 DECIDED = re.compile(r"turns nothing that could be scaled|shorter than the request")
 
 
