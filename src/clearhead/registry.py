@@ -42,6 +42,7 @@ ENGINES = {
 }
 KERNELS = {
     "cpu": "clearhead.kernels.cpu.kernel:Cpu",
+    "triton": "clearhead.kernels.triton.kernel:Triton",
 }
 EVALUATIONS = {
     "language_modelling": "clearhead.evals.language_modelling:LanguageModelling",
