@@ -21,7 +21,7 @@ the same order, and the memory beside the gradients is that of their float32 sum
 import triton
 import triton.language as tl
 
-from clearhead.kernels.triton.tiles import load_packed, load_rows, visible
+from clearhead.kernels.triton.tiles import load_packed, load_rows, product, scores, visible
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def add_to(base, tile, rows, inside, WIDTH: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def weigh(query, key, reference, inverse, bias, factor, PRECISION: tl.constexpr):
     """P (N, M) of one stream, before the mask."""
-    t = tl.dot(key, tl.trans(query), input_precision=PRECISION) * factor - bias
+    t = scores(key, tl.trans(query), PRECISION) * factor - bias
     return tl.exp2(t - reference[None, :]) * inverse[None, :]
 
 
@@ -90,7 +90,7 @@ def walk(
             bias = slope[None, :] * tl.abs(position[None, :] - key[:, None]).to(tl.float32)
         weights1 = weigh(
             query1, first, tl.load(statistics + flat, mask=inside, other=0.0),
-            tl.where(total1 > 0, 1.0 / total1, 0.0), bias, factor, PRECISION,
+            1.0 / tl.where(total1 == 0, 1.0, total1), bias, factor, PRECISION,
         )  # fmt: skip
         seen = real[:, None]
         if MASKED:
@@ -102,7 +102,7 @@ def walk(
                 window, CAUSAL, WINDOW, DOCUMENTS,
             ) & inside[None, :]  # fmt: skip
             weights1 = tl.where(seen, weights1, 0.0)
-        grad_weights = tl.dot(value, tl.trans(cotangent), input_precision=PRECISION)
+        grad_weights = scores(value, tl.trans(cotangent), PRECISION)
         delta1 = tl.load(delta + flat, mask=inside, other=0.0)
         step1 = (weights1 * (grad_weights - delta1[None, :])).to(query1.dtype)
         mixed = weights1
@@ -111,7 +111,7 @@ def walk(
             total2 = tl.load(statistics + 3 * plane + flat, mask=inside, other=0.0)
             weights2 = weigh(
                 query2, second, tl.load(statistics + 2 * plane + flat, mask=inside, other=0.0),
-                tl.where(total2 > 0, 1.0 / total2, 0.0), bias, factor, PRECISION,
+                1.0 / tl.where(total2 == 0, 1.0, total2), bias, factor, PRECISION,
             )  # fmt: skip
             if MASKED:
                 weights2 = tl.where(seen, weights2, 0.0)
@@ -123,13 +123,13 @@ def walk(
             step2 = (weights2 * (delta2[None, :] - grad_weights)).to(query1.dtype)
             mixed = weights1 - weights2
             if OWN_KEYS:
-                grad_k2 = tl.dot(step2, query2, grad_k2, input_precision=PRECISION)
+                grad_k2 = product(step2, query2, grad_k2, PRECISION)
             else:
-                grad_k1 = tl.dot(step2, query2, grad_k1, input_precision=PRECISION)
-            add_to(grad_q2, tl.dot(tl.trans(step2), second, input_precision=PRECISION), flat, inside, WIDTH, D)
-        grad_k1 = tl.dot(step1, query1, grad_k1, input_precision=PRECISION)
-        grad_v = tl.dot(mixed.to(cotangent.dtype), cotangent, grad_v, input_precision=PRECISION)
-        add_to(grad_q1, tl.dot(tl.trans(step1), first, input_precision=PRECISION), flat, inside, WIDTH, D)
+                grad_k1 = product(step2, query2, grad_k1, PRECISION)
+            add_to(grad_q2, scores(tl.trans(step2), second, PRECISION), flat, inside, WIDTH, D)
+        grad_k1 = product(step1, query1, grad_k1, PRECISION)
+        grad_v = product(mixed.to(cotangent.dtype), cotangent, grad_v, PRECISION)
+        add_to(grad_q1, scores(tl.trans(step1), first, PRECISION), flat, inside, WIDTH, D)
     return grad_k1, grad_k2, grad_v
 
 
@@ -222,11 +222,14 @@ def backward(
                 PRECISION, BLOCK_M,
             )  # fmt: skip
         else:
+            # A last block of keys with a gap is masked throughout. Rows beyond the last are zeros and need no mask.
             middle = tl.cdiv(tl.maximum(all_low, 0) * REPEATS, BLOCK_M) * BLOCK_M
+            middle = tl.where(start + BLOCK_N > end_key, high_row, middle)
             middle = tl.minimum(tl.maximum(middle, low_row), high_row)
-            edge = tl.minimum(tl.maximum(all_high, 0), queries) * REPEATS // BLOCK_M * BLOCK_M
-            # A last block of keys with a gap is masked throughout.
-            edge = tl.where(start + BLOCK_N > end_key, middle, tl.minimum(tl.maximum(edge, middle), high_row))
+            edge = high_row
+            if WINDOW:
+                edge = tl.minimum(tl.maximum(all_high, 0), queries) * REPEATS // BLOCK_M * BLOCK_M
+                edge = tl.minimum(tl.maximum(edge, middle), high_row)
             sum_k1, sum_k2, sum_v = walk(
                 low_row, middle, q1, q2, grad, gate, statistics, delta, grad_q1, grad_q2, documents, slopes,
                 first, second, value, sum_k1, sum_k2, sum_v, key, real, key_documents, g, rows, queries, offset,
@@ -241,13 +244,14 @@ def backward(
                 D, E, WIDTH, VALUES, REPEATS, STREAMS, OWN_KEYS, CAUSAL, WINDOW, DOCUMENTS, SLOPES, False,
                 PRECISION, BLOCK_M,
             )  # fmt: skip
-            sum_k1, sum_k2, sum_v = walk(
-                edge, high_row, q1, q2, grad, gate, statistics, delta, grad_q1, grad_q2, documents, slopes,
-                first, second, value, sum_k1, sum_k2, sum_v, key, real, key_documents, g, rows, queries, offset,
-                window, factor, plane, stride_qh, stride_qt, stride_dh, stride_dt, stride_gh, stride_gt,
-                D, E, WIDTH, VALUES, REPEATS, STREAMS, OWN_KEYS, CAUSAL, WINDOW, DOCUMENTS, SLOPES, True,
-                PRECISION, BLOCK_M,
-            )  # fmt: skip
+            if WINDOW:
+                sum_k1, sum_k2, sum_v = walk(
+                    edge, high_row, q1, q2, grad, gate, statistics, delta, grad_q1, grad_q2, documents, slopes,
+                    first, second, value, sum_k1, sum_k2, sum_v, key, real, key_documents, g, rows, queries, offset,
+                    window, factor, plane, stride_qh, stride_qt, stride_dh, stride_dt, stride_gh, stride_gt,
+                    D, E, WIDTH, VALUES, REPEATS, STREAMS, OWN_KEYS, CAUSAL, WINDOW, DOCUMENTS, SLOPES, True,
+                    PRECISION, BLOCK_M,
+                )  # fmt: skip
         store_sum(grad_k1, sum_k1, key, there, WIDTH, D)
         if OWN_KEYS:
             store_sum(grad_k2, sum_k2, key, there, WIDTH, D)

@@ -12,7 +12,7 @@ together in the order of the splits: that is how few rows keep a GPU busy.
 import triton
 import triton.language as tl
 
-from clearhead.kernels.triton.tiles import key_range, load_packed, load_rows, store_packed, visible
+from clearhead.kernels.triton.tiles import key_range, load_packed, load_rows, product, scores, store_packed, visible
 
 
 @triton.jit
@@ -23,9 +23,7 @@ def online(t, v, maximum, total, accumulator, PRECISION: tl.constexpr):
     weights = tl.exp2(t - reference[:, None])
     shrink = tl.exp2(maximum - reference)
     total = total * shrink + tl.sum(weights, 1)
-    accumulator = tl.dot(
-        weights.to(v.dtype), v, accumulator * shrink[:, None], input_precision=PRECISION
-    )
+    accumulator = product(weights.to(v.dtype), v, accumulator * shrink[:, None], PRECISION)
     return higher, total, accumulator
 
 
@@ -52,13 +50,13 @@ def walk(
             key_documents = tl.load(documents + key, mask=key < keys, other=0)
         first = load_rows(k1, key, real, stride_k, WIDTH, D)
         value = load_rows(v, key, real, stride_v, VALUES, E)
-        t1 = tl.dot(q1, tl.trans(first), input_precision=PRECISION) * factor
+        t1 = scores(q1, tl.trans(first), PRECISION) * factor
         t2 = t1
         if STREAMS == 2:
             second = first
             if OWN_KEYS:
                 second = load_rows(k2, key, real, stride_k, WIDTH, D)
-            t2 = tl.dot(q2, tl.trans(second), input_precision=PRECISION) * factor
+            t2 = scores(q2, tl.trans(second), PRECISION) * factor
         if SLOPES:
             bias = row_slopes[:, None] * tl.abs(positions[:, None] - key[None, :]).to(tl.float32)
             t1 -= bias
@@ -184,9 +182,11 @@ def forward(
             mixed = mixed - lam[:, None] * second
             if KEEP:
                 store_packed(noise + b * stride_ob, second, token, head, inside, stride_oh, stride_ot, VALUES, E)
+                maximum2 = tl.where(total2 == 0, 0.0, maximum2)
                 tl.store(statistics + 2 * plane + flat, maximum2, mask=inside)
                 tl.store(statistics + 3 * plane + flat, total2, mask=inside)
         if KEEP:
+            maximum1 = tl.where(total1 == 0, 0.0, maximum1)
             tl.store(statistics + flat, maximum1, mask=inside)
             tl.store(statistics + plane + flat, total1, mask=inside)
         store_packed(out + b * stride_ob, mixed, token, head, inside, stride_oh, stride_ot, VALUES, E)

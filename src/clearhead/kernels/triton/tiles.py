@@ -11,6 +11,27 @@ import triton.language as tl
 
 
 @triton.jit
+def product(a, b, total, PRECISION: tl.constexpr):
+    """total + a b in float32."""
+    if PRECISION == "interpreter":
+        # Which multiplies the bits of bfloat16 as if they were integers.
+        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    else:
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def scores(a, b, PRECISION: tl.constexpr):
+    """a b in float32."""
+    if PRECISION == "interpreter":
+        tile = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        tile = tl.dot(a, b, input_precision=PRECISION)
+    return tile
+
+
+@triton.jit
 def load_rows(base, rows, inside, stride, WIDTH: tl.constexpr, D: tl.constexpr):
     """(rows, WIDTH) with zeros beyond D and where `inside` is false; WIDTH is D or the power of two above it."""
     columns = tl.arange(0, WIDTH)
