@@ -48,18 +48,21 @@ def deltas(
 
 
 @triton.jit
-def add_to(base, tile, rows, inside, WIDTH: tl.constexpr, D: tl.constexpr):
+def add_to(base, step, key, rows, inside, WIDTH: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr):
+    """rows of base += step key."""
     columns = tl.arange(0, WIDTH)
     pointers = base + rows.to(tl.int64)[:, None] * D + columns[None, :]
-    there = inside[:, None] & (columns < D)[None, :]
-    tl.store(pointers, tl.load(pointers, mask=there, other=0.0) + tile, mask=there)
+    there = inside[:, None]
+    if D != WIDTH:
+        there = there & (columns < D)[None, :]
+    tl.store(pointers, product(step, key, tl.load(pointers, mask=there, other=0.0), PRECISION), mask=there)
 
 
 @triton.jit
-def weigh(query, key, reference, inverse, bias, factor, PRECISION: tl.constexpr):
-    """P (N, M) of one stream, before the mask."""
-    t = scores(key, tl.trans(query), PRECISION) * factor - bias
-    return tl.exp2(t - reference[None, :]) * inverse[None, :]
+def weigh(query, key, reference, total, bias, factor, PRECISION: tl.constexpr):
+    """P of one stream, before the mask."""
+    t = scores(query, tl.trans(key), PRECISION) * factor - bias
+    return tl.exp2(t - reference[:, None]) * (1.0 / tl.where(total == 0, 1.0, total))[:, None]
 
 
 @triton.jit
@@ -74,7 +77,7 @@ def walk(
     DOCUMENTS: tl.constexpr, SLOPES: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """All blocks of rows in [low, high) against one block of keys; tiles are (keys, rows)."""
+    """All blocks of rows in [low, high) against one block of keys."""
     for start in range(low, high, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         inside = row < rows
@@ -83,53 +86,47 @@ def walk(
         position = offset + token
         query1 = load_packed(q1, token, head, inside, stride_qh, stride_qt, WIDTH, D)
         cotangent = load_packed(grad, token, head, inside, stride_dh, stride_dt, VALUES, E)
+        reference1 = tl.load(statistics + flat, mask=inside, other=0.0)
         total1 = tl.load(statistics + plane + flat, mask=inside, other=0.0)
         bias = 0.0
         if SLOPES:
             slope = tl.load(slopes + head, mask=inside, other=0.0)
-            bias = slope[None, :] * tl.abs(position[None, :] - key[:, None]).to(tl.float32)
-        weights1 = weigh(
-            query1, first, tl.load(statistics + flat, mask=inside, other=0.0),
-            1.0 / tl.where(total1 == 0, 1.0, total1), bias, factor, PRECISION,
-        )  # fmt: skip
-        seen = real[:, None]
+            bias = slope[:, None] * tl.abs(position[:, None] - key[None, :]).to(tl.float32)
+        weights1 = weigh(query1, first, reference1, total1, bias, factor, PRECISION)
+        seen = real[None, :]
         if MASKED:
             row_documents = token
             if DOCUMENTS:
                 row_documents = tl.load(documents + position, mask=inside, other=0)
             seen = visible(
-                position[None, :], row_documents[None, :], key[:, None], real[:, None], key_documents[:, None],
+                position[:, None], row_documents[:, None], key[None, :], real[None, :], key_documents[None, :],
                 window, CAUSAL, WINDOW, DOCUMENTS,
-            ) & inside[None, :]  # fmt: skip
+            ) & inside[:, None]  # fmt: skip
             weights1 = tl.where(seen, weights1, 0.0)
-        grad_weights = scores(value, tl.trans(cotangent), PRECISION)
+        grad_weights = scores(cotangent, tl.trans(value), PRECISION)
         delta1 = tl.load(delta + flat, mask=inside, other=0.0)
-        step1 = (weights1 * (grad_weights - delta1[None, :])).to(query1.dtype)
+        step1 = (weights1 * (grad_weights - delta1[:, None])).to(query1.dtype)
+        add_to(grad_q1, step1, first, flat, inside, WIDTH, D, PRECISION)
+        grad_k1 = product(tl.trans(step1), query1, grad_k1, PRECISION)
         mixed = weights1
         if STREAMS == 2:
             query2 = load_packed(q2, token, head, inside, stride_qh, stride_qt, WIDTH, D)
+            reference2 = tl.load(statistics + 2 * plane + flat, mask=inside, other=0.0)
             total2 = tl.load(statistics + 3 * plane + flat, mask=inside, other=0.0)
-            weights2 = weigh(
-                query2, second, tl.load(statistics + 2 * plane + flat, mask=inside, other=0.0),
-                1.0 / tl.where(total2 == 0, 1.0, total2), bias, factor, PRECISION,
-            )  # fmt: skip
+            weights2 = weigh(query2, second, reference2, total2, bias, factor, PRECISION)
             if MASKED:
                 weights2 = tl.where(seen, weights2, 0.0)
-            lam = tl.load(
-                gate + head * stride_gh + token.to(tl.int64) * stride_gt, mask=inside, other=0.0
-            )
-            weights2 = lam[None, :] * weights2
-            delta2 = tl.load(delta + plane + flat, mask=inside, other=0.0)
-            step2 = (weights2 * (delta2[None, :] - grad_weights)).to(query1.dtype)
+            at = gate + head * stride_gh + token.to(tl.int64) * stride_gt
+            weights2 = tl.load(at, mask=inside, other=0.0)[:, None] * weights2
             mixed = weights1 - weights2
+            delta2 = tl.load(delta + plane + flat, mask=inside, other=0.0)
+            step2 = (weights2 * (delta2[:, None] - grad_weights)).to(query1.dtype)
+            add_to(grad_q2, step2, second, flat, inside, WIDTH, D, PRECISION)
             if OWN_KEYS:
-                grad_k2 = product(step2, query2, grad_k2, PRECISION)
+                grad_k2 = product(tl.trans(step2), query2, grad_k2, PRECISION)
             else:
-                grad_k1 = product(step2, query2, grad_k1, PRECISION)
-            add_to(grad_q2, scores(tl.trans(step2), second, PRECISION), flat, inside, WIDTH, D)
-        grad_k1 = product(step1, query1, grad_k1, PRECISION)
-        grad_v = product(mixed.to(cotangent.dtype), cotangent, grad_v, PRECISION)
-        add_to(grad_q1, scores(tl.trans(step1), first, PRECISION), flat, inside, WIDTH, D)
+                grad_k1 = product(tl.trans(step2), query2, grad_k1, PRECISION)
+        grad_v = product(tl.trans(mixed.to(cotangent.dtype)), cotangent, grad_v, PRECISION)
     return grad_k1, grad_k2, grad_v
 
 
@@ -264,4 +261,7 @@ def backward(
 def store_sum(base, tile, rows, inside, WIDTH: tl.constexpr, D: tl.constexpr):
     columns = tl.arange(0, WIDTH)
     pointers = base + rows.to(tl.int64)[:, None] * D + columns[None, :]
-    tl.store(pointers, tile, mask=inside[:, None] & (columns < D)[None, :])
+    there = inside[:, None]
+    if D != WIDTH:
+        there = there & (columns < D)[None, :]
+    tl.store(pointers, tile, mask=there)

@@ -56,11 +56,10 @@ def store_packed(
 ):
     columns = tl.arange(0, WIDTH)
     starts = heads.to(tl.int64) * stride_head + tokens.to(tl.int64) * stride_token
-    tl.store(
-        base + starts[:, None] + columns[None, :],
-        tile.to(base.dtype.element_ty),
-        mask=inside[:, None] & (columns < D)[None, :],
-    )
+    there = inside[:, None]
+    if D != WIDTH:
+        there = there & (columns < D)[None, :]
+    tl.store(base + starts[:, None] + columns[None, :], tile.to(base.dtype.element_ty), mask=there)
 
 
 @triton.jit
