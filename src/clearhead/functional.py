@@ -3,6 +3,9 @@
 Legend: B batch, H query heads, G key-value heads, L queries, S keys, D key width, E value width.
 """
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -28,7 +31,7 @@ def attention(
     window: int | None = None,
     attn_mask: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """softmax(scale · q kᵀ + mask) v, grouped-query.
@@ -42,9 +45,13 @@ def attention(
     attn_mask:        (L, S) or (B, H, L, S), where a 1 stands for any size; bool (True = visible) or added.
     alibi_slopes:     (H,) float32 constants: slope_h · |query's − key's position| is taken off the scaled logits of
         head h (`clearhead.positions.alibi.slopes` makes them).
-    Masks combine by "and"; a query that sees no key gives zeros.
-    scale: 1/√D by default. backend: "auto", or the name of an engine or kernel, which runs it or raises ValueError
-    with its reason. Raises ValueError, naming the argument, for what does not fit. Differs from
+    Masks combine by "and"; a query that sees no key gives zeros. What a padded key and its value hold changes nothing,
+    NaN and infinities included, in every backend; hidden from some queries only, they may still reach these as 0 · NaN.
+    scale: 1/√D by default; a number of any sign, or a tensor of one, which gets its gradient.
+    backend: "auto", or the name of an engine or kernel, which runs it or raises ValueError with its reason. Every way
+    to differentiate that PyTorch has gives the right derivative, or a named backend refuses it; "auto" takes one that
+    can. (A second derivative through an ordinary graph is known too late: it wants backend="eager".)
+    Raises ValueError, naming the argument, for what does not fit. Differs from
     `torch.nn.functional.scaled_dot_product_attention`: bottom-right causal alignment, GQA without a flag.
     """
     _check(q, k, v, 1, 1)
@@ -71,7 +78,7 @@ def differential_attention(
     window: int | None = None,
     attn_mask: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """(softmax(scale · q1 k1ᵀ + mask) − λ softmax(scale · q2 k2ᵀ + mask)) v: both V1 and V2 of DIFF Transformer.
@@ -89,7 +96,7 @@ def differential_attention(
     _check(q, k, v, 2, 2)
     streams = q.unflatten(1, (-1, 2)).unbind(2)
     keys = (k,) if k.shape[1] == v.shape[1] else k.unflatten(1, (-1, 2)).unbind(2)
-    gate = lam if isinstance(lam, Tensor) else torch.tensor(float(lam), device=q.device, dtype=torch.float64)
+    gate = _gate(lam, q.device)
     if gate.ndim < 4:
         gate = gate.reshape((1,) * (4 - gate.ndim) + tuple(gate.shape))
     expected = (q.shape[0], q.shape[1] // 2, q.shape[2], 1)
@@ -108,22 +115,58 @@ def differential_attention(
     return _run(Heads(tuple(streams), tuple(keys), v, gate), difference, mask, scale, backend)
 
 
-def _run(heads: Heads, mix: Mix, mask: MaskSpec, scale: float | None, backend: str) -> Tensor:
-    batch, count, queries, width = heads.q[0].shape
-    mask.validate(batch, count, queries, heads.v.shape[2])
+def _gate(lam: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(lam, Tensor):
+        if not lam.is_floating_point():
+            raise ValueError(f"lam must be floating point, not {lam.dtype}")
+        if lam.device != device:
+            raise ValueError(f"lam is on {lam.device}, q on {device}; they must agree")
+        return lam
+    if isinstance(lam, bool) or not isinstance(lam, int | float):
+        raise ValueError(f"lam must be a number or a tensor, not {lam!r}")
+    return torch.tensor(float(lam), device=device, dtype=torch.float64)
+
+
+def _scaled(heads: Heads, scale: float | Tensor | None) -> tuple[Heads, float]:
+    """The heads and the number that their logits are to be scaled by; a tensor's gradient goes through the queries."""
+    if scale is None:
+        return heads, float(heads.q[0].shape[3] ** -0.5)
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1 or not scale.is_floating_point():
+            raise ValueError(
+                f"scale must be one real number, not a tensor of shape {tuple(scale.shape)} in {scale.dtype}"
+            )
+        if scale.device != heads.q[0].device and scale.ndim:
+            raise ValueError(f"scale is on {scale.device}, q on {heads.q[0].device}; they must agree")
+        wide = torch.float64 if heads.q[0].dtype == torch.float64 else torch.float32
+        factor = scale.reshape(()).to(wide)
+        return replace(heads, q=tuple((q.to(wide) * factor).to(q.dtype) for q in heads.q)), 1.0
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, not {scale!r}")
+    return heads, float(scale)
+
+
+def _run(heads: Heads, mix: Mix, mask: MaskSpec, scale: float | Tensor | None, backend: str) -> Tensor:
+    batch, count, queries, _ = heads.q[0].shape
+    keys = heads.v.shape[2]
+    mask.validate(batch, count, queries, keys, heads.v.device)
+    mask = mask.within(queries, keys)
+    heads, factor = _scaled(heads, scale)
     automatic = backend == "auto"
     backends = automatic_backends() if automatic else (load_backend(backend),)
     prepared = prepare(backends, problem_of(heads, mask, mix), mask, automatic)
-    return attend(heads, prepared, width**-0.5 if scale is None else scale, mix)[0]
+    return attend(heads, prepared, factor, mix)[0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, query_streams: int, key_streams: int) -> None:
     for name, value in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, not {type(value).__name__}")
         if value.ndim != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions (batch, heads, tokens, width), not shape {tuple(value.shape)}"
             )
-        if 0 in value.shape:
+        if 0 in value.shape[1:]:
             raise ValueError(f"{name} is empty: its shape is {tuple(value.shape)}")
         if not value.is_floating_point():
             raise ValueError(f"{name} must be floating point, not {value.dtype}")

@@ -44,6 +44,8 @@ KERNELS = {
     "cpu": "clearhead.kernels.cpu.kernel:Cpu",
     "triton": "clearhead.kernels.triton.kernel:Triton",
 }
+# Modules that make backends for names outside ENGINES and KERNELS, imported when such a name is asked for.
+BACKEND_FACTORIES = ("clearhead.engines.hf",)
 EVALUATIONS = {
     "language_modelling": "clearhead.evals.language_modelling:LanguageModelling",
     "loss_by_position": "clearhead.evals.loss_by_position:LossByPosition",

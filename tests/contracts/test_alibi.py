@@ -94,7 +94,10 @@ def test_slopes_follow_their_heads_through_every_lowering(
     assert distance(run(limited, form, inputs, case.mask()), expected) < EXACT
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.compiles] * (kind == "fixed_cache_padded")) for kind in KINDS],
+)
 def test_flex_is_as_good_as_plain(kind: str) -> None:
     case = KINDS[kind]
     inputs = tuple(x.float() for x in inputs_of("v2", "gqa", case))
@@ -115,6 +118,7 @@ def test_flex_knows_every_head_s_slope(form: str, layout: str) -> None:
     assert distance(run("flex", form, inputs, case.mask()), expected) < 1e-6
 
 
+@pytest.mark.compiles
 def test_flex_is_compiled_once_for_all_lengths_of_a_cache_of_fixed_size() -> None:
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
@@ -200,6 +204,7 @@ def test_it_compiles_as_one_graph(kind: str) -> None:
     assert distance(found, expected) < 1e-10
 
 
+@pytest.mark.compiles
 def test_inductor_keeps_the_overlapping_rows_of_the_mask() -> None:
     torch._dynamo.reset()
     case = KINDS["causal"]

@@ -199,7 +199,13 @@ def test_the_automatic_choice_compiles_as_one_graph() -> None:
         assert distance(compiled(*inputs, **arguments), differential_attention(*inputs, **arguments)) < 1e-10
 
 
-@pytest.mark.parametrize("kind", INDEXED)
+COMPILED = ("causal", "window_of_real_documents")
+UNCOMPILED = [kind for kind in INDEXED if kind not in COMPILED]
+
+
+@pytest.mark.parametrize(
+    "kind", [*UNCOMPILED, *(pytest.param(kind, marks=pytest.mark.compiles) for kind in COMPILED)]
+)
 def test_flex_forward_is_as_good_as_plain(kind: str) -> None:
     mask = make_mask(kind, B, 4, L)
     inputs, _ = differential_problem(4, 2, mask.keys_beyond_queries, *FORMS["v2"])

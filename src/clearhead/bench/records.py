@@ -10,6 +10,7 @@ from typing import Any
 from clearhead.bench.machine import facts, versions
 from clearhead.bench.measure import Spread
 from clearhead.bench.run import Outcome
+from clearhead.train.status import plain
 
 
 def lines(verb: str, outcome: Outcome) -> list[dict[str, Any]]:
@@ -44,7 +45,7 @@ def append(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as out:
         for entry in entries:
-            out.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            out.write(json.dumps(plain(entry), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _scaled(found: Spread | None, factor: float) -> dict[str, float] | None:

@@ -4,16 +4,17 @@ Legend: B batch, H query heads, G key-value heads, L queries, S keys, D key widt
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from clearhead.core.dispatch import Backend, Kernel, Plan, Problem, choose
-from clearhead.core.heads import Heads
+from clearhead.core.heads import Heads, repeat_kv
 from clearhead.core.legalise import lower, raise_maps, raise_streams
 from clearhead.core.masks import MaskSpec
+from clearhead.core.modes import active_modes
 
 Mix = Callable[[tuple[Tensor, ...], Tensor | None], Tensor]
 
@@ -64,15 +65,20 @@ def problem_of(heads: Heads, mask: MaskSpec, mix: Mix, needs_maps: bool = False)
         mixing=mixing_of(mix),
         needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
         needs_maps=needs_maps,
+        modes=active_modes(),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A plan and the mask in its backend's own form: what all layers of one forward pass share."""
+    """A plan and the mask in its backend's own form: what all layers of one forward pass share.
+
+    real: (B or 1, S) bool, False at keys that are padding and must not be looked at; None where none is.
+    """
 
     plan: Plan
     mask: Any
+    real: Tensor | None = None
 
 
 def prepare(backends: tuple[Backend, ...], problem: Problem, mask: MaskSpec, automatic: bool) -> Prepared:
@@ -80,7 +86,7 @@ def prepare(backends: tuple[Backend, ...], problem: Problem, mask: MaskSpec, aut
     chosen = choose(backends, problem, automatic)
     if isinstance(chosen.backend, Kernel) or chosen.lowering is None:
         return Prepared(chosen, mask)
-    return Prepared(chosen, chosen.backend.prepare(mask, problem, chosen.lowering))
+    return Prepared(chosen, chosen.backend.prepare(mask, problem, chosen.lowering), mask.key_padding)
 
 
 def attend(
@@ -88,17 +94,47 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """The mixed output (B, H, L, E) and, if asked, the effective map (B, H, L, S), A1 − gate·A2 for a difference.
 
-    softmax(scale · q kᵀ + mask) v for every stream, then `mix`. Rows that see no key give zeros.
+    softmax(scale · q kᵀ + mask) v for every stream, then `mix`. Rows that see no key give zeros. With maps the output
+    is theirs times v, so that a gradient with respect to them is one of the output.
     """
+    if heads.v.shape[0] == 0:
+        return _of_nothing(heads.expanded(), mix, with_maps)
     backend, lowering = prepared.plan.backend, prepared.plan.lowering
     if isinstance(backend, Kernel) or lowering is None:
         assert isinstance(backend, Kernel)
         return backend.run(heads if backend.takes_tables else heads.expanded(), prepared.mask, scale), None
-    heads = heads.expanded()
+    heads, scale = _legal(heads.expanded(), scale)
+    if prepared.real is not None:
+        heads = _without_padding(heads, prepared.real)
     results = [backend(call, prepared.mask, scale) for call in lower(heads, lowering)]
     groups = heads.v.shape[1]
-    output = mix(raise_streams([out for out, _ in results], lowering, groups), heads.gate)
     if not with_maps:
-        return output, None
-    maps = [m for _, m in results if m is not None]
-    return output, mix(raise_maps(maps, lowering, groups), heads.gate)
+        return mix(raise_streams([out for out, _ in results], lowering, groups), heads.gate), None
+    maps = mix(raise_maps([m for _, m in results if m is not None], lowering, groups), heads.gate)
+    return maps @ repeat_kv(heads.v, maps.shape[1]), maps
+
+
+def _legal(heads: Heads, scale: float) -> tuple[Heads, float]:
+    """The same logits with a scale above zero: PyTorch's fused kernels are wrong, or NaN, for any other."""
+    if scale > 0:
+        return heads, scale
+    if scale < 0:
+        return replace(heads, q=tuple(-q for q in heads.q)), -scale
+    return replace(heads, q=tuple(q * 0.0 for q in heads.q)), 1.0
+
+
+def _without_padding(heads: Heads, real: Tensor) -> Heads:
+    """Zeros where a key is padding: an engine multiplies what is there by a weight of zero, and 0 · NaN is NaN."""
+    padded = ~real[:, None, :, None]
+    return replace(
+        heads, k=tuple(k.masked_fill(padded, 0.0) for k in heads.k), v=heads.v.masked_fill(padded, 0.0)
+    )
+
+
+def _of_nothing(heads: Heads, mix: Mix, with_maps: bool) -> tuple[Tensor, Tensor | None]:
+    """An empty batch: output and map of the right shapes, and gradients that are empty too."""
+    count = heads.q[0].shape[1]
+    keys = heads.k * len(heads.q) if heads.shares_keys else heads.k
+    maps = tuple(q @ repeat_kv(k, count).mT for q, k in zip(heads.q, keys, strict=True))
+    values = repeat_kv(heads.v, count)
+    return mix(tuple(m @ values for m in maps), heads.gate), mix(maps, heads.gate) if with_maps else None

@@ -8,6 +8,7 @@ is pure: it looks at sizes and kinds, never at tensor values, and every refusal 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from clearhead.core.heads import Heads
 from clearhead.core.legalise import Call, Lowering, WideValues, legalise
 from clearhead.core.masks import MaskSpec
-from clearhead.registry import did_you_mean, names, resolve
+from clearhead.core.modes import MODES
+from clearhead.registry import BACKEND_FACTORIES, did_you_mean, names, resolve
 
 MASK_FEATURES = frozenset({"causal", "window", "padding", "documents", "dense", "bias", "alibi"})
 FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -28,6 +30,7 @@ class Problem:
 
     `ends_aligned`: the last query is the last key, see `MaskSpec`.
     `mixing` is "single" (one stream), "difference" (o1 − gate·o2) or "other", which no fused kernel knows.
+    `modes`: what `active_modes` says.
     """
 
     streams: int
@@ -45,6 +48,7 @@ class Problem:
     mixing: str = "single"
     needs_grad: bool = False
     needs_maps: bool = False
+    modes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,7 @@ class Caps:
     wide_values: how it takes values wider than keys: as they are, with keys padded, or only in slices.
     one_call:    it keeps state by layer and must be called once.
     max_width:   widest key or value it takes, None for any.
+    modes:       which of `MODES` it is right in.
     """
 
     wide_values: WideValues = "native"
@@ -64,6 +69,7 @@ class Caps:
     max_width: int | None = None
     grads: bool = True
     maps: bool = False
+    modes: frozenset[str] = frozenset(MODES)
 
 
 class Engine(ABC):
@@ -95,6 +101,9 @@ class Engine(ABC):
             return "it does not return attention maps"
         if problem.needs_grad and not caps.grads:
             return f"it has no backward pass on {problem.device}"
+        missing = refused_modes(problem, caps.modes)
+        if missing is not None:
+            return missing
         if problem.mask - caps.masks:
             return f"it cannot express a mask with {', '.join(sorted(problem.mask - caps.masks))}"
         lowering = self.lowering(problem)
@@ -116,6 +125,12 @@ class Engine(ABC):
             caps.wide_values,
             caps.one_call,
         )
+
+
+def refused_modes(problem: Problem, known: frozenset[str]) -> str | None:
+    """The sentence for what is going on around `problem` and is not `known`; None if all is."""
+    unknown = [text for name, text in MODES.items() if name in problem.modes - known]
+    return f"it has no {unknown[0]}" if unknown else None
 
 
 class Kernel(ABC):
@@ -169,6 +184,8 @@ def register_factory(factory: Callable[[str], Backend | None]) -> None:
 
 def load_backend(name: str) -> Backend:
     """The backend called `name`; ValueError with the nearest name if there is none."""
+    if not isinstance(name, str):
+        raise ValueError(f"backend must be the name of an engine or kernel, or 'auto', not {name!r}")
     if name not in _loaded:
         _loaded[name] = _make(name)
     return _loaded[name]
@@ -179,6 +196,8 @@ def _make(name: str) -> Backend:
         if name in names(table):
             backend: Backend = resolve(table, name)()
             return backend
+    for module in BACKEND_FACTORIES:
+        import_module(module)
     for factory in _factories:
         made = factory(name)
         if made is not None:

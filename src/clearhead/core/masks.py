@@ -3,7 +3,7 @@
 Legend: B batch, H query heads, L queries, S keys.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,13 @@ class MaskSpec:
     documents: Tensor | None = None
     dense: Tensor | None = None
     slopes: Tensor | None = None
+
+    def within(self, queries: int, keys: int) -> "MaskSpec":
+        """The same without a window that hides nothing, however large: no position plus it can overflow."""
+        if self.window is None or isinstance(self.window, bool) or not isinstance(self.window, int):
+            return self
+        far = queries + keys + (self.offset if isinstance(self.offset, int) else 0)
+        return replace(self, window=None) if self.window >= far else self
 
     @property
     def features(self) -> frozenset[str]:
@@ -121,8 +128,24 @@ class MaskSpec:
         bias = -self.slopes.to(device, dtype)[:, None, None] * distance
         return bias[None] if dense is None else bias + _as_four(dense).to(dtype)
 
-    def validate(self, batch: int, heads: int, queries: int, keys: int) -> None:
-        """Raise ValueError, naming the argument, if a part does not fit the problem."""
+    def validate(self, batch: int, heads: int, queries: int, keys: int, device: torch.device) -> None:
+        """Raise ValueError, naming the argument, if a part does not fit the problem or lies on another device."""
+        if not isinstance(self.is_causal, bool):
+            raise ValueError(f"is_causal must be True or False, not {self.is_causal!r}")
+        parts = (
+            ("key_padding_mask", self.key_padding),
+            ("documents", self.documents),
+            ("attn_mask", self.dense),
+            ("alibi_slopes", self.slopes),
+        )
+        for name, part in parts:
+            if part is None:
+                continue
+            if not isinstance(part, Tensor):
+                raise ValueError(f"{name} must be a tensor, not {type(part).__name__}")
+            # Slopes are a few constants that are copied to where they are needed; from meta nothing can be copied.
+            if part.device != device and (name != "alibi_slopes" or part.is_meta):
+                raise ValueError(f"{name} is on {part.device}, q on {device}; they must agree")
         if self.window is not None and (isinstance(self.window, bool) or not isinstance(self.window, int)):
             raise ValueError(f"window must be an integer, not {self.window!r}")
         if self.window is not None and self.window < 1:
@@ -147,12 +170,16 @@ class MaskSpec:
                 )
         if self.key_padding is not None and self.key_padding.dtype != torch.bool:
             raise ValueError(f"key_padding_mask must be bool (True = visible), not {self.key_padding.dtype}")
-        if self.documents is not None and self.documents.is_floating_point():
+        if self.documents is not None and not _holds_integers(self.documents):
             raise ValueError(f"documents must hold integers, not {self.documents.dtype}")
         if self.dense is not None:
             _check_dense(self.dense, (batch, heads, queries, keys))
         if self.slopes is not None:
             _check_slopes(self.slopes, heads)
+
+
+def _holds_integers(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 def _check_dense(mask: Tensor, shape: tuple[int, int, int, int]) -> None:

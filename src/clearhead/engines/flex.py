@@ -36,6 +36,7 @@ class Flex(Engine):
             dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
             devices=frozenset({"cpu", "cuda", "mps", "xpu"}),
             grads=device not in ("cpu", "mps"),
+            modes=frozenset(),
         )
 
     def prepare(self, mask: MaskSpec, problem: Problem, lowering: Lowering) -> Any:

@@ -18,6 +18,7 @@ _FLASH = Caps(
     dtypes=frozenset({torch.float16, torch.bfloat16}),
     devices=frozenset({"cuda", "xpu", "npu"}),
     max_width=256,
+    modes=frozenset(),
 )
 KNOWN_CAPS = {
     "flash_attention_2": _FLASH,
@@ -186,7 +187,10 @@ def _tiled(bounds: Tensor, repeats: int) -> Tensor:
 
 
 def _from_interface(name: str) -> Backend | None:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    try:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    except ModuleNotFoundError:
+        return None
 
     return HuggingFace(name) if name in ALL_ATTENTION_FUNCTIONS.valid_keys() else None
 

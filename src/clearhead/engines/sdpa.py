@@ -44,9 +44,11 @@ class Sdpa(Engine):
     name = "sdpa"
 
     def caps(self, device: str) -> Caps:
+        # Its fused kernels have no forward-mode and no second derivatives, on any device.
+        modes = frozenset({"grad", "vmap"})
         if device == "cpu":
-            return Caps(wide_values="pad")
-        return Caps(wide_values="split", masks=MASK_FEATURES - {"alibi"})
+            return Caps(wide_values="pad", modes=modes)
+        return Caps(wide_values="split", masks=MASK_FEATURES - {"alibi"}, modes=modes)
 
     def refusal(self, problem: Problem) -> str | None:
         if "alibi" in problem.mask and problem.device != "cpu":

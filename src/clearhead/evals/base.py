@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from clearhead.data.retrieval import NeedleRange
+from clearhead.evals.finite import broken_weights
 from clearhead.evals.results import ArmResults, RunResults, SeedResults, load_run
 from clearhead.evals.sections import (
     BarChart,
@@ -108,6 +109,11 @@ class Subject:
     _texts: dict[tuple[str, ...], TokenStore] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
+    def broken(self) -> str | None:
+        """Why nothing that is measured of the model means anything; None if its weights are numbers."""
+        return broken_weights(self.model)
+
+    @cached_property
     def documents(self) -> TokenStore:
         """Text that the model was not trained on: the validation documents of a run, or a corpus named for it."""
         return self.open_documents()
@@ -147,6 +153,8 @@ class Evaluation(ABC, Generic[C]):
 
     name: ClassVar[str]
     Config: type[C]
+    tells_overflow: ClassVar[bool] = False
+    """Whether its values say themselves where the model's logits were no numbers."""
 
     @abstractmethod
     def run(self, subject: Subject, config: C) -> dict[str, Any]:

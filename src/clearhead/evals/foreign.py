@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clearhead.data.store import TokenStore
+from clearhead.evals.adapters import base_of, is_adapter, merged
 from clearhead.evals.base import Subject, reason_of
 from clearhead.evals.fused import use_fused
 from clearhead.evals.gguf import is_gguf, load_gguf, open_gguf
@@ -59,7 +60,9 @@ def is_foreign(source: str) -> bool:
         return True
     if path.is_dir():
         ours = (path / "recipe.toml", path / "job.json", path.parent / "job.json")
-        return (path / "config.json").exists() and not any(file.exists() for file in ours)
+        return ((path / "config.json").exists() and not any(file.exists() for file in ours)) or is_adapter(
+            path
+        )
     return not path.exists() and HUB_ID.fullmatch(source) is not None
 
 
@@ -77,6 +80,11 @@ class ForeignLoader:
         self.say = say or (lambda message: None)
         self.folder: Path | None = None
 
+    @property
+    def base(self) -> str:
+        """Where configuration and weights are: the model itself, or the one that an adapter changes."""
+        return base_of(self.spec.model) if is_adapter(self.spec.model) else self.spec.model
+
     @cached_property
     def subject(self) -> Subject:
         """The model with what its own configuration tells of its training.
@@ -88,7 +96,10 @@ class ForeignLoader:
         import clearhead.models  # noqa: F401  registers the model family with the Auto classes
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = load(AutoModelForCausalLM, self.spec.model, "the model").to(device).eval()
+        model = load(AutoModelForCausalLM, self.base, "the model")
+        if is_adapter(self.spec.model):
+            model = merged(model, self.spec.model)
+        model = model.to(device).eval()
         use_fused(model)
         tokenizer = self.tokenizer
         rows = int(model.get_input_embeddings().weight.shape[0])
@@ -126,7 +137,7 @@ class ForeignLoader:
 
         import clearhead.models  # noqa: F401
 
-        found = load(AutoConfig, self.spec.model, "the model")
+        found = load(AutoConfig, self.base, "the model")
         if found.is_encoder_decoder:
             raise ValueError(
                 f"{self.spec.model!r} is an encoder-decoder ({found.model_type}); "
@@ -139,6 +150,8 @@ class ForeignLoader:
         """What the report says was evaluated."""
         path = Path(self.spec.model)
         told = f"{self.spec.name if path.exists() else self.spec.model}, evaluated as it is."
+        if is_adapter(path):
+            return f"{self.spec.name}, an adapter, merged into {self.base}."
         return f"{told} {open_gguf(path).sentence()}" if is_gguf(self.spec.model) else told
 
     @property
@@ -155,7 +168,8 @@ class ForeignLoader:
         """The model's own tokenizer; where it has no bos token its eos token begins a text, which is said."""
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        found = load(AutoTokenizer, self.spec.model, "the tokenizer")
+        own = not is_adapter(self.spec.model) or (Path(self.spec.model) / "tokenizer.json").exists()
+        found = load(AutoTokenizer, self.spec.model if own else self.base, "the tokenizer")
         if not isinstance(found, PreTrainedTokenizerFast):
             raise ValueError(
                 f"the tokenizer of {self.spec.model!r} has no fast version (tokenizer.json); convert it"

@@ -13,6 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from clearhead.evals.base import Evaluation, Subject
+from clearhead.evals.finite import watched
 from clearhead.evals.foreign import DEFAULT_SUITES, ForeignLoader, ForeignSpec, open_foreign_run
 from clearhead.evals.results import read_json, read_metrics
 from clearhead.registry import did_you_mean, resolve
@@ -101,7 +102,7 @@ def run_suites(
         if progress is not None:
             progress(f"{arm}, seed {seed}: {name}")
         started = time.monotonic()
-        values = evaluation.run(loader.subject, config)
+        values = measured(evaluation, loader.subject, config)
         if progress is not None and (remark := evaluation.remark(values)):
             progress(remark)
         target.parent.mkdir(exist_ok=True)
@@ -118,6 +119,17 @@ def run_suites(
         )
         ran.append(name)
     return ran
+
+
+def measured(evaluation: Evaluation[Any], subject: Subject, config: Any) -> dict[str, Any]:
+    """What the evaluation found, or why it means nothing: weights or logits that are no numbers."""
+    if subject.broken is not None:
+        return {"skipped": subject.broken}
+    with watched(subject.model) as watch:
+        values = evaluation.run(subject, config)
+    if watch.reason is None or "skipped" in values or evaluation.tells_overflow:
+        return values
+    return {"skipped": watch.reason}
 
 
 def checked(name: str, options: Mapping[str, Any]) -> tuple[Evaluation[Any], Any]:

@@ -17,6 +17,7 @@ from pydantic import Field
 from clearhead.evals.base import Evaluation, EvaluationConfig, RunResults, Section, Subject, Table, reason_of
 from clearhead.evals.by_length import Values
 from clearhead.evals.compare import compare
+from clearhead.evals.rescale import GROWING
 from clearhead.evals.statistics import decimal
 
 INCLUDE_PATH = Path(__file__).parents[1] / "lm_eval_tasks"
@@ -52,7 +53,9 @@ class LmEval(Evaluation[LmEvalConfig]):
         tokenizer: Any = subject.tokenizer
         metadata = {"pretrained": tokenizer.name_or_path or None, **config.metadata}
         manager = TaskManager(include_path=str(INCLUDE_PATH), metadata=metadata)
-        model = HFLM(pretrained=subject.model, tokenizer=tokenizer, batch_size=config.batch_size)
+        # The harness pads on the right without a mask: a scaling that looks at the length would take padding for text.
+        size = 1 if turns_by_length(subject.model) else config.batch_size
+        model = HFLM(pretrained=subject.model, tokenizer=tokenizer, batch_size=size)
         tasks: dict[str, Any] = {}
         skipped: dict[str, str] = {}
         for name in dict.fromkeys(config.tasks):
@@ -71,6 +74,16 @@ class LmEval(Evaluation[LmEvalConfig]):
         if not values:
             return self.missing(run, title, question)
         return lm_eval_section(self.name, title, question, run, values)
+
+
+def turns_by_length(model: Any) -> bool:
+    """Whether its rope scaling turns a token by how long the row is, so that padding would change a score."""
+    if model.config.model_type == "clearhead":
+        return any(method.depends_on_length for method in model.position_methods().values())
+    rope = model.config.get_text_config().to_dict().get("rope_parameters") or {}
+    # One scaling, or one for each type of layer.
+    each = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
+    return any(one.get("rope_type") in GROWING for one in each)
 
 
 def measured(model: Any, name: str, manager: Any, config: LmEvalConfig) -> dict[str, Any]:

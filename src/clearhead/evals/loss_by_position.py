@@ -61,6 +61,7 @@ class LossByPositionConfig(EvaluationConfig):
 class LossByPosition(Evaluation[LossByPositionConfig]):
     name = "loss_by_position"
     Config = LossByPositionConfig
+    tells_overflow = True
 
     def run(self, subject: Subject, config: LossByPositionConfig) -> dict[str, Any]:
         length = config.length or 2 * (subject.training_length or 256)

@@ -111,6 +111,7 @@ class Row:
 class Perplexity(Evaluation[PerplexityConfig]):
     name = "perplexity"
     Config = PerplexityConfig
+    tells_overflow = True
 
     def run(self, subject: Subject, config: PerplexityConfig) -> dict[str, Any]:
         trained = subject.training_length or 256

@@ -97,6 +97,7 @@ class QuantisationConfig(EvaluationConfig):
 class Quantisation(Evaluation[QuantisationConfig]):
     name = "quantisation"
     Config = QuantisationConfig
+    tells_overflow = True
 
     def run(self, subject: Subject, config: QuantisationConfig) -> dict[str, Any]:
         length = config.length or min(subject.training_length or 256, LONGEST)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from clearhead.train.status import write_text
+from clearhead.train.status import plain, write_text
 
 
 class SampleLog:
@@ -62,7 +62,7 @@ class SampleLog:
     def add(self, record: dict[str, Any]) -> None:
         self._keep(record)
         if self.file is not None:
-            self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self.file.write(json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n")
             self.file.flush()
 
     def __enter__(self) -> SampleLog:

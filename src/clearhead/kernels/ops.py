@@ -106,13 +106,24 @@ def gradients(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, T
     return like(q1), like(q2), like(inputs.k1), like(inputs.k2), like(v), gate
 
 
+def _agree(v: Tensor, *others: Any) -> None:
+    """PyTorch asks for shapes alone where one tensor is on meta, and would take what is unwritten for an answer."""
+    for x in others:
+        if isinstance(x, Tensor) and x.device != v.device:
+            raise ValueError(
+                f"a fused kernel was given tensors on {v.device} and on {x.device}; they must agree"
+            )
+
+
 @torch.library.register_fake("clearhead::fused_attention")  # type: ignore[untyped-decorator]
 def _(*call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _agree(call[4], *call)
     return outputs(Inputs(*call[:-1]), call[-1])
 
 
 @torch.library.register_fake("clearhead::fused_attention_backward")  # type: ignore[untyped-decorator]
 def _(grad: Tensor, out: Tensor, noise: Tensor, statistics: Tensor, *call: Any) -> tuple[Tensor, ...]:
+    _agree(call[4], grad, out, noise, statistics, *call)
     return gradients(Inputs(*call))
 
 
@@ -120,6 +131,7 @@ def _(grad: Tensor, out: Tensor, noise: Tensor, statistics: Tensor, *call: Any) 
 def _(
     q1: Tensor, q2: Tensor | None, t1: Tensor, t2: Tensor | None, table: Tensor, v: Tensor, *rest: Any
 ) -> Tensor:
+    _agree(v, q1, q2, t1, t2, table, *rest)
     return unwritten(q1, v)
 
 

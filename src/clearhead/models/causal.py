@@ -17,10 +17,10 @@ from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.loading_report import LoadStateDictInfo
 
-import clearhead.engines.hf  # noqa: F401  (registers Hugging Face's attention interface as backends)
 from clearhead.core.attend import Prepared, mixing_of, prepare
 from clearhead.core.dispatch import Backend, Problem, automatic_backends, load_backend
 from clearhead.core.masks import MaskSpec
+from clearhead.core.modes import active_modes
 from clearhead.core.norm import RMSNorm
 from clearhead.models.config import AUTOMATIC, ClearheadConfig
 from clearhead.models.generation import ClearheadGeneration
@@ -249,6 +249,7 @@ class ClearheadModel(ClearheadPreTrainedModel):
             needs_grad=torch.is_grad_enabled()
             and (inputs_embeds.requires_grad or any(p.requires_grad for p in self.parameters())),
             needs_maps=output_attentions,
+            modes=active_modes(),
         )
         implementation = self.config._attn_implementation or AUTOMATIC
         return prepare(backends_for(implementation), problem, mask, automatic=implementation == AUTOMATIC)

@@ -175,7 +175,9 @@ class Attention(AttentionCore):
             dense=attn_mask,
             slopes=self.position.slopes(self.variant.sizes.heads),
         )
-        mask.validate(x.shape[0], self.variant.sizes.heads, x.shape[1], heads.v.shape[2])
+        keys = heads.v.shape[2]
+        mask.validate(x.shape[0], self.variant.sizes.heads, x.shape[1], keys, x.device)
+        mask = mask.within(x.shape[1], keys)
         problem = problem_of(heads, mask, self.variant.mix, with_maps)
         return self.combine(heads, prepare(self.backends, problem, mask, self.automatic), with_maps)
 
@@ -267,7 +269,7 @@ def _check_positions(name: str, positions: Tensor, x: Tensor) -> None:
         raise ValueError(
             f"{name} has shape {tuple(positions.shape)}; expected {expected} or (1, {expected[1]})"
         )
-    if positions.dtype == torch.bool or positions.is_floating_point():
+    if positions.dtype == torch.bool or positions.is_floating_point() or positions.is_complex():
         raise ValueError(f"{name} must hold integers, not {positions.dtype}")
 
 

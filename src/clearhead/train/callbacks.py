@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from clearhead.train.status import read_status, write_status
+from clearhead.train.status import plain, read_status, write_status
 
 STATUS_SECONDS = 1.0
 
@@ -45,7 +45,7 @@ class Journal:
     def write(self, record: dict[str, Any]) -> None:
         """Append one record."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(plain(record), allow_nan=False) + "\n")
 
 
 class Progress(TrainerCallback):

@@ -1,7 +1,9 @@
 """`status.json`: how a job says how far it is, to whoever watches the run directory."""
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +40,18 @@ def write_status(job_dir: Path, status: Status) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON so that after a crash the file is either the old or the new one."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """`value` with null for NaN and infinities, which are no JSON and stop other parsers."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return value
 
 
 def write_text(path: Path, text: str) -> None:

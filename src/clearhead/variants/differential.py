@@ -95,7 +95,9 @@ class Differential(Variant):
             p if p.dtype == torch.float64 else p.float()
             for p in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2)
         )
-        return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init
+        learned = (q1 * k1).sum().exp() - (q2 * k2).sum().exp()
+        # As a vector of one: PyTorch makes the forward-mode derivative of a scalar and a number float64.
+        return (learned.view(1) + self.lambda_init).view(())
 
     def gate(self, x: Tensor) -> Tensor:
         return self.lambda_full().view(1, 1, 1, 1)

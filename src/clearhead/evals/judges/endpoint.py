@@ -20,7 +20,7 @@ from clearhead.data.cache import cache_dir
 from clearhead.evals.judges.base import Case, Judge, JudgeConfig, JudgeError, Verdict
 from clearhead.evals.judges.prompt import AGAIN, conclusion, judge_prompt
 from clearhead.evals.judges.replies import ReplyStore
-from clearhead.evals.judges.transport import RefusedError, Reply, Transport
+from clearhead.evals.judges.transport import RefusedError, Reply, Transport, without_secrets
 
 Message = dict[str, str]
 TEMPLATE = 64
@@ -72,7 +72,12 @@ class Endpoint(Judge[EndpointConfig]):
         self.reserved = 0.0
 
     def prepare(self) -> None:
-        """Reads the key and opens the store. Raises JudgeError for a variable that is not set."""
+        """Reads the key and opens the store. Raises JudgeError for a key that is not set, or is in the address."""
+        if without_secrets(self.config.base_url) != self.config.base_url.strip():
+            raise JudgeError(
+                f"judge_options.base_url ({without_secrets(self.config.base_url)}) holds a password or a query, which "
+                "would be written down with the results: put the key into the variable of judge_options.api_key_env"
+            )
         self._key()
         self.store = self._open_store()
 
@@ -85,6 +90,11 @@ class Endpoint(Judge[EndpointConfig]):
             raise JudgeError(
                 f"the judge's key is read from the environment variable {variable}, which is not set: export it, or "
                 'set judge_options.api_key_env = "" for an endpoint without keys'
+            )
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise JudgeError(
+                f"the judge's key in the environment variable {variable} holds a space, a line break or "
+                "another character that no header may hold: export the key alone"
             )
         return key
 
@@ -221,4 +231,4 @@ class Endpoint(Judge[EndpointConfig]):
         )
 
     def described(self) -> str:
-        return f"{self.config.model} at {self.config.base_url}"
+        return f"{self.config.model} at {without_secrets(self.config.base_url)}"

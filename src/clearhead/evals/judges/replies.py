@@ -33,7 +33,7 @@ class ReplyStore:
             try:
                 record = json.loads(line)
                 self.known[record["key"]] = dict(record["reply"])
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue
 
     @staticmethod

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import email.utils
+import json
 import random
 import threading
 import time
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import httpx2
 
@@ -17,6 +19,8 @@ PASSING = (408, 409, 425, 429)
 """Answers below 500 that say "later", not "no"."""
 OF_THIS_CASE = (400, 413, 422)
 """Answers that are about one request (too long for the model, refused), not about the endpoint."""
+NOT_OF_THIS_FORM = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What reading an answer raises that is no JSON, has other fields, or numbers or depths past all bounds."""
 LONGEST_WAIT = 120.0
 """Seconds that a Retry-After may ask for before it counts as no."""
 
@@ -81,6 +85,10 @@ class Transport:
                 why = f"did not answer within {self.timeout:g} s: raise judge_options.timeout or use a faster judge"
             except httpx2.UnsupportedProtocol as error:
                 raise JudgeError(f"judge_options.base_url {self.url!r} is not an http address") from error
+            except (httpx2.InvalidURL, httpx2.LocalProtocolError, UnicodeError) as error:
+                raise JudgeError(
+                    f"judge_options.base_url or the judge's key cannot be sent ({self._clean(error)})"
+                ) from None
             except httpx2.TransportError as error:
                 why = (
                     f"cannot be reached ({self._clean(error)}): check judge_options.base_url and the network"
@@ -118,9 +126,18 @@ class Transport:
         raise JudgeError(f"the judge at {self.url} {why}")
 
     def _clean(self, said: object) -> str:
-        """A short line of what was said, without the key, which some servers repeat."""
+        """A short line of what was said, without the key, which some servers and libraries repeat."""
         text = " ".join(str(said).split()) or type(said).__name__
-        return (text.replace(self.key, "***") if self.key else text)[:200]
+        for form in (self.key, repr(self.key)[1:-1], json.dumps(self.key)[1:-1]):
+            text = text.replace(form, "***") if form else text
+        return text[:200]
+
+
+def without_secrets(url: str) -> str:
+    """An address as it may be shown: no user, password, query or fragment."""
+    parts = urlsplit(url.strip())
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
 def parsed(response: httpx2.Response) -> Reply | None:
@@ -136,7 +153,7 @@ def parsed(response: httpx2.Response) -> Reply | None:
             int(used.get("completion_tokens") or 0),
             str(choice.get("finish_reason") or ""),
         )
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except NOT_OF_THIS_FORM:
         return None
 
 
@@ -144,7 +161,7 @@ def error_of(response: httpx2.Response) -> str:
     """The message of an error in the usual form, else what the answer begins with."""
     try:
         return str(response.json()["error"]["message"])
-    except (ValueError, LookupError, TypeError):
+    except NOT_OF_THIS_FORM:
         return str(response.text)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clearhead.core.dispatch import Kernel, Problem, dtype_name
+from clearhead.core.dispatch import Kernel, Problem, dtype_name, refused_modes
 from clearhead.core.heads import Heads
 from clearhead.core.masks import MaskSpec
 from clearhead.kernels import ops
@@ -39,6 +39,8 @@ class Cpu(Kernel):
             return reason
         if problem.needs_maps:
             return "it does not return attention maps"
+        if problem.modes:
+            return refused_modes(problem, frozenset())
         if problem.dtype not in _DTYPES:
             return f"it computes in bfloat16, float32, not in {dtype_name(problem.dtype)}"
         if _MIXING.get(problem.streams) != problem.mixing:
@@ -96,6 +98,13 @@ class Cpu(Kernel):
         return out
 
 
+def _check_devices(*tensors: Tensor | None) -> None:
+    """No memory is read that is not this processor's: a tensor elsewhere has an address that means nothing here."""
+    for x in tensors:
+        if x is not None and not x.is_cpu:
+            raise ValueError(f"the CPU kernel was given a tensor on {x.device}; all of them must be on cpu")
+
+
 def _tensor(x: Tensor) -> library.Tensor:
     batch, head, token = x.stride()[:3]
     return library.Tensor(x.data_ptr(), batch, head, token)
@@ -114,6 +123,7 @@ class _Call:
     """A problem in C's words, and the tensors it points at, kept alive with it."""
 
     def __init__(self, inputs: ops.Inputs) -> None:
+        _check_devices(*inputs[:9])
         self.q = tuple(_contiguous_width(x) for x in (inputs.q1, inputs.q2) if x is not None)
         self.k = tuple(_contiguous_width(x) for x in (inputs.k1, inputs.k2) if x is not None)
         self.v = _contiguous_width(inputs.v)
@@ -176,6 +186,7 @@ def _factored(
     *numbers: Any,
 ) -> Tensor:
     call = _Call(ops.Inputs(q1, q2, t1, t2, v, gate, padding, None, *numbers))
+    _check_devices(table)
     table = table.contiguous()
     call.problem.table = library.Tensor(table.data_ptr(), _row_stride(table), 0, table.stride(1))
     out = ops.unwritten(q1, v)
@@ -190,6 +201,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     inputs = ops.Inputs(*arguments)
     call = _Call(inputs)
+    _check_devices(grad, out, noise, statistics)
     problem = call.problem
     grad, out, statistics = _contiguous_width(grad), _contiguous_width(out), statistics.contiguous()
     gradients = ops.gradients(inputs)
