@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from clearhead.core.dispatch import Kernel, Problem, dtype_name
+from clearhead.core.dispatch import Kernel, Problem, dtype_name, refused_modes
 from clearhead.core.heads import Heads
 from clearhead.core.masks import MaskSpec
 from clearhead.kernels.triton import ops as _ops  # noqa: F401  (registers the operators)
@@ -48,6 +48,8 @@ class Triton(Kernel):
             return reason
         if problem.needs_maps:
             return "it does not return attention maps"
+        if problem.modes:
+            return refused_modes(problem, frozenset())
         if problem.dtype not in _DTYPES:
             return f"it computes in bfloat16, float16, float32, not in {dtype_name(problem.dtype)}"
         if _MIXING.get(problem.streams) != problem.mixing:
@@ -96,7 +98,6 @@ def _missing() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _too_old() -> str | None:
     """Why the GPU of this machine is not one of those the kernels are written for; None without a GPU to ask."""
     if torch.version.hip or not torch.cuda.is_available():
@@ -105,3 +106,7 @@ def _too_old() -> str | None:
     if found < LEAST_CAPABILITY:
         return f"it needs a GPU of compute capability 8.0 or higher, not {found[0]}.{found[1]}"
     return None
+
+
+# What `torch.compiler.assume_constant_result` does, which would import the whole compiler to do it.
+_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
