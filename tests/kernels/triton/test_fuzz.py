@@ -63,6 +63,9 @@ def cases(draw: st.DrawFn) -> Case:
 def test_any_problem(case: Case, dtype: torch.dtype, grad: bool) -> None:
     inputs = make_inputs(case, dtype)
     found = answers(op_of(case, "triton"), inputs, dtype, case.layout, grad)
-    assert_rounding_only(
-        found, answers(oracle_of(case), inputs, torch.float64, "dense"), rounding(case, inputs, dtype)
-    )
+    units = rounding(case, inputs, dtype)
+    if dtype == torch.float16:
+        # Weights and their gradients are rounded to multiples of 2⁻²⁴ where they are small, before they meet q, k, v or dO.
+        largest = max(float(x.abs().max()) for x in (*inputs.tensors, inputs.cotangent))
+        units = [unit + 2**-24 * case.keys * case.heads * case.queries * largest for unit in units]
+    assert_rounding_only(found, answers(oracle_of(case), inputs, torch.float64, "dense"), units)
