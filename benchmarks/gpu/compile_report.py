@@ -94,21 +94,36 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--bits", type=int, choices=(16, 32), help="only the rows for numbers of so many bits")
     parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), help="only the rows of these key widths")
+    parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), help="only the rows of these")
     arguments = parser.parse_args()
-    wanted = [k for k in keys(tuple(arguments.widths)) if arguments.bits in (None, k.bits)]
+    wanted = [
+        key
+        for key in keys(tuple(arguments.widths))
+        if arguments.bits in (None, key.bits) and key.architecture in arguments.architectures
+    ]
     with ProcessPoolExecutor(arguments.processes) as pool:
         if arguments.choose:
             table = configs.read(TABLE.read_text()) if TABLE.exists() else {}
             for key, config in pool.map(choose, wanted):
                 print(key, config, flush=True)
-                if config is not None:
-                    table[key] = config
-                    TABLE.write_text(configs.write(table))
+                # Where nothing is without a spill, the smallest tile; the report says what it spills.
+                table[key] = config or Config(16, 16, 8, 1)
+                TABLE.write_text(configs.write(table))
             return
         table = configs.table()
         chosen = [(key, table[key]) for key in wanted if key in table]
-        lines = [json.dumps(row) for rows in pool.map(report, *zip(*chosen, strict=True)) for row in rows]
-    RESULTS.write_text("\n".join(lines) + "\n")
+        found = [row for rows in pool.map(report, *zip(*chosen, strict=True)) for row in rows]
+    # Rows of the table that were not asked for keep what was found of them before.
+    told = {_place(row): row for row in (*_before(), *found)}
+    RESULTS.write_text("".join(json.dumps(told[place]) + "\n" for place in sorted(told)))
+
+
+def _before() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    return (*(row[name] for name in Key.__dataclass_fields__), row["masks"])
 
 
 if __name__ == "__main__":
