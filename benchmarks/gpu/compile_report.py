@@ -85,16 +85,27 @@ def choose(key: Key) -> tuple[Key, Config | None]:
 def report(key: Key, config: Config) -> list[dict[str, Any]]:
     head = {name: getattr(key, name) for name in Key.__dataclass_fields__}
     head |= {name: getattr(config, name) for name in Config.__dataclass_fields__}
-    return [head | {"masks": masks, "triton": triton.__version__} | compile_one(key, config, masks) for masks in MASKS]
+    return [
+        head | {"masks": masks, "triton": triton.__version__} | compile_one(key, config, masks)
+        for masks in MASKS
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--choose", action="store_true", help="rewrite the table")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--bits", type=int, choices=(16, 32), help="only the rows for numbers of so many bits")
-    parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), help="only the rows of these key widths")
-    parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), help="only the rows of these")
+    parser.add_argument(
+        "--bits", type=int, choices=(16, 32), help="only the rows for numbers of so many bits"
+    )
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=list(WIDTHS), help="only the rows of these key widths"
+    )
+    parser.add_argument(
+        "--architectures", nargs="+", default=list(ARCHITECTURES), help="only the rows of these"
+    )
     arguments = parser.parse_args()
     wanted = [
         key

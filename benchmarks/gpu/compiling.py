@@ -1,8 +1,7 @@
 """One kernel compiled for a GPU that need not be there, and what the compiled object says of itself.
 
-NVIDIA: registers, stack and shared memory from `cuobjdump -res-usage`, instructions from `cuobjdump -sass`, both of which
-come with Triton's wheel. AMD: from the assembly that Triton keeps beside the object. A stack or an instruction on local
-memory is a spill.
+NVIDIA: registers and stack from `cuobjdump -res-usage`, instructions from `cuobjdump -sass`; the tool comes with Triton's
+wheel. AMD: from the assembly that Triton keeps beside the object. A stack or an instruction on local memory is a spill.
 """
 
 import re
@@ -28,9 +27,18 @@ _TYPES = {16: "bf16", 32: "fp32"}
 _NUMBERS = ("q1", "q2", "k1", "k2", "v", "out", "noise", "grad")
 _POINTERS = {"padding": "u8", "documents": "i64", "position": "i64", "ranges": "i32"}
 # Read or written in float32 whatever the inputs are.
-_SINGLES = (
-    "gate slopes statistics parts delta grad_q1 grad_q2 grad_k1 grad_k2 grad_v".split()
-)
+_SINGLES = [
+    "gate",
+    "slopes",
+    "statistics",
+    "parts",
+    "delta",
+    "grad_q1",
+    "grad_q2",
+    "grad_k1",
+    "grad_k2",
+    "grad_v",
+]
 _MIX = {
     "matrix": r"^(HMMA|HGMMA|IMMA|UTC\w*MMA|v_mfma\w*)",
     "exponential": r"^(MUFU\.EX2|v_exp_f32\w*)",
@@ -96,7 +104,9 @@ def compile_one(key: Key, config: Config, masks: str) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = triton.compile(source(key, config, masks), target=target_of(key.architecture), options=options)
+            made = triton.compile(
+                source(key, config, masks), target=target_of(key.architecture), options=options
+            )
     except Exception as error:  # the compilers raise what they like
         return {"refused": " ".join(str(error).split())[:200] or type(error).__name__}
     found = {"shared": int(made.metadata.shared)}
@@ -115,7 +125,10 @@ def read_nvidia(cubin: bytes) -> dict[str, Any]:
 
         usage, listing = told("-res-usage"), told("-sass")
     # A tensor-memory kernel brings small functions of its own: the widest is the kernel.
-    words = max((dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", line)) for line in usage.splitlines() if "REG:" in line), key=lambda found: int(found["REG"]))
+    words = max(
+        (dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", line)) for line in usage.splitlines() if "REG:" in line),
+        key=lambda found: int(found["REG"]),
+    )
     opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing, re.MULTILINE)
     mix = count(opcodes)
     spilled = int(words["STACK"]) + int(words["LOCAL"]) + mix["local memory"]
@@ -139,7 +152,11 @@ def read_amd(assembly: str) -> dict[str, Any]:
 def count(opcodes: list[str]) -> dict[str, int]:
     every = Counter(opcodes)
     return {
-        name: sum(n for opcode, n in every.items() if re.match(pattern, opcode if name != "fma" else opcode.split(".")[0]))
+        name: sum(
+            n
+            for opcode, n in every.items()
+            if re.match(pattern, opcode if name != "fma" else opcode.split(".")[0])
+        )
         for name, pattern in _MIX.items()
     }
 

@@ -1,9 +1,9 @@
-"""The counting model of `clearhead.kernels.triton.counting` on real shapes, with a roofline: results/triton_model.jsonl.
+"""The counting model of `clearhead.kernels.triton.counting` on real shapes, and a roofline.
 
-    python benchmarks/gpu/model.py
+    python benchmarks/gpu/model.py           -> results/triton_model.jsonl
 
-The roofline's time is what a GPU would take at its data sheet's rates if nothing else cost anything. It is a bound from a
-model and no measurement; kernels in practice reach a part of it.
+The roofline's time is what a GPU would take at its data sheet's rates if nothing else cost anything. It is a bound from
+a model and no measurement; kernels in practice reach a part of it.
 """
 
 import json

@@ -3,8 +3,8 @@
     python benchmarks/gpu/tune.py            all rows of this GPU's architecture; about half a minute a row
     python benchmarks/gpu/tune.py --dry-run  what would be measured
 
-Each candidate that compiles is first checked against PyTorch's own attention in float32, then timed with CUDA events, in
-rounds that go through all candidates in turn; the least median wins. Waits for a GPU: it has been run on none so far.
+Each candidate that compiles is first checked against PyTorch's own attention in float32, then timed with CUDA events,
+in rounds that go through all candidates in turn; the least median wins. It has been run on no GPU so far.
 """
 
 import argparse
@@ -100,7 +100,9 @@ def tune(key: Key, flush: Tensor) -> Config | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
     if arguments.dry_run:

@@ -11,8 +11,14 @@ from clearhead.kernels.triton.configs import INTERPRETED, Config
 from clearhead.kernels.triton.counting import Attention
 from tests.kernels.support import Case, make_inputs, op_of
 
-V1 = Case(own_keys=True, batch=1, heads=2, groups=1, queries=33, keys=48, width=16, value_width=32, causal=True)
-CASES = {"v1": V1, "v2": replace(V1, own_keys=False, value_width=16, causal=False), "softmax": replace(V1, streams=1, own_keys=False, groups=2)}
+V1 = Case(
+    own_keys=True, batch=1, heads=2, groups=1, queries=33, keys=48, width=16, value_width=32, causal=True
+)
+CASES = {
+    "v1": V1,
+    "v2": replace(V1, own_keys=False, value_width=16, causal=False),
+    "softmax": replace(V1, streams=1, own_keys=False, groups=2),
+}
 
 
 def model_of(case: Case) -> Attention:

@@ -30,7 +30,9 @@ def cases(draw: st.DrawFn) -> Case:
     layout = draw(st.sampled_from(tuple(LAYOUTS)))
     batch = 2 if layout == "expanded" else draw(st.integers(1, 2))
     groups, repeats = draw(st.sampled_from((1, 1, 2))), draw(st.sampled_from((1, 2, 3)))
-    queries = max(1, min(draw(st.sampled_from((1, 2, 7, 16, 17, 33))), MOST_ROWS // (batch * groups * repeats)))
+    queries = max(
+        1, min(draw(st.sampled_from((1, 2, 7, 16, 17, 33))), MOST_ROWS // (batch * groups * repeats))
+    )
     sizes = st.sampled_from((1, 5, 16, 17, 32, 48))
     hidden = ((), (), ("padding",), ("shared padding",), ("documents",), ("shared documents", "padding"))
     return Case(
@@ -65,7 +67,7 @@ def test_any_problem(case: Case, dtype: torch.dtype, grad: bool) -> None:
     found = answers(op_of(case, "triton"), inputs, dtype, case.layout, grad)
     units = rounding(case, inputs, dtype)
     if dtype == torch.float16:
-        # Weights and their gradients are rounded to multiples of 2⁻²⁴ where they are small, before they meet q, k, v or dO.
+        # Small weights and their gradients are rounded to multiples of 2⁻²⁴ before they meet q, k, v or dO.
         largest = max(float(x.abs().max()) for x in (*inputs.tensors, inputs.cotangent))
         units = [unit + 2**-24 * case.keys * case.heads * case.queries * largest for unit in units]
     assert_rounding_only(found, answers(oracle_of(case), inputs, torch.float64, "dense"), units)

@@ -11,7 +11,16 @@ from clearhead.core.heads import Heads
 from clearhead.core.masks import MaskSpec
 from clearhead.functional import differential_attention
 from clearhead.kernels.triton import launch
-from tests.kernels.support import Case, Inputs, answers, assert_rounding_only, make_inputs, op_of, oracle_of, rounding
+from tests.kernels.support import (
+    Case,
+    Inputs,
+    answers,
+    assert_rounding_only,
+    make_inputs,
+    op_of,
+    oracle_of,
+    rounding,
+)
 
 V1 = Case(own_keys=True, batch=1, heads=2, groups=1, queries=18, keys=34, width=16, value_width=32)
 
@@ -42,7 +51,9 @@ def test_a_row_that_sees_nothing_is_zero_and_padding_may_hold_anything(grad: boo
     for x in tensors[1:3]:
         x.masked_fill_(~real[:, None, :, None], float("nan"))
     leaves = [x.requires_grad_(grad) for x in tensors]
-    out, expected = (differential_attention(*x, key_padding_mask=real, backend="triton") for x in (leaves, clean))
+    out, expected = (
+        differential_attention(*x, key_padding_mask=real, backend="triton") for x in (leaves, clean)
+    )
     assert not out[0].any() and torch.equal(out, expected)
     if grad:
         found, right = (torch.autograd.grad(y.sum(), x) for y, x in ((out, leaves), (expected, clean)))
@@ -87,7 +98,9 @@ def test_blocks_that_nobody_sees_are_skipped(monkeypatch: pytest.MonkeyPatch) ->
     assert len(visits) == 9 * (4 + 8)
 
 
-def test_the_backward_pass_gives_the_same_for_any_number_of_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backward_pass_gives_the_same_for_any_number_of_stretches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     case = replace(V1, queries=34, causal=True)
     inputs, results = make_inputs(case, torch.float32), []
     for processors in (1, 3, 100):

@@ -32,13 +32,17 @@ def test_logits_and_gradients(name: str) -> None:
 @pytest.mark.parametrize("name", ["differential", "differential_v2"])
 def test_packed_documents(name: str) -> None:
     ids, positions = tokens(1, 20), torch.cat((torch.arange(13), torch.arange(7)))[None]
-    found, expected = (results(on(name, way).train(), ids, position_ids=positions) for way in ("triton", "eager"))
+    found, expected = (
+        results(on(name, way).train(), ids, position_ids=positions) for way in ("triton", "eager")
+    )
     assert max(distance(a, b) for a, b in zip(found, expected, strict=True)) < 1e-5
 
 
 def test_alibi() -> None:
     ids = tokens(1, 18)
-    found, expected = (results(on("differential", way, position="alibi").train(), ids) for way in ("triton", "eager"))
+    found, expected = (
+        results(on("differential", way, position="alibi").train(), ids) for way in ("triton", "eager")
+    )
     assert max(distance(a, b) for a, b in zip(found, expected, strict=True)) < 1e-5
 
 

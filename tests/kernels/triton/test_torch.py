@@ -1,4 +1,4 @@
-"""The Triton kernels' operators inside PyTorch: opcheck, compilation, checkpointing, other derivatives; and as a backend."""
+"""The Triton kernels as PyTorch operators (opcheck, compilation, checkpointing, other derivatives) and as a backend."""
 
 import ast
 from dataclasses import replace
@@ -17,7 +17,9 @@ from clearhead.kernels.triton.kernel import Triton
 from tests.contracts.support import distance
 from tests.kernels.support import Case, answers, make_inputs, make_masks, op_of
 
-SMALL = Case(own_keys=True, batch=1, heads=2, groups=1, queries=5, keys=20, width=16, value_width=32, causal=True)
+SMALL = Case(
+    own_keys=True, batch=1, heads=2, groups=1, queries=5, keys=20, width=16, value_width=32, causal=True
+)
 SOFTMAX = replace(SMALL, streams=1, own_keys=False, value_width=16)
 
 
@@ -90,14 +92,22 @@ def test_other_derivatives_are_errors() -> None:
 def test_strides_and_repetition_change_no_bit(layout: str) -> None:
     case = replace(SMALL, queries=20)
     inputs = make_inputs(case, torch.float32)
-    dense, again, strided = (answers(op_of(case, "triton"), inputs, torch.float32, x) for x in ("dense", "dense", layout))
+    dense, again, strided = (
+        answers(op_of(case, "triton"), inputs, torch.float32, x) for x in ("dense", "dense", layout)
+    )
     for other in (again, strided):
         assert all(torch.equal(a, b) for a, b in zip(dense, other, strict=True))
 
 
 def problem(**changes: Any) -> Problem:
     sizes = {"streams": 2, "shares_keys": False, "heads": 4, "kv_heads": 2, "queries": 8, "keys": 8}
-    sizes |= {"key_width": 64, "value_width": 128, "dtype": torch.bfloat16, "device": "cuda", "mixing": "difference"}
+    sizes |= {
+        "key_width": 64,
+        "value_width": 128,
+        "dtype": torch.bfloat16,
+        "device": "cuda",
+        "mixing": "difference",
+    }
     return Problem(**{**sizes, **changes})  # type: ignore[arg-type]
 
 
@@ -165,7 +175,9 @@ def test_an_explicit_choice_on_cpu_without_the_interpreter_raises(monkeypatch: p
 def test_autocast_runs_it_in_bfloat16() -> None:
     inputs = make_inputs(SMALL, torch.bfloat16)
     q, k, v, lam = (x.float() for x in inputs.tensors)
-    found = differential_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), lam, is_causal=True, backend="triton")
+    found = differential_attention(
+        q.bfloat16(), k.bfloat16(), v.bfloat16(), lam, is_causal=True, backend="triton"
+    )
     assert found.dtype == torch.bfloat16
     exact = differential_attention(q, k, v, lam, is_causal=True, backend="eager")
     assert distance(found.float(), exact) < 0.05

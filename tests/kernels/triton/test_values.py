@@ -1,4 +1,4 @@
-"""Values and all gradients of the Triton kernels against the float64 oracles: every feature by itself and some together.
+"""Values and all gradients of the Triton kernels against the float64 oracles: every feature, and some together.
 
 A tile of the interpreter has 16 rows and 16 keys, so that these small problems have whole and cut tiles, tiles on the
 diagonal, off it and hidden ones, and several stretches in the backward pass.
@@ -60,7 +60,9 @@ def test_each_type(form: str, dtype: str) -> None:
 def test_each_feature(feature: str) -> None:
     case = FEATURES[feature]
     solution = solve(case, torch.float32)
-    assert_right(answers(op_of(case, "triton"), solution.inputs, torch.float32, case.layout), solution, torch.float32)
+    assert_right(
+        answers(op_of(case, "triton"), solution.inputs, torch.float32, case.layout), solution, torch.float32
+    )
 
 
 def test_a_row_that_sees_one_key_has_its_value_and_hardly_a_gradient() -> None:
@@ -72,20 +74,29 @@ def test_a_row_that_sees_one_key_has_its_value_and_hardly_a_gradient() -> None:
 
 # Without gradients keys are divided among programs, and few rows take other tiles.
 @pytest.mark.parametrize(
-    "feature", ["open", "window", "shared padding", "documents", "three heads a group", "one query", "width 12"]
+    "feature",
+    ["open", "window", "shared padding", "documents", "three heads a group", "one query", "width 12"],
 )
 def test_without_gradients(feature: str) -> None:
     case = replace(FEATURES[feature], keys=FEATURES[feature].keys + 40)
     solution = solve(case, torch.float32)
-    assert_right(answers(op_of(case, "triton"), solution.inputs, torch.float32, "dense", False), solution, torch.float32)
+    assert_right(
+        answers(op_of(case, "triton"), solution.inputs, torch.float32, "dense", False),
+        solution,
+        torch.float32,
+    )
 
 
 @pytest.mark.parametrize("form", ["v1", "softmax"])
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_wide_heads(width: int, form: str) -> None:
-    wide = replace(FORMS[form], queries=5, keys=20, width=width, value_width=width * (2 if form == "v1" else 1))
+    wide = replace(
+        FORMS[form], queries=5, keys=20, width=width, value_width=width * (2 if form == "v1" else 1)
+    )
     solution = solve(wide, torch.float32)
-    assert_right(answers(op_of(wide, "triton"), solution.inputs, torch.float32, "dense"), solution, torch.float32)
+    assert_right(
+        answers(op_of(wide, "triton"), solution.inputs, torch.float32, "dense"), solution, torch.float32
+    )
 
 
 @pytest.mark.parametrize("causal", [False, True])

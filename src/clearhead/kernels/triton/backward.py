@@ -10,13 +10,13 @@ With P_s = exp2(t_s − m_s) / l_s, λ the gate, dO the output's gradient and, f
 
 Multiply-adds for a row and key: streams · 3D + 2E; 10d for V1 with d = D and E = 2d, what two softmax heads take.
 
-A program has one stretch of keys and one stretch of rows of a key-value group. It holds dK and dV of a block of keys while
-the rows pass by, and adds to their dQ in memory. No two programs of a launch share rows or keys: keys and rows are cut
-into T stretches each, and of the T launches number w pairs stretch j of the keys with stretch (w − j) mod T of the rows, a
-Latin square. Under a causal mask about half of each launch's pairs is empty, in every launch alike. So a sum always has
-the same order, and the memory beside the gradients is that of their float32 sums.
+A program has one stretch of keys and one stretch of rows of a key-value group. It holds dK and dV of a block of keys
+while the rows pass by, and adds to their dQ in memory. No two programs of a launch share rows or keys: keys and rows are
+cut into T stretches each, and of the T launches number w pairs stretch j of the keys with stretch (w − j) mod T of the
+rows, a Latin square. Under a causal mask about half of each launch's pairs is empty, in every launch alike. So a sum
+always has the same order, and the memory beside the gradients is that of their float32 sums.
 """
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import triton
 import triton.language as tl
@@ -34,12 +34,19 @@ def deltas(
     """δ_1 and δ_2 of BLOCK_M tokens of one head."""
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = token < queries
-    b, h = (tl.program_id(1) // groups_of_heads).to(tl.int64), (tl.program_id(1) % groups_of_heads).to(tl.int64)
-    cotangent = load_rows(grad + b * stride_db + h * stride_dh, token, inside, stride_dt, VALUES, E).to(tl.float32)
+    b, h = (
+        (tl.program_id(1) // groups_of_heads).to(tl.int64),
+        (tl.program_id(1) % groups_of_heads).to(tl.int64),
+    )
+    cotangent = load_rows(grad + b * stride_db + h * stride_dh, token, inside, stride_dt, VALUES, E).to(
+        tl.float32
+    )
     first = load_rows(out + b * stride_ob + h * stride_oh, token, inside, stride_ot, VALUES, E).to(tl.float32)
     flat = tl.program_id(1).to(tl.int64) * queries + token
     if STREAMS == 2:
-        second = load_rows(noise + b * stride_nb + h * stride_nh, token, inside, stride_nt, VALUES, E).to(tl.float32)
+        second = load_rows(noise + b * stride_nb + h * stride_nh, token, inside, stride_nt, VALUES, E).to(
+            tl.float32
+        )
         at = gate + b * stride_gb + h * stride_gh + token.to(tl.int64) * stride_gt
         first += tl.load(at, mask=inside, other=0.0)[:, None] * second
         plane = tl.num_programs(1).to(tl.int64) * queries
@@ -151,7 +158,7 @@ def backward(
     rows = queries * REPEATS
     first_key, end_key = own * stretch_keys, tl.minimum((own + 1) * stretch_keys, keys)
     first_row, end_row = other * stretch_rows, tl.minimum((other + 1) * stretch_rows, rows)
-    if CAUSAL:
+    if CAUSAL:  # noqa: SIM102  (the compiler knows this one, not the next)
         # The pair of stretches lies above the diagonal.
         if offset + tl.minimum((end_row - 1) // REPEATS, queries - 1) < first_key:
             return

@@ -58,7 +58,8 @@ def read(text: str) -> dict[Key, Config]:
     rows: list[dict[str, Any]] = json.loads(text)
     key, config = Key.__dataclass_fields__, Config.__dataclass_fields__
     return {
-        Key(**{name: row[name] for name in key}): Config(**{name: row[name] for name in config}) for row in rows
+        Key(**{name: row[name] for name in key}): Config(**{name: row[name] for name in config})
+        for row in rows
     }
 
 
@@ -67,7 +68,10 @@ def write(configs: dict[Key, Config]) -> str:
     names = (*Key.__dataclass_fields__, *Config.__dataclass_fields__)
     lines = []
     for key in sorted(configs):
-        values = [getattr(key, n, None) if n in Key.__dataclass_fields__ else getattr(configs[key], n) for n in names]
+        values = [
+            getattr(key, n, None) if n in Key.__dataclass_fields__ else getattr(configs[key], n)
+            for n in names
+        ]
         lines.append(json.dumps(dict(zip(names, values, strict=True))))
     return "[\n" + ",\n".join(lines) + "\n]\n"
 

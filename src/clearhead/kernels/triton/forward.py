@@ -1,18 +1,26 @@
 """The forward pass, also of a few rows against many keys.
 
 A program has BLOCK_M rows of one key-value group and walks over blocks of its keys. K and V are read once for all query
-heads of the rows and for both streams; each stream has its own running maximum, sum and accumulator. Multiply-adds for a
-row and key: streams · (D + E).
+heads of the rows and for both streams; each stream has its own running maximum, sum and accumulator.
+Multiply-adds for a row and key: streams · (D + E).
 
 With more than one split the keys of a row block are shared out among programs, whose unfinished rows `combine` puts
 together in the order of the splits: that is how few rows keep a GPU busy.
 """
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import triton
 import triton.language as tl
 
-from clearhead.kernels.triton.tiles import key_range, load_packed, load_rows, product, scores, store_packed, visible
+from clearhead.kernels.triton.tiles import (
+    key_range,
+    load_packed,
+    load_rows,
+    product,
+    scores,
+    store_packed,
+    visible,
+)
 
 
 @triton.jit
@@ -178,10 +186,16 @@ def forward(
         plane = tl.num_programs(1).to(tl.int64) * REPEATS * queries
         if STREAMS == 2:
             second = accumulator2 / tl.where(total2 == 0, 1.0, total2)[:, None]
-            lam = tl.load(gate + b * stride_gb + head * stride_gh + token.to(tl.int64) * stride_gt, mask=inside, other=0.0)
+            lam = tl.load(
+                gate + b * stride_gb + head * stride_gh + token.to(tl.int64) * stride_gt,
+                mask=inside,
+                other=0.0,
+            )
             mixed = mixed - lam[:, None] * second
             if KEEP:
-                store_packed(noise + b * stride_ob, second, token, head, inside, stride_oh, stride_ot, VALUES, E)
+                store_packed(
+                    noise + b * stride_ob, second, token, head, inside, stride_oh, stride_ot, VALUES, E
+                )
                 maximum2 = tl.where(total2 == 0, 0.0, maximum2)
                 tl.store(statistics + 2 * plane + flat, maximum2, mask=inside)
                 tl.store(statistics + 3 * plane + flat, total2, mask=inside)

@@ -72,7 +72,8 @@ class Shape:
 def shape_of(inputs: Inputs) -> Shape:
     batch, heads, queries, width = inputs.q1.shape
     streams = 1 if inputs.q2 is None else 2
-    return Shape(batch, heads, *inputs.k1.shape[1:2], queries, inputs.k1.shape[2], width, inputs.v.shape[3], streams)
+    groups, keys, value_width = inputs.v.shape[1:]
+    return Shape(batch, heads, groups, queries, keys, width, value_width, streams)
 
 
 def config_for(inputs: Inputs, direction: str) -> configs.Config:
@@ -179,8 +180,12 @@ class Call:
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         first = inputs.offset if inputs.position is None else inputs.position
         shape = self.shape
-        keys, rows = ranges.document_numbers(inputs.padding, inputs.documents, first, shape.rows, shape.repeats)
-        return ranges.extremes(rows, None, config.block_m), ranges.extremes(keys, inputs.padding, config.block_n)
+        keys, rows = ranges.document_numbers(
+            inputs.padding, inputs.documents, first, shape.rows, shape.repeats
+        )
+        return ranges.extremes(rows, None, config.block_m), ranges.extremes(
+            keys, inputs.padding, config.block_n
+        )
 
     def ranges(self, of_rows: bool) -> Tensor:
         """(B or 1, blocks, 2): the blocks of keys that each block of rows can see, or the other way round."""
@@ -197,7 +202,10 @@ class Call:
 
     def strides(self, output: Tensor, visible: Tensor) -> tuple[int, ...]:
         every = [stride for x in (self.q1, self.k1, self.v, self.gate, output) for stride in x.stride()[:3]]
-        return (*every, *(x.stride(0) if x.shape[0] > 1 else 0 for x in (self.padding, self.documents, visible)))
+        return (
+            *every,
+            *(x.stride(0) if x.shape[0] > 1 else 0 for x in (self.padding, self.documents, visible)),
+        )
 
 
 def forward(inputs: Inputs, out: Tensor, noise: Tensor, statistics: Tensor, keep: bool) -> None:
@@ -236,7 +244,12 @@ def forward(inputs: Inputs, out: Tensor, noise: Tensor, statistics: Tensor, keep
 
 
 def backward(
-    inputs: Inputs, grad: Tensor, out: Tensor, noise: Tensor, statistics: Tensor, gradients: tuple[Tensor, ...]
+    inputs: Inputs,
+    grad: Tensor,
+    out: Tensor,
+    noise: Tensor,
+    statistics: Tensor,
+    gradients: tuple[Tensor, ...],
 ) -> None:
     """Write the gradients of q1, q2, k1, k2, v and gate, as far as there are such inputs."""
     shape, config = shape_of(inputs), config_for(inputs, "backward")

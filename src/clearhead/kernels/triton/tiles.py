@@ -4,7 +4,7 @@ The rows of a key-value group are the tokens of all its query heads, token by to
 g·R + r % R, with R query heads a group. So one program serves several heads with one read of K and V, and a block of
 rows covers neighbouring tokens. Logits are held in base 2: t = scale · log2(e) · q kᵀ − slope · log2(e) · distance.
 """
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import triton
 import triton.language as tl
