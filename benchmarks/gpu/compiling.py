@@ -1,7 +1,8 @@
 """One kernel compiled for a GPU that need not be there, and what the compiled object says of itself.
 
-NVIDIA: registers and stack from `cuobjdump -res-usage`, instructions from `cuobjdump -sass`; the tool comes with Triton's
-wheel. AMD: from the assembly that Triton keeps beside the object. A stack or an instruction on local memory is a spill.
+NVIDIA: registers and stack from `cuobjdump -res-usage`, instructions from `cuobjdump -sass`; that tool is part of
+Triton's wheel. AMD: from the assembly that Triton keeps beside the object. A stack or an instruction on local memory is
+a spill.
 """
 
 import re

@@ -11,10 +11,10 @@ With P_s = exp2(t_s − m_s) / l_s, λ the gate, dO the output's gradient and, f
 Multiply-adds for a row and key: streams · 3D + 2E; 10d for V1 with d = D and E = 2d, what two softmax heads take.
 
 A program has one stretch of keys and one stretch of rows of a key-value group. It holds dK and dV of a block of keys
-while the rows pass by, and adds to their dQ in memory. No two programs of a launch share rows or keys: keys and rows are
-cut into T stretches each, and of the T launches number w pairs stretch j of the keys with stretch (w − j) mod T of the
-rows, a Latin square. Under a causal mask about half of each launch's pairs is empty, in every launch alike. So a sum
-always has the same order, and the memory beside the gradients is that of their float32 sums.
+while the rows pass by, and adds to their dQ in memory. No two programs of a launch share rows or keys: keys and rows
+are cut into T stretches each, and of the T launches number w pairs stretch j of the keys with stretch (w − j) mod T of
+the rows, a Latin square. Under a causal mask about half of each launch's pairs is empty, in every launch alike. So a
+sum always has the same order, and the memory beside the gradients is that of their float32 sums.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 

@@ -87,15 +87,15 @@ def architecture(device: torch.device) -> str:
 
 
 def choose(key: Key) -> Config:
-    """The configuration of `key`, or of the next wider row of the table that stands for it."""
+    """The configuration of `key`, or of the next heavier row of the table: more streams, or wider."""
     if key.architecture == "interpreter":
         return INTERPRETED
     rows = [
         other
         for other in table()
-        if (other.architecture, other.direction, other.bits, other.streams)
-        == (key.architecture, key.direction, key.bits, key.streams)
+        if (other.architecture, other.direction, other.bits) == (key.architecture, key.direction, key.bits)
+        and other.streams >= key.streams
         and other.width >= key.width
         and other.value_width >= key.value_width
     ]
-    return table()[min(rows)]
+    return table()[min(rows, key=lambda row: (row.streams, row.width, row.value_width))]

@@ -3,8 +3,8 @@
     triton_attention(q1, q2?, k1, k2?, v, gate?, ...) -> out, noise, statistics
 
 softmax(scale · q1 k1ᵀ + mask) v, or with q2 and gate (softmax(scale · q1 k1ᵀ) − gate · softmax(scale · q2 k2ᵀ)) v;
-without k2 both streams read k1. `noise` is the second stream's own output and `statistics` (streams, 2, B, H, L) each row's
-greatest logit in base 2 and its sum; both are empty unless `keep` asks for them, which the gradient needs.
+without k2 both streams read k1. `noise` is the second stream's own output and `statistics` (streams, 2, B, H, L) each
+row's greatest logit in base 2 and its sum; both are empty unless `keep` asks for them, which the gradient needs.
 
 `triton` and the kernels are imported when an operator runs for the first time.
 """
