@@ -1,6 +1,11 @@
 """`--isa NAME`: every test runs on that instruction set of the CPU kernel, as on a processor that has no better one."""
 
+import os
+
 import pytest
+
+# Triton reads it when it is imported. TRITON_INTERPRET=0 in the environment leaves its kernels to a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,0 +1,141 @@
+"""Compile the kernels for GPUs that need not be there, and report what the objects say of themselves.
+
+    python benchmarks/gpu/compile_report.py            every configuration of the table -> results/triton_compile.jsonl
+    python benchmarks/gpu/compile_report.py --choose   rewrite the table: the largest tile that compiles without a spill
+
+A table chosen so has been timed nowhere: `tune.py` measures on a GPU and takes what is fastest there.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import triton
+from compiling import MASKS, compile_one, good
+
+from clearhead.kernels.triton import configs
+from clearhead.kernels.triton.configs import ARCHITECTURES, DIRECTIONS, Config, Key
+
+RESULTS = Path(__file__).parents[1] / "results" / "triton_compile.jsonl"
+TABLE = Path(configs.__file__).with_name("configs.json")
+WIDTHS = (64, 128, 256)
+# Value width over key width, and streams: V1, softmax and V2.
+FORMS = ((2, 2), (1, 1), (1, 2))
+
+
+def keys(widths: tuple[int, ...] = WIDTHS) -> Iterator[Key]:
+    for bits, (wide, streams), width, architecture, direction in itertools.product(
+        (16, 32), FORMS, widths, ARCHITECTURES, DIRECTIONS
+    ):
+        yield Key(architecture, direction, bits, width, wide * width, streams)
+
+
+# Tiles worth trying, from the largest, by how many sums a row (forward) or a key (backward) has.
+TILES = {
+    "forward": {
+        128: ((128, 64, 8), (64, 64, 4), (64, 64, 8), (64, 32, 8), (32, 32, 8)),
+        256: ((64, 64, 8), (64, 32, 8), (32, 64, 8), (32, 32, 8), (16, 32, 8)),
+        512: ((64, 32, 8), (32, 32, 8), (16, 32, 8), (16, 16, 8)),
+        1024: ((16, 32, 8), (16, 16, 8)),
+    },
+    "decode": {
+        128: ((16, 128, 4), (16, 64, 4), (16, 32, 4)),
+        256: ((16, 64, 4), (16, 32, 4), (16, 32, 8), (16, 16, 8)),
+        512: ((16, 64, 8), (16, 32, 8), (16, 16, 8)),
+        1024: ((16, 32, 8), (16, 16, 8)),
+    },
+    "backward": {
+        128: ((64, 64, 8), (64, 32, 8), (32, 64, 8), (32, 32, 8), (16, 32, 8)),
+        256: ((32, 64, 8), (32, 32, 8), (16, 32, 8), (16, 16, 8)),
+        512: ((32, 32, 8), (16, 32, 8), (16, 16, 8)),
+        1024: ((16, 16, 8),),
+    },
+}
+
+
+def sums(key: Key) -> int:
+    """Numbers that a row, or in the backward pass a key, is summed up in."""
+    if key.direction != "backward":
+        return key.streams * key.value_width
+    own_keys = key.streams == 2 and key.value_width > key.width
+    return (1 + own_keys) * key.width + key.value_width
+
+
+def candidates(key: Key) -> list[Config]:
+    tiles = TILES[key.direction]
+    which = tiles[min(size for size in tiles if size >= sums(key))]
+    # Products of float32 numbers are many single instructions: small tiles.
+    which = which if key.bits == 16 else which[-2:]
+    # Loads one tile ahead where there is room for it.
+    return [Config(*tile, stages) for tile in which for stages in (2, 1)]
+
+
+def choose(key: Key) -> tuple[Key, Config | None]:
+    """The first candidate without spills under every mask."""
+    for config in candidates(key):
+        if all(good(compile_one(key, config, masks)) for masks in reversed(MASKS)):
+            return key, config
+    return key, None
+
+
+def report(key: Key, config: Config) -> list[dict[str, Any]]:
+    head = {name: getattr(key, name) for name in Key.__dataclass_fields__}
+    head |= {name: getattr(config, name) for name in Config.__dataclass_fields__}
+    return [
+        head | {"masks": masks, "triton": triton.__version__} | compile_one(key, config, masks)
+        for masks in MASKS
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--choose", action="store_true", help="rewrite the table")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument(
+        "--bits", type=int, choices=(16, 32), help="only the rows for numbers of so many bits"
+    )
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=list(WIDTHS), help="only the rows of these key widths"
+    )
+    parser.add_argument(
+        "--architectures", nargs="+", default=list(ARCHITECTURES), help="only the rows of these"
+    )
+    arguments = parser.parse_args()
+    wanted = [
+        key
+        for key in keys(tuple(arguments.widths))
+        if arguments.bits in (None, key.bits) and key.architecture in arguments.architectures
+    ]
+    with ProcessPoolExecutor(arguments.processes) as pool:
+        if arguments.choose:
+            table = configs.read(TABLE.read_text()) if TABLE.exists() else {}
+            for key, config in pool.map(choose, wanted):
+                print(key, config, flush=True)
+                # Where nothing is without a spill, the smallest tile; the report says what it spills.
+                table[key] = config or Config(16, 16, 8, 1)
+                TABLE.write_text(configs.write(table))
+            return
+        table = configs.table()
+        chosen = [(key, table[key]) for key in wanted if key in table]
+        found = [row for rows in pool.map(report, *zip(*chosen, strict=True)) for row in rows]
+    # Rows of the table that were not asked for keep what was found of them before.
+    told = {_place(row): row for row in (*_before(), *found)}
+    RESULTS.write_text("".join(json.dumps(told[place]) + "\n" for place in sorted(told)))
+
+
+def _before() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    return (*(row[name] for name in Key.__dataclass_fields__), row["masks"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""The forward pass, also of a few rows against many keys.
+
+A program has BLOCK_M rows of one key-value group and walks over blocks of its keys. K and V are read once for all query
+heads of the rows and for both streams; each stream has its own running maximum, sum and accumulator.
+Multiply-adds for a row and key: streams · (D + E).
+
+With more than one split the keys of a row block are shared out among programs, whose unfinished rows `combine` puts
+together in the order of the splits: that is how few rows keep a GPU busy.
+"""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import triton
+import triton.language as tl
+
+from clearhead.kernels.triton.tiles import (
+    key_range,
+    load_packed,
+    load_rows,
+    product,
+    scores,
+    store_packed,
+    visible,
+)
+
+
+@triton.jit
+def online(t, v, maximum, total, accumulator, PRECISION: tl.constexpr):
+    """One more block of logits for one stream; a row that has seen nothing keeps the maximum −∞."""
+    higher = tl.maximum(maximum, tl.max(t, 1))
+    reference = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(t - reference[:, None])
+    shrink = tl.exp2(maximum - reference)
+    total = total * shrink + tl.sum(weights, 1)
+    accumulator = product(weights.to(v.dtype), v, accumulator * shrink[:, None], PRECISION)
+    return higher, total, accumulator
+
+
+@triton.jit
+def walk(
+    low, high,
+    q1, q2, k1, k2, v, padding, documents,
+    maximum1, total1, accumulator1, maximum2, total2, accumulator2,
+    positions, row_documents, row_slopes,
+    keys, window, factor, stride_k, stride_v,
+    D: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr, BLOCK_N: tl.constexpr,
+    STREAMS: tl.constexpr, OWN_KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    PADDING: tl.constexpr, DOCUMENTS: tl.constexpr, SLOPES: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All blocks of keys in [low, high); without MASKED every row sees every key of them."""
+    for start in range(low, high, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        real = key < keys
+        if PADDING:
+            real = real & (tl.load(padding + key, mask=real, other=0) != 0)
+        key_documents = key
+        if DOCUMENTS:
+            key_documents = tl.load(documents + key, mask=key < keys, other=0)
+        first = load_rows(k1, key, real, stride_k, WIDTH, D)
+        value = load_rows(v, key, real, stride_v, VALUES, E)
+        t1 = scores(q1, tl.trans(first), PRECISION) * factor
+        t2 = t1
+        if STREAMS == 2:
+            second = first
+            if OWN_KEYS:
+                second = load_rows(k2, key, real, stride_k, WIDTH, D)
+            t2 = scores(q2, tl.trans(second), PRECISION) * factor
+        if SLOPES:
+            bias = row_slopes[:, None] * tl.abs(positions[:, None] - key[None, :]).to(tl.float32)
+            t1 -= bias
+            t2 -= bias
+        if MASKED:
+            seen = visible(
+                positions[:, None], row_documents[:, None], key[None, :], real[None, :], key_documents[None, :],
+                window, CAUSAL, WINDOW, DOCUMENTS,
+            )  # fmt: skip
+            t1 = tl.where(seen, t1, float("-inf"))
+            t2 = tl.where(seen, t2, float("-inf"))
+        maximum1, total1, accumulator1 = online(t1, value, maximum1, total1, accumulator1, PRECISION)
+        if STREAMS == 2:
+            maximum2, total2, accumulator2 = online(t2, value, maximum2, total2, accumulator2, PRECISION)
+    return maximum1, total1, accumulator1, maximum2, total2, accumulator2
+
+
+@triton.jit
+def forward(
+    q1, q2, k1, k2, v, gate, padding, documents, position, slopes, ranges,
+    out, noise, statistics, parts,
+    factor, groups, queries, keys, offset, window, splits,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kt, stride_vb, stride_vg, stride_vt,
+    stride_gb, stride_gh, stride_gt, stride_ob, stride_oh, stride_ot, stride_padding, stride_documents, stride_ranges,
+    D: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr, REPEATS: tl.constexpr,
+    STREAMS: tl.constexpr, OWN_KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    PADDING: tl.constexpr, DOCUMENTS: tl.constexpr, POSITION: tl.constexpr, SLOPES: tl.constexpr,
+    KEEP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # The last rows see the most keys under a causal mask: they begin first.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    pair, split = tl.program_id(1), tl.program_id(2)
+    b, g = (pair // groups).to(tl.int64), (pair % groups).to(tl.int64)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < queries * REPEATS
+    token, head = row // REPEATS, g * REPEATS + row % REPEATS
+    if POSITION:
+        offset = tl.load(position).to(tl.int32)
+    first_position = offset + block * BLOCK_M // REPEATS
+    last_position = offset + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // REPEATS, queries - 1)
+    positions = offset + token
+    low, high, all_low, all_high = key_range(first_position, last_position, keys, window, CAUSAL, WINDOW)
+    if PADDING or DOCUMENTS:
+        at = ranges + b * stride_ranges + block * 2
+        low = tl.maximum(low, tl.load(at) * BLOCK_N)
+        high = tl.minimum(high, tl.load(at + 1) * BLOCK_N)
+    low = low // BLOCK_N * BLOCK_N
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), splits) * BLOCK_N
+        low = low + split * share
+        high = tl.minimum(high, low + share)
+
+    query1 = load_packed(q1 + b * stride_qb, token, head, inside, stride_qh, stride_qt, WIDTH, D)
+    query2 = query1
+    if STREAMS == 2:
+        query2 = load_packed(q2 + b * stride_qb, token, head, inside, stride_qh, stride_qt, WIDTH, D)
+    k1 += b * stride_kb + g * stride_kg
+    k2 += b * stride_kb + g * stride_kg
+    v += b * stride_vb + g * stride_vg
+    padding += b * stride_padding
+    documents += b * stride_documents
+    row_documents = token
+    if DOCUMENTS:
+        row_documents = tl.load(documents + positions, mask=inside, other=0)
+    row_slopes = positions.to(tl.float32)
+    if SLOPES:
+        row_slopes = tl.load(slopes + head, mask=inside, other=0.0)
+
+    maximum1 = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total1 = tl.zeros([BLOCK_M], tl.float32)
+    accumulator1 = tl.zeros([BLOCK_M, VALUES], tl.float32)
+    maximum2, total2, accumulator2 = maximum1, total1, accumulator1
+    if PADDING or DOCUMENTS:
+        maximum1, total1, accumulator1, maximum2, total2, accumulator2 = walk(
+            low, high, query1, query2, k1, k2, v, padding, documents,
+            maximum1, total1, accumulator1, maximum2, total2, accumulator2, positions, row_documents, row_slopes,
+            keys, window, factor, stride_kt, stride_vt, D, E, WIDTH, VALUES, BLOCK_N, STREAMS, OWN_KEYS,
+            CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, True, PRECISION,
+        )  # fmt: skip
+    else:
+        # Whole blocks between the edges need no mask.
+        middle = tl.minimum(tl.maximum(tl.cdiv(all_low, BLOCK_N) * BLOCK_N, low), high)
+        edge = tl.minimum(tl.maximum(all_high // BLOCK_N * BLOCK_N, middle), high)
+        if WINDOW:
+            maximum1, total1, accumulator1, maximum2, total2, accumulator2 = walk(
+                low, middle, query1, query2, k1, k2, v, padding, documents,
+                maximum1, total1, accumulator1, maximum2, total2, accumulator2, positions, row_documents, row_slopes,
+                keys, window, factor, stride_kt, stride_vt, D, E, WIDTH, VALUES, BLOCK_N, STREAMS, OWN_KEYS,
+                CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, True, PRECISION,
+            )  # fmt: skip
+        maximum1, total1, accumulator1, maximum2, total2, accumulator2 = walk(
+            middle, edge, query1, query2, k1, k2, v, padding, documents,
+            maximum1, total1, accumulator1, maximum2, total2, accumulator2, positions, row_documents, row_slopes,
+            keys, window, factor, stride_kt, stride_vt, D, E, WIDTH, VALUES, BLOCK_N, STREAMS, OWN_KEYS,
+            CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, False, PRECISION,
+        )  # fmt: skip
+        maximum1, total1, accumulator1, maximum2, total2, accumulator2 = walk(
+            edge, high, query1, query2, k1, k2, v, padding, documents,
+            maximum1, total1, accumulator1, maximum2, total2, accumulator2, positions, row_documents, row_slopes,
+            keys, window, factor, stride_kt, stride_vt, D, E, WIDTH, VALUES, BLOCK_N, STREAMS, OWN_KEYS,
+            CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, True, PRECISION,
+        )  # fmt: skip
+
+    if SPLIT:
+        rows = queries * REPEATS
+        at = ((split * tl.num_programs(1) + pair).to(tl.int64) * rows + row) * STREAMS
+        half = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * rows * STREAMS
+        store_packed(parts, accumulator1, at, at * 0, inside, 0, E, VALUES, E)
+        tl.store(statistics + at, maximum1, mask=inside)
+        tl.store(statistics + half + at, total1, mask=inside)
+        if STREAMS == 2:
+            store_packed(parts, accumulator2, at + 1, at * 0, inside, 0, E, VALUES, E)
+            tl.store(statistics + at + 1, maximum2, mask=inside)
+            tl.store(statistics + half + at + 1, total2, mask=inside)
+    else:
+        mixed = accumulator1 / tl.where(total1 == 0, 1.0, total1)[:, None]
+        flat = (b * groups * REPEATS + head) * queries + token
+        plane = tl.num_programs(1).to(tl.int64) * REPEATS * queries
+        if STREAMS == 2:
+            second = accumulator2 / tl.where(total2 == 0, 1.0, total2)[:, None]
+            lam = tl.load(
+                gate + b * stride_gb + head * stride_gh + token.to(tl.int64) * stride_gt,
+                mask=inside,
+                other=0.0,
+            )
+            mixed = mixed - lam[:, None] * second
+            if KEEP:
+                store_packed(
+                    noise + b * stride_ob, second, token, head, inside, stride_oh, stride_ot, VALUES, E
+                )
+                maximum2 = tl.where(total2 == 0, 0.0, maximum2)
+                tl.store(statistics + 2 * plane + flat, maximum2, mask=inside)
+                tl.store(statistics + 3 * plane + flat, total2, mask=inside)
+        if KEEP:
+            maximum1 = tl.where(total1 == 0, 0.0, maximum1)
+            tl.store(statistics + flat, maximum1, mask=inside)
+            tl.store(statistics + plane + flat, total1, mask=inside)
+        store_packed(out + b * stride_ob, mixed, token, head, inside, stride_oh, stride_ot, VALUES, E)
+
+
+@triton.jit
+def gather(parts, statistics, at, step, half, splits, VALUES: tl.constexpr, E: tl.constexpr):
+    """One row of one stream from its splits."""
+    column = tl.arange(0, VALUES)
+    highest = float("-inf")
+    for split in range(splits):
+        highest = tl.maximum(highest, tl.load(statistics + at + split * step))
+    reference = tl.where(highest == float("-inf"), 0.0, highest)
+    total = 0.0
+    row = tl.zeros([VALUES], tl.float32)
+    for split in range(splits):
+        where = at + split * step
+        weight = tl.exp2(tl.load(statistics + where) - reference)
+        total += weight * tl.load(statistics + half + where)
+        row += weight * tl.load(parts + where * E + column, mask=column < E, other=0.0)
+    return row / tl.where(total == 0, 1.0, total)
+
+
+@triton.jit
+def combine(
+    parts, statistics, gate, out, groups, queries, splits,
+    stride_gb, stride_gh, stride_gt, stride_ob, stride_oh, stride_ot,
+    E: tl.constexpr, VALUES: tl.constexpr, REPEATS: tl.constexpr, STREAMS: tl.constexpr,
+):  # fmt: skip
+    """One row of the output from what `forward` left of it in each split."""
+    row, pair = tl.program_id(0), tl.program_id(1)
+    rows = queries * REPEATS
+    b, token, head = (pair // groups).to(tl.int64), row // REPEATS, pair % groups * REPEATS + row % REPEATS
+    step = tl.num_programs(1).to(tl.int64) * rows * STREAMS
+    at = (pair.to(tl.int64) * rows + row) * STREAMS
+    mixed = gather(parts, statistics, at, step, step * splits, splits, VALUES, E)
+    if STREAMS == 2:
+        lam = tl.load(gate + b * stride_gb + head * stride_gh + token * stride_gt)
+        mixed -= lam * gather(parts, statistics, at + 1, step, step * splits, splits, VALUES, E)
+    column = tl.arange(0, VALUES)
+    to = out + b * stride_ob + head * stride_oh + token * stride_ot + column
+    tl.store(to, mixed.to(out.dtype.element_ty), mask=column < E)

@@ -1,0 +1,112 @@
+"""The Triton kernels as a backend: what they take and on which devices."""
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from clearhead.core.dispatch import Kernel, Problem, dtype_name, refused_modes
+from clearhead.core.heads import Heads
+from clearhead.core.masks import MaskSpec
+from clearhead.kernels.triton import ops as _ops  # noqa: F401  (registers the operators)
+
+MASKS = frozenset({"causal", "padding", "documents", "window", "alibi"})
+WIDEST_KEY, WIDEST_VALUE = 256, 512
+LEAST_TRITON = (3, 6)
+LEAST_CAPABILITY = (8, 0)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MIXING = {1: "single", 2: "difference"}
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python on CPU tensors, which its tests do."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+class Triton(Kernel):
+    """One or two softmax maps combined and applied without being held, on NVIDIA and AMD GPUs.
+
+    The algorithm and its arithmetic are in the docstrings of `forward.py` and `backward.py`.
+    """
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        # Looked for, not imported: most who load this will not run it.
+        self.missing = _missing()
+        self.interpreted = interpreted()
+
+    def refusal(self, problem: Problem) -> str | None:
+        if problem.device == "cpu" and not self.interpreted:
+            return "it runs on cuda, and on cpu only in Triton's interpreter (TRITON_INTERPRET=1)"
+        if problem.device not in ("cuda", "cpu"):
+            return f"it runs on cuda, not on {problem.device}"
+        reason = self.missing or (None if problem.device == "cpu" else _too_old())
+        if reason is not None:
+            return reason
+        if problem.needs_maps:
+            return "it does not return attention maps"
+        if problem.modes:
+            return refused_modes(problem, frozenset())
+        if problem.dtype not in _DTYPES:
+            return f"it computes in bfloat16, float16, float32, not in {dtype_name(problem.dtype)}"
+        if _MIXING.get(problem.streams) != problem.mixing:
+            return f"it knows one stream, or the difference of two, not {problem.streams} with another mixing"
+        if problem.mask - MASKS:
+            return f"it cannot express a mask with {', '.join(sorted(problem.mask - MASKS))}"
+        if problem.key_width > WIDEST_KEY or problem.value_width > WIDEST_VALUE:
+            widths = f"{problem.key_width} and {problem.value_width}"
+            return f"it takes keys up to {WIDEST_KEY} and values up to {WIDEST_VALUE} wide, not {widths}"
+        return None
+
+    def preferred(self, problem: Problem) -> bool:
+        # The interpreter is for tests. No GPU has been measured: what is known of one is in docs/gpu-kernel.md.
+        return problem.device == "cuda"
+
+    def run(self, heads: Heads, mask: MaskSpec, scale: float) -> Tensor:
+        q1, k1, v, gate = heads.q[0], heads.k[0], heads.v, heads.gate
+        q2 = heads.q[1] if len(heads.q) == 2 else None
+        k2 = heads.k[1] if len(heads.k) == 2 else None
+        if gate is not None:
+            gate = gate.float().expand(*q1.shape[:3], 1)
+        differentiable = [x for x in (*heads.q, *heads.k, v, gate) if x is not None]
+        keep = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
+        shifted = isinstance(mask.offset, Tensor)
+        offset = k1.shape[2] - q1.shape[2] if mask.offset is None or shifted else mask.offset
+        out, _, _ = torch.ops.clearhead.triton_attention(
+            *(q1, q2, k1, k2, v, gate, mask.key_padding),
+            None if mask.documents is None else mask.documents.long(),
+            mask.offset if shifted else None,
+            None if mask.slopes is None else mask.slopes.to(v.device, torch.float32),
+            *(offset, mask.window or 0, mask.is_causal, scale, keep),
+        )
+        return out
+
+
+def _missing() -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install 'clearhead[triton]'"
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        # AMD's builds have other names.
+        return None
+    if tuple(int(x) for x in found.split(".")[:2]) < LEAST_TRITON:
+        return f"it needs Triton {'.'.join(map(str, LEAST_TRITON))} or newer, not {found}"
+    return None
+
+
+def _too_old() -> str | None:
+    """Why the GPU of this machine is not one of those the kernels are written for; None without a GPU to ask."""
+    if torch.version.hip or not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_capability()
+    if found < LEAST_CAPABILITY:
+        return f"it needs a GPU of compute capability 8.0 or higher, not {found[0]}.{found[1]}"
+    return None
+
+
+# What `torch.compiler.assume_constant_result` does, which would import the whole compiler to do it.
+_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
