@@ -1,6 +1,8 @@
 # Two commands are all a newcomer needs:
 #   make demo   train the attention twins on real text, compare them, write runs/demo/report.html
 #   make test   lint, types and tests
+# For whoever changes kernels or bounds:
+#   make test-processors   the numbers again as on other processors: older instruction sets and libraries, one and two threads
 # And, when there is an hour to spend (it downloads 93 MB, once):
 #   make evaluate-smollm2   every evaluation on SmolLM2-135M-Instruct, runs/smollm2/report.html; on English prose with
 #                           TEXTS=novels.jsonl, with the evaluations that need data with SETS=DIRECTORY
@@ -19,7 +21,7 @@ KERNEL_STAMP := $(VENV)/.kernel
 KERNEL_SUM := $(shell cat hatch_build.py $(KERNEL)/src/* | cksum | tr ' ' '-')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evaluate-smollm2 test install lint types pytest format clean
+.PHONY: help demo evaluate-smollm2 test test-processors install lint types pytest format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -63,6 +65,15 @@ types: install
 
 pytest: install
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
+
+# What a processor's libraries round differently, as far as one processor can imitate another: the kernel's instruction
+# set, PyTorch's own, those of its two matrix libraries, and the threads. PyTorch's compiler cannot be held back so.
+NUMBERS := tests/contracts tests/golden tests/kernels tests/sensitivity
+AS_ON = OMP_NUM_THREADS=$(1) TOKENIZERS_PARALLELISM=false $(2) $(BIN)/python -m pytest -q -n 2 $(NUMBERS) -m "not compiles" --isa
+test-processors: install
+	$(call AS_ON,1,ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE) portable
+	$(call AS_ON,2,ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2) avx2
+	$(call AS_ON,2,ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI) avx512
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -1,9 +1,9 @@
 """Everything that can be chosen by name, in one literal table.
 
-A variant, position, rope scaling, engine, kernel, evaluation or judge is one new file and one line here. Third parties
-add theirs through entry points in the groups `clearhead.variants`, `clearhead.positions`, `clearhead.rope_scalings`,
-`clearhead.engines`, `clearhead.kernels`, `clearhead.evaluations` and `clearhead.judges`. Nothing is imported until it
-is asked for.
+A variant, position, rope scaling, engine, kernel, evaluation, judge or converter is one new file and one line here.
+Third parties add theirs through entry points in the groups `clearhead.variants`, `clearhead.positions`,
+`clearhead.rope_scalings`, `clearhead.engines`, `clearhead.kernels`, `clearhead.evaluations`, `clearhead.judges` and
+`clearhead.converters`. Nothing is imported until it is asked for.
 """
 
 import difflib
@@ -72,6 +72,19 @@ JUDGES = {
     "local": "clearhead.evals.judges.local:Local",
     "nli": "clearhead.evals.judges.nli:Nli",
 }
+# The first that claims a source takes it.
+CONVERTERS = {
+    "clearhead": "clearhead.convert.own:Clearhead",
+    "microsoft_v1": "clearhead.convert.microsoft:MicrosoftV1",
+    "microsoft_v2": "clearhead.convert.microsoft:MicrosoftV2",
+    "coca": "clearhead.convert.coca:CocaLlama",
+    "coca_neox": "clearhead.convert.coca:CocaNeox",
+    "diff_llama": "clearhead.convert.diff_llama:DiffLlama",
+    "llama": "clearhead.convert.llama:Llama",
+    "mistral": "clearhead.convert.llama:Mistral",
+    "qwen2": "clearhead.convert.qwen:Qwen2",
+    "qwen3": "clearhead.convert.qwen:Qwen3",
+}
 
 _TABLES = {
     "variants": VARIANTS,
@@ -81,6 +94,7 @@ _TABLES = {
     "kernels": KERNELS,
     "evaluations": EVALUATIONS,
     "judges": JUDGES,
+    "converters": CONVERTERS,
 }
 
 

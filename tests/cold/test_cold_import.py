@@ -38,7 +38,8 @@ except SystemExit as end:
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "compare", "train", "evaluate", "report", "generate", "explain", "bench"]
+    "verb",
+    ["", "compare", "train", "evaluate", "report", "generate", "explain", "bench", "convert", "card"],
 )
 def test_help_is_light(verb: str) -> None:
     heavy = {*HEAVY, "torch", "numpy", "tokenizers"} - {"typer"}

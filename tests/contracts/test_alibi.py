@@ -204,6 +204,7 @@ def test_it_compiles_as_one_graph(kind: str) -> None:
     assert distance(found, expected) < 1e-10
 
 
+@pytest.mark.compiles
 def test_inductor_keeps_the_overlapping_rows_of_the_mask() -> None:
     torch._dynamo.reset()
     case = KINDS["causal"]

@@ -188,6 +188,7 @@ def test_compiles_as_one_graph_with_masks(name: str, kind: str) -> None:
     assert distance(found * real, expected * real) < 1e-5
 
 
+@pytest.mark.compiles
 def test_inductor_compiles_and_agrees() -> None:
     torch._dynamo.reset()
     model, ids = make_model("differential", num_hidden_layers=1), tokens(2, 6)

@@ -113,6 +113,7 @@ def with_masks(function: Any, case: Case) -> Any:
     return lambda *tensors: function(case.streams, *tensors, **make_masks(case).arguments)
 
 
+@pytest.mark.compiles
 def test_inductor_compiles_it() -> None:
     torch._dynamo.reset()
     inputs = make_inputs(SMALL, torch.float32)

@@ -13,6 +13,7 @@ LAYERS = (
     {"variants", "positions", "engines", "kernels"},
     {"nn", "functional", "models"},
     {"data", "train", "evals"},
+    {"convert"},
     {"report", "bench", "lm_eval_tasks"},
     {"cli"},
 )

@@ -1,4 +1,4 @@
-"""A variant, position, rope scaling, engine, kernel and evaluation are each one new file and one registry line.
+"""A variant, position, rope scaling, engine, kernel, evaluation and converter: each is one new file, one registry line.
 
 For each the package is copied, exactly that is added to the copy, and the newcomer is used from a process of its own
 wherever a built-in one can be used. If something else had to change for it, the process fails.
@@ -336,7 +336,53 @@ assert "How large is it?" in (run / "report.html").read_text()
 """,
 )
 
-PLUGINS = (VARIANT, POSITION, ROPE_SCALING, ENGINE, KERNEL, EVALUATION)
+CONVERTER = Plugin(
+    "CONVERTERS",
+    "convert/toy.py",
+    "clearhead.convert.toy:Toy",
+    """
+from dataclasses import replace
+from clearhead.convert.llama import Llama
+
+KEYS = {"depth": "num_hidden_layers", "width": "hidden_size", "heads": "num_attention_heads"}
+
+def llama(config):
+    return {**{KEYS.get(key, key): value for key, value in config.items()}, "model_type": "llama"}
+
+class Toy(Llama):
+    def claims(self, source):
+        return source.model_type == "toy"
+
+    def configuration(self, source):
+        return super().configuration(replace(source, config=llama(source.config)))
+
+    def computation(self, config, weights, dtype):
+        return super().computation(llama(config), weights, dtype)
+
+    def shapes(self, config):
+        return super().shapes(llama(config))
+
+    def written(self, config):
+        found = super().written(config)
+        named = {key: found[theirs] for key, theirs in KEYS.items()}
+        return {**found, **named, "model_type": "toy"}
+""",
+    MODEL
+    + """
+import json
+from pathlib import Path
+from clearhead.cli.main import app
+model = build()
+model.save_pretrained("ours")
+app(["convert", "ours", "--out", "toy", "--to", "toy"], standalone_mode=False)
+config = json.loads(Path("toy/config.json").read_text())
+assert config["model_type"] == "toy" and config["depth"] == 2
+app(["convert", "toy", "--out", "back"], standalone_mode=False)
+assert torch.equal(ClearheadForCausalLM.from_pretrained("back")(ids).logits, model(ids).logits)
+""",
+)
+
+PLUGINS = (VARIANT, POSITION, ROPE_SCALING, ENGINE, KERNEL, EVALUATION, CONVERTER)
 
 
 def register(registry: str, plugin: Plugin) -> str:

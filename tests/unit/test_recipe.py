@@ -102,7 +102,7 @@ def test_arms_differ_only_where_they_say_so(path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("train.tokens=5", ("train", "tokens", 5)),
+        ("train.tokens=512", ("train", "tokens", 512)),
         ("corpus.source=my text/*.md", ("corpus", "source", "my text/*.md")),
         ("description=don't", ("description", None, "don't")),
         ("data.needles.lengths=[16, 32]", ("data", "needles", {"lengths": (16, 32)})),

@@ -36,6 +36,9 @@ def command(
 
     with interruptible("interrupted: the same command goes on from the last checkpoints"), watcher() as watch:
         outcome = run_comparison(loaded, run_dir, watcher=watch, say=say, fresh=fresh)
+    for row in outcome.rows:
+        if row.status.note:
+            say(f"{row.task.label}, seed {row.task.job.seed}: {row.status.note}")
     from clearhead.report.build import build_report
 
     report = build_report(run_dir)

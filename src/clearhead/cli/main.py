@@ -1,11 +1,12 @@
 """The command `clearhead`: its verbs, and how errors reach the person who typed it."""
 
+import os
 import sys
 from typing import Annotated
 
 import typer
 
-from clearhead.cli import bench, compare, evaluate, explain, generate, report, train
+from clearhead.cli import bench, card, compare, convert, evaluate, explain, generate, report, train
 from clearhead.cli.console import Interrupted, fail
 
 app = typer.Typer(
@@ -15,7 +16,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (compare, train, evaluate, report, generate, explain, bench):
+for verb in (compare, train, evaluate, report, generate, explain, bench, convert, card):
     app.command(verb.__name__.rpartition(".")[2])(verb.command)
 
 
@@ -28,6 +29,7 @@ def options(
 
 def main() -> None:
     """Entry point. Errors a person can mend end in one sentence and exit code 2, an interruption in 130."""
+    _speak_utf8()
     debug = "--debug" in sys.argv
     # Taken wherever it stands in the line: whoever adds it does so at the end.
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
@@ -41,3 +43,11 @@ def main() -> None:
         if debug:
             raise
         fail(" ".join(str(error).split()) or type(error).__name__, code=2)
+
+
+def _speak_utf8() -> None:
+    """Begin again in UTF-8 where the locale knows only ASCII: no library takes names that it cannot write."""
+    if sys.getfilesystemencoding().lower() in ("utf-8", "utf8"):
+        return
+    environment = {**os.environ, "PYTHONUTF8": "1"}
+    os.execve(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]], environment)

@@ -1,7 +1,8 @@
 """The results of a run in the terminal: the report's table and its answers."""
 
-import json
 from pathlib import Path
+
+from clearhead.train.status import read_object
 
 
 def print_results(run_dir: Path) -> None:
@@ -11,7 +12,7 @@ def print_results(run_dir: Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    summary = read_object(run_dir / "summary.json")
     console = Console(highlight=False)
     table = Table(title=escape(summary["name"]), title_justify="left", box=box.SIMPLE_HEAD)
     headers, rows = summary["table"]["headers"], summary["table"]["rows"]

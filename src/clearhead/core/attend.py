@@ -142,9 +142,13 @@ def _run(
     assert isinstance(backend, Engine) and lowering is not None
     results = [backend(call, prepared.mask, scale) for call in lower(heads, lowering)]
     groups = heads.v.shape[1]
+    streams = raise_streams([out for out, _ in results], lowering, groups)
     if not with_maps:
-        return mix(raise_streams([out for out, _ in results], lowering, groups), heads.gate), None
+        return mix(streams, heads.gate), None
     effective = mix(raise_maps([m for _, m in results if m is not None], lowering, groups), heads.gate)
+    if mix is single:
+        return mix(streams, heads.gate), effective
+    # Through the map that is returned, so that it has a gradient; the same by linearity.
     return effective @ repeat_kv(heads.v, effective.shape[1]), effective
 
 

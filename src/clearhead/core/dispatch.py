@@ -20,7 +20,7 @@ from clearhead.core.masks import MaskSpec
 from clearhead.core.modes import MODES
 from clearhead.registry import BACKEND_FACTORIES, did_you_mean, names, resolve
 
-MASK_FEATURES = frozenset({"causal", "window", "padding", "documents", "dense", "bias", "alibi"})
+MASK_FEATURES = frozenset({"causal", "window", "padding", "documents", "dense", "bias", "alibi", "places"})
 FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 

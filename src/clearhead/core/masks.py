@@ -26,6 +26,8 @@ class MaskSpec:
     slopes:      (H,) float32 or float64 constants: slope_h · |query position − key position| is taken off the scaled
         logits of head h (ALiBi). Positions are places among the keys, as for `window`, so their distance is the real
         one under padding at either end and within a packed document.
+    places:      integers, (B or 1, L) of the queries and (B or 1, S) of the keys: the positions that `slopes` take the
+        distance from, where they are not places among the keys.
     """
 
     is_causal: bool = False
@@ -35,6 +37,7 @@ class MaskSpec:
     documents: Tensor | None = None
     dense: Tensor | None = None
     slopes: Tensor | None = None
+    places: tuple[Tensor, Tensor] | None = None
 
     def within(self, queries: int, keys: int) -> "MaskSpec":
         """The same without a window that hides nothing, however large: no position plus it can overflow."""
@@ -48,9 +51,9 @@ class MaskSpec:
         dense = self.dense
         if dense is not None and dense.shape[-2] > 1:
             dense = dense[..., first : first + count, :]
-        return replace(
-            self, offset=(keys - queries if self.offset is None else self.offset) + first, dense=dense
-        )
+        places = None if self.places is None else (self.places[0][:, first : first + count], self.places[1])
+        offset = (keys - queries if self.offset is None else self.offset) + first
+        return replace(self, offset=offset, dense=dense, places=places)
 
     @property
     def features(self) -> frozenset[str]:
@@ -63,6 +66,7 @@ class MaskSpec:
             "dense": self.dense is not None and not self.dense.is_floating_point(),
             "bias": self.dense is not None and self.dense.is_floating_point(),
             "alibi": self.slopes is not None,
+            "places": self.places is not None,
         }
         return frozenset(name for name, used in parts.items() if used)
 
@@ -128,7 +132,7 @@ class MaskSpec:
             hidden = hidden | (away > 0)
         if self.window is not None:
             hidden = hidden | (away.abs() >= self.window)
-        bias = -self.slopes.to(device, dtype)[:, None] * away.abs().to(dtype)
+        bias = -self.slopes.to(dtype).to(device)[:, None] * away.abs().to(dtype)
         return bias.masked_fill(hidden, float("-inf"))
 
     def _bias(self, queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
@@ -136,10 +140,14 @@ class MaskSpec:
         dense = self.dense if self.dense is not None and self.dense.is_floating_point() else None
         if self.slopes is None:
             return None if dense is None else _cast(_as_four(dense), dtype)
-        positions = self.query_positions(queries, keys, device)
-        distance = (torch.arange(keys, device=device) - positions[:, None]).abs().to(dtype)
-        bias = -self.slopes.to(device, dtype)[:, None, None] * distance
-        return bias[None] if dense is None else bias + _cast(_as_four(dense), dtype)
+        if self.places is None:
+            positions = self.query_positions(queries, keys, device)
+            distance = (torch.arange(keys, device=device) - positions[:, None])[None, None]
+        else:
+            own, theirs = self.places
+            distance = theirs[:, None, None, :] - own[:, None, :, None]
+        bias = -self.slopes.to(dtype).to(device)[:, None, None] * distance.abs().to(dtype)
+        return bias if dense is None else bias + _cast(_as_four(dense), dtype)
 
     def validate(self, batch: int, heads: int, queries: int, keys: int, device: torch.device) -> None:
         """Raise ValueError, naming the argument, if a part does not fit the problem or lies on another device."""

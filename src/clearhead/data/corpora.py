@@ -13,7 +13,7 @@ import platform
 import re
 import sysconfig
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,15 @@ class Corpus(ABC):
     """A named collection of documents."""
 
     @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """What the corpus is, as JSON: equal identities mean equal documents in equal order."""
+    def identity(self, sources: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """What the corpus is, as JSON: equal identities mean equal documents in equal order.
+
+        sources: what :meth:`sources` gave, if it was asked before.
+        """
+
+    def sources(self) -> dict[str, str]:
+        """Size and content of each file by its name in the corpus; empty where there are no files to look at."""
+        return {}
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
@@ -75,16 +82,23 @@ class FileCorpus(Corpus):
         self.max_bytes = max_bytes
         self.about = about
 
-    def identity(self) -> dict[str, Any]:
+    def sources(self) -> dict[str, str]:
+        found = {}
+        for file in self._files_within_limit():
+            try:
+                stamp = f" {file.path.stat().st_mtime_ns}" if file.size > WHOLE_FILE_LIMIT else ""
+                found[file.name] = f"{file.size} {fingerprint(file.path)}{stamp}"
+            except OSError as error:
+                raise unreadable(file.path, error) from error
+        return found
+
+    def identity(self, sources: Mapping[str, str] | None = None) -> dict[str, Any]:
+        sources = self.sources() if sources is None else sources
         digest = hashlib.sha256()
         used = self._files_within_limit()
         for file in used:
-            stamp = f" {file.path.stat().st_mtime_ns}" if file.size > WHOLE_FILE_LIMIT else ""
-            try:
-                content = fingerprint(file.path)
-            except OSError as error:
-                raise unreadable(file.path, error) from error
-            digest.update(f"{file.name}\0{file.size}\0{content}{stamp}\n".encode("utf-8", "surrogateescape"))
+            size, _, content = sources[file.name].partition(" ")
+            digest.update(f"{file.name}\0{size}\0{content}\n".encode("utf-8", "surrogateescape"))
         return {
             "source": self.source,
             **self.about,
@@ -149,7 +163,7 @@ class HubCorpus(Corpus):
         self.text_field = text_field
         self.max_bytes = max_bytes
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, sources: Mapping[str, str] | None = None) -> dict[str, Any]:
         return {
             "source": self.source,
             "kind": "huggingface",
@@ -220,6 +234,8 @@ def open_corpus(source: str, *, text_field: str = "text", max_bytes: int | None 
 
     ``max_bytes`` ends reading after the document that reaches that many bytes of text; of several files it takes a
     sample by the hash of their names, of one file or dataset the beginning.
+    A record whose text is missing (null) or blank is passed over, in every kind of file and in datasets.
+
     Raises CorpusError when the source is missing, matches nothing or holds no supported file; reading raises it for
     a file that is empty, binary, not UTF-8, not JSON or without ``text_field``.
     """

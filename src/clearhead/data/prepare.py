@@ -7,13 +7,14 @@ import hashlib
 import json
 import shutil
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from clearhead.data.began import check_text, check_tokens
 from clearhead.data.cache import cache_dir, digest_json, fingerprint
 from clearhead.data.corpora import Corpus, open_corpus
 from clearhead.data.readers import CorpusError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 FORMAT = 1
+SOURCES = "sources.json"
 BATCH_BYTES = 2**20
 TOKENIZER_BYTES = 64 * 2**20
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG}
@@ -65,7 +67,9 @@ class PreparedData:
     identity: dict[str, Any]
 
 
-def prepare(spec: DataSpec, *, progress: Progress | None = None) -> PreparedData:
+def prepare(
+    spec: DataSpec, *, progress: Progress | None = None, began: Mapping[str, Any] | None = None
+) -> PreparedData:
     """Read, split, tokenize and store the corpus of ``spec``, or open what an earlier call stored.
 
     The split is by document: a document is validation when the hash of (seed, its text) falls below
@@ -76,21 +80,60 @@ def prepare(spec: DataSpec, *, progress: Progress | None = None) -> PreparedData
     Several processes may prepare at once: one works, the others wait for it. A killed one leaves nothing behind that
     is taken for whole, and damaged data is made again. While it works the disk holds the text once more.
 
+    began: the identity of the data that a run began with. Text, tokenizer and tokens that are not those any more are
+    refused, the file that differs named; so is a text that changes while it is read.
+
     Raises CorpusError for any fault of the corpus (see :func:`clearhead.data.corpora.open_corpus`), when it has fewer
     than two different documents, and when the cache directory cannot be written.
     """
     say = progress or (lambda message: None)
     corpus = open_corpus(spec.source, text_field=spec.text_field, max_bytes=spec.max_bytes)
     say(f"checking {spec.source}")
+    sources = corpus.sources()
     made_from = {
         "format": FORMAT,
         "spec": asdict(spec),
-        "corpus": corpus.identity(),
+        "corpus": corpus.identity(sources),
         "tokenizer_files": tokenizer_files(spec.tokenizer),
     }
-    folder = cache_dir() / "prepared" / digest_json(made_from)[:32]
+    folder = folder_of(made_from)
+    if began is not None:
+        check_text(began, made_from, (known_sources(began), sources))
+    prepared = stored(corpus, spec, made_from, sources, folder, say)
+    if began is not None:
+        check_tokens(began, prepared.identity, folder)
+    return prepared
+
+
+def folder_of(made_from: Mapping[str, Any]) -> Path:
+    """Where data made from this lies; ``made_from`` may say more."""
+    key = {name: made_from.get(name) for name in ("format", "spec", "corpus", "tokenizer_files")}
+    return cache_dir() / "prepared" / digest_json(key)[:32]
+
+
+def known_sources(identity: Mapping[str, Any]) -> dict[str, str]:
+    """The stamps of the files that data was made from; empty when the cache does not have them any more."""
+    try:
+        found = json.loads((folder_of(identity) / SOURCES).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def stored(
+    corpus: Corpus,
+    spec: DataSpec,
+    made_from: dict[str, Any],
+    sources: dict[str, str],
+    folder: Path,
+    say: Progress,
+) -> PreparedData:
+    """What ``folder`` holds, made first if it is not there."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder.parent, error) from error
+    try:
         lock = FileLock(folder.with_suffix(".lock"))
         try:
             lock.acquire(timeout=0)
@@ -105,6 +148,10 @@ def prepare(spec: DataSpec, *, progress: Progress | None = None) -> PreparedData
             shutil.rmtree(work, ignore_errors=True)
             try:
                 build(corpus, spec, made_from, work, say)
+                again = open_corpus(spec.source, text_field=spec.text_field, max_bytes=spec.max_bytes)
+                now = again.sources()
+                check_text(made_from, {"corpus": again.identity(now)}, (sources, now))
+                (work / SOURCES).write_text(json.dumps(sources))
                 work.rename(folder)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
@@ -113,14 +160,18 @@ def prepare(spec: DataSpec, *, progress: Progress | None = None) -> PreparedData
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        raise CorpusError(
-            f"the prepared data cannot be written under '{folder.parent}' ({error.strerror}): free space there or set "
-            "CLEARHEAD_CACHE to another directory"
-        ) from error
+        raise unwritable(folder.parent, error) from error
     prepared = load(folder)
     if prepared is None:
         raise CorpusError(f"the data just written to '{folder}' cannot be read back: check the disk")
     return prepared
+
+
+def unwritable(folder: Path, error: OSError) -> CorpusError:
+    return CorpusError(
+        f"the prepared data cannot be written under '{folder}' ({error.strerror}): free space there or set "
+        "CLEARHEAD_CACHE to another directory"
+    )
 
 
 def tokenizer_files(source: str) -> dict[str, str] | None:

@@ -126,7 +126,7 @@ def decode(raw: bytes, path: Path, offset: int) -> str:
 
 
 def read_json_lines(path: Path, name: str, field: str, opener: Callable[..., Any]) -> Iterator[Document]:
-    """A document a line: an object whose ``field`` is the text; blank lines and blank texts are passed over."""
+    """A document a line: an object whose ``field`` is the text; blank lines, blank texts and null are passed over."""
     offset = 0
     number = 0
     with opener(path, "rb") as file:
@@ -144,14 +144,14 @@ def read_json_lines(path: Path, name: str, field: str, opener: Callable[..., Any
             offset += len(raw)
             if line:
                 text = text_of(parse(line, path, number), field, f"line {number} of '{path}'")
-                if text.strip():
+                if text is not None and text.strip():
                     yield Document(f"{name}:{number}", text)
 
 
 def parse(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
         raise CorpusError(
             f"line {number} of '{path}' is not JSON ({error}): correct or remove the line"
         ) from error
@@ -163,13 +163,16 @@ def parse(line: str, path: Path, number: int) -> dict[str, Any]:
     return record
 
 
-def text_of(record: dict[str, Any], field: str, where: str) -> str:
+def text_of(record: dict[str, Any], field: str, where: str) -> str | None:
+    """The text of a record; None where it is null, as it is in a table where a value is missing."""
     if field not in record:
         raise CorpusError(
             f"{where} has no field '{field}'; its fields are {', '.join(sorted(record)) or 'none'}: "
             "set corpus.text_field to one of them"
         )
     text = record[field]
+    if text is None:
+        return None
     if not isinstance(text, str):
         raise CorpusError(
             f"field '{field}' in {where} is {type(text).__name__}, not text: set corpus.text_field"
@@ -189,7 +192,10 @@ def encodable(text: str, where: str) -> str:
 
 
 def read_parquet(path: Path, name: str, field: str) -> Iterator[Document]:
-    """A document a row, read batch by batch from the row groups."""
+    """A document a row, read batch by batch from the row groups; blank texts and missing values are passed over.
+
+    A text column is of strings of any kind, or a dictionary (categorical) of them.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -206,12 +212,31 @@ def read_parquet(path: Path, name: str, field: str) -> Iterator[Document]:
                 f"'{path}' has no column '{field}'; its columns are {', '.join(schema.names)}: "
                 "set corpus.text_field to one of them"
             )
+        if schema.names.count(field) > 1:
+            raise CorpusError(f"'{path}' has several columns '{field}': give each a name of its own")
         kind = schema.field(field).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if not is_text(kind.value_type if pa.types.is_dictionary(kind) else kind):
             raise CorpusError(f"column '{field}' of '{path}' is {kind}, not text: set corpus.text_field")
         row = 0
-        for batch in file.iter_batches(batch_size=256, columns=[field]):
-            for text in batch.column(0).to_pylist():
+        batches = file.iter_batches(batch_size=256, columns=[field])
+        while True:
+            try:
+                texts = next(batches).column(0).to_pylist()
+            except StopIteration:
+                return
+            except (pa.ArrowException, UnicodeDecodeError) as error:
+                raise CorpusError(
+                    f"'{path}' is broken after row {row} ({error}): make or download it again"
+                ) from error
+            for text in texts:
                 if text is not None and text.strip():
                     yield Document(f"{name}:{row}", text)
                 row += 1
+
+
+def is_text(kind: Any) -> bool:
+    """Whether a type of Arrow is of strings."""
+    import pyarrow as pa
+
+    checks = (pa.types.is_string, pa.types.is_large_string, getattr(pa.types, "is_string_view", None))
+    return any(check(kind) for check in checks if check is not None)

@@ -32,7 +32,7 @@ class Flex(Engine):
     def caps(self, device: str) -> Caps:
         # PyTorch 2.13 rejects float64 in the compiled CPU kernel.
         return Caps(
-            masks=frozenset({"causal", "window", "padding", "documents", "alibi"}),
+            masks=frozenset({"causal", "window", "padding", "documents", "alibi", "places"}),
             dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
             devices=frozenset({"cpu", "cuda", "mps", "xpu"}),
             grads=device not in ("cpu", "mps"),
@@ -45,8 +45,9 @@ class Flex(Engine):
         score = None
         if mask.slopes is not None:
             slopes = lower_slopes(mask.slopes, lowering, problem.kv_heads)
-            score = _score_mod(slopes.to(device, torch.float32), _offset(mask, queries, keys, device))
-        visibility = replace(mask, slopes=None)
+            slopes = slopes.to(torch.float32).to(device)
+            score = _score_mod(slopes, _offset(mask, queries, keys, device), mask.places)
+        visibility = replace(mask, slopes=None, places=None)
         if visibility.is_open(queries, keys):
             return FlexMask(None, score)
         batches = [part.shape[0] for part in (mask.key_padding, mask.documents) if part is not None]
@@ -90,11 +91,19 @@ def _offset(mask: MaskSpec, queries: int, keys: int, device: str) -> Tensor:
     return torch.as_tensor(keys - queries if mask.offset is None else mask.offset, device=device)
 
 
-def _score_mod(slopes: Tensor, offset: Tensor) -> Callable[..., Tensor]:
+def _score_mod(slopes: Tensor, offset: Tensor, places: tuple[Tensor, Tensor] | None) -> Callable[..., Tensor]:
     def biased(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return score - slopes[h] * (k - q - offset).abs()
 
-    return biased
+    if places is None:
+        return biased
+    own, theirs = places
+
+    def placed(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        distance = theirs[b if theirs.shape[0] > 1 else 0, k] - own[b if own.shape[0] > 1 else 0, q]
+        return score - slopes[h] * distance.abs()
+
+    return placed
 
 
 def _mask_mod(mask: MaskSpec, offset: Tensor) -> Callable[..., Tensor]:

@@ -128,20 +128,22 @@ def _bands(mask: MaskSpec, diagonals: Tensor, queries: int, keys: int) -> tuple[
     Forwards it would be [h, j − i], and tensors have no negative strides.
     """
     offset = keys - queries if mask.offset is None else mask.offset
-    narrows = (mask.is_causal or mask.window is not None) and not isinstance(offset, Tensor)
-    rows = _ROWS if narrows else queries
+    # Bands are counted in Python, which would tie an exported graph to the length of its example.
+    narrows = (mask.is_causal or mask.window is not None) and not torch.compiler.is_exporting()
+    at = None if isinstance(offset, Tensor) or not narrows else offset
+    rows = queries if at is None else _ROWS
     bands = []
-    for first in range(0, queries, rows):
-        end = min(first + rows, queries)
+    for first in (0,) if at is None else range(0, queries, rows):
+        end = queries if at is None else min(first + rows, queries)
         start, stop = 0, keys
-        if not isinstance(offset, Tensor):
+        if at is not None:
             if mask.window is not None:
-                start, stop = first + offset - mask.window + 1, end + offset + mask.window - 1
+                start, stop = first + at - mask.window + 1, end + at + mask.window - 1
             if mask.is_causal:
-                stop = end + offset
-        # At least one key, hidden or not: rows that see none are zeros, which takes a softmax to say.
-        start = min(max(start, 0), keys - 1)
-        stop = max(min(stop, keys), start + 1)
+                stop = end + at
+            # At least one key, hidden or not: rows that see none are zeros, which takes a softmax to say.
+            start = min(max(start, 0), keys - 1)
+            stop = max(min(stop, keys), start + 1)
         part = diagonals[:, queries - end + start :]
         heads, stride = part.shape[0], part.stride(0)
         shape = (1, heads, end - first, stop - start)

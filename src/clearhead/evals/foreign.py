@@ -10,7 +10,6 @@ runs/NAME/recipe.toml   env.json   arms/ARM/seed-0/   subject.json  status.json 
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -26,6 +25,7 @@ from clearhead.evals.fused import use_fused
 from clearhead.evals.gguf import is_gguf, load_gguf, open_gguf
 from clearhead.evals.results import read_json, slugify
 from clearhead.evals.texts import open_texts
+from clearhead.train.recipe_io import read_toml
 from clearhead.train.rundir import RunError, environment
 from clearhead.train.status import Status, write_json, write_status, write_text
 
@@ -69,7 +69,14 @@ def is_foreign(source: str) -> bool:
 def reopened(directory: Path) -> ForeignSpec | None:
     """What an earlier evaluation wrote into its run directory; None where there is none."""
     found = sorted(directory.glob("arms/*/seed-0/subject.json"))
-    return ForeignSpec(**read_json(found[0])) if found else None
+    if not found:
+        return None
+    try:
+        return ForeignSpec(**read_json(found[0]))
+    except TypeError as error:
+        raise RunError(
+            f"{str(found[0])!r} does not say which model was evaluated ({error}); restore it"
+        ) from None
 
 
 class ForeignLoader:
@@ -192,13 +199,19 @@ def load(kind: Any, source: str, what: str) -> Any:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return kind.from_pretrained(source)
+        # Weights in pickles are not read: they can run code.
+        return kind.from_pretrained(source, **({"use_safetensors": True} if _has_weights(kind) else {}))
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         raise _unreachable(source, what, error) from error
     except (OSError, ValueError, KeyError) as error:
         if not Path(source).is_dir():
             raise _unreachable(source, what, error) from error
         raise ValueError(f"{what} in {source!r} cannot be loaded: {reason_of(error)}") from error
+
+
+def _has_weights(kind: Any) -> bool:
+    """Whether an Auto class is one of models, not of configurations or tokenizers."""
+    return str(kind.__name__).startswith("AutoModel")
 
 
 def _unreachable(source: str, what: str, error: Exception) -> ValueError:
@@ -233,7 +246,7 @@ def open_foreign_run(directory: Path, loader: ForeignLoader, suites: list[str]) 
         )
     earlier = directory / "recipe.toml"
     if earlier.exists():
-        before = tomllib.loads(earlier.read_text(encoding="utf-8"))["evaluate"]["suites"]
+        before = read_toml(earlier).get("evaluate", {}).get("suites", [])
         suites = list(dict.fromkeys([*before, *suites]))
     recipe: dict[str, Any] = {
         "name": name,

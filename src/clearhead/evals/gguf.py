@@ -186,14 +186,19 @@ def load_gguf(kind: Any, path: Path, what: str) -> Any:
     if kind is AutoTokenizer and len(found) > file.tokens:
         found = _within(found, file.tokens)
     if kind is AutoConfig:
-        rotary = found.get_text_config().to_dict().get("rope_parameters") or {}
-        if file.scaling and rotary.get("rope_type", "default") == "default":
-            raise ValueError(
-                f"{str(path)!r} has a rotary scaling ({file.scaling}) that transformers does not read from GGUF "
-                "files, and would be computed without it; give the original model's directory or hub id"
-            )
+        refuse_lost_scaling(file, found)
     found.name_or_path = str(path)
     return found
+
+
+def refuse_lost_scaling(file: GgufFile, config: Any) -> None:
+    """Raise ValueError for a configuration that lacks the rotary scaling of its file."""
+    rotary = config.get_text_config().to_dict().get("rope_parameters") or {}
+    if file.scaling and rotary.get("rope_type", "default") == "default":
+        raise ValueError(
+            f"{str(file.path)!r} has a rotary scaling ({file.scaling}) that transformers does not read from GGUF "
+            "files, and would be computed without it; give the original model's directory or hub id"
+        )
 
 
 def _model(folder: str, path: Path) -> PreTrainedModel:

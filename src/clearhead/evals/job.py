@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from pydantic import ValidationError
 
+from clearhead.data.began import check_sets, set_stamps
 from clearhead.evals.base import Evaluation, Subject
 from clearhead.evals.finite import watched
 from clearhead.evals.foreign import DEFAULT_SUITES, ForeignLoader, ForeignSpec, open_foreign_run
 from clearhead.evals.results import read_json, read_metrics
 from clearhead.registry import did_you_mean, resolve
+from clearhead.train.checksums import check_model
 from clearhead.train.recipe import Job
 from clearhead.train.recipe_io import load_job
-from clearhead.train.rundir import exclusive
+from clearhead.train.rundir import exclusive, kept_data
 from clearhead.train.status import Status, write_json, write_status
 
 if TYPE_CHECKING:
@@ -92,17 +94,21 @@ def run_suites(
 ) -> list[str]:
     """Each evaluation with its options, unless its result is there; the names of those that ran."""
     ran = []
+    began = (kept_data(job_dir) or {}).get("evaluation_sets", {})
     # All options are checked before the first evaluation takes its time.
     ready = {name: checked(name, options) for name, options in given.items()}
     for name, (evaluation, config) in ready.items():
         plain = config.model_dump(mode="json")
         target = job_dir / "results" / f"{name}.json"
-        if _is_done(target, plain):
+        sets = set_stamps(plain)
+        check_sets(began, sets)
+        if _is_done(target, plain, sets):
             continue
         if progress is not None:
             progress(f"{arm}, seed {seed}: {name}")
         started = time.monotonic()
         values = measured(evaluation, loader.subject, config)
+        check_sets(sets, set_stamps(plain))
         if progress is not None and (remark := evaluation.remark(values)):
             progress(remark)
         target.parent.mkdir(exist_ok=True)
@@ -113,6 +119,7 @@ def run_suites(
                 "arm": arm,
                 "seed": seed,
                 "config": plain,
+                **({"sets": sets} if sets else {}),
                 "seconds": round(time.monotonic() - started, 2),
                 "values": values,
             },
@@ -171,13 +178,13 @@ def parse_options(texts: Sequence[str], suites: Sequence[str]) -> dict[str, dict
     return found
 
 
-def _is_done(target: Path, options: dict[str, Any]) -> bool:
-    """Whether a result with these options exists; a broken file counts as none, for it is about to be replaced."""
+def _is_done(target: Path, options: dict[str, Any], sets: Mapping[str, str]) -> bool:
+    """Whether a result with these options, of these sets, exists; a broken file, about to be replaced, is none."""
     try:
         record = read_json(target)
     except ValueError:
         return False
-    return bool(record) and record.get("config") == options
+    return bool(record) and record.get("config") == options and record.get("sets", sets) == sets
 
 
 class _Loader:
@@ -196,9 +203,10 @@ class _Loader:
         from clearhead.train.rows import data_spec, needle_range
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        data = prepare(data_spec(self.job))
+        data = prepare(data_spec(self.job), began=kept_data(self.job_dir))
+        check_model(self.job_dir / "model")
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            self.job_dir / "model", device_map=device
+            self.job_dir / "model", device_map=device, use_safetensors=True
         ).eval()
 
         def untrained() -> PreTrainedModel:

@@ -61,9 +61,10 @@ def json_lines(path: Path) -> Iterator[Record]:
 
 
 def _list(path: Path) -> Iterator[Record]:
+    text = decode(path.read_bytes(), path, 0)
     try:
-        value = json.loads(decode(path.read_bytes(), path, 0))
-    except json.JSONDecodeError as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"'{path}' is not JSON ({error}): correct it") from error
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

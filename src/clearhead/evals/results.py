@@ -6,12 +6,13 @@ error that names it, except the last line of ``metrics.jsonl``, which a killed p
 
 from __future__ import annotations
 
-import json
 import re
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from clearhead.train.recipe_io import read_toml
+from clearhead.train.status import read_lines, read_object
 
 
 @dataclass(frozen=True)
@@ -64,33 +65,42 @@ class RunResults:
         Only what was measured with the same options can be compared: with the options that most records have. Others,
         left by an interrupted re-evaluation, count as missing, as do skipped ones.
         """
-        options = self._options(evaluation)
+        options, sets = self._options(evaluation)
         found: dict[str, dict[int, dict[str, Any]]] = {}
         for arm in self.arms:
             for seed, record in arm.records(evaluation).items():
-                if record.get("config") == options and "skipped" not in record["values"]:
+                if _same(record, options, sets) and "skipped" not in record["values"]:
                     found.setdefault(arm.name, {})[seed] = record["values"]
         return found
 
     def skipped(self, evaluation: str) -> list[str]:
         """Why results are not there, one entry a reason, with the arms that it concerns."""
-        options = self._options(evaluation)
+        options, sets = self._options(evaluation)
         reasons: dict[str, list[str]] = {}
         for arm in self.arms:
             for record in arm.records(evaluation).values():
                 reason = record["values"].get("skipped")
-                if record.get("config") != options:
-                    reason = "measured with other options than the rest; clearhead evaluate measures it again"
+                if not _same(record, options, sets):
+                    what = "options" if record.get("config") != options else "contents of its evaluation sets"
+                    reason = f"measured with other {what} than the rest; clearhead evaluate measures it again"
                 if reason is not None and arm.name not in reasons.setdefault(str(reason), []):
                     reasons[str(reason)].append(arm.name)
         return [f"{', '.join(arms)}: {reason}" for reason, arms in reasons.items()]
 
-    def _options(self, evaluation: str) -> dict[str, Any] | None:
-        """The options that most records of an evaluation were measured with, the first ones if it is a tie."""
-        all_options = [
-            record.get("config") for arm in self.arms for record in arm.records(evaluation).values()
-        ]
-        return max(all_options, key=all_options.count, default=None)
+    def _options(self, evaluation: str) -> tuple[dict[str, Any] | None, dict[str, str] | None]:
+        """What most records of an evaluation were measured with, the first if it is a tie: options, stamps of sets."""
+        records = [record for arm in self.arms for record in arm.records(evaluation).values()]
+        options = _commonest([record.get("config") for record in records])
+        return options, _commonest([r["sets"] for r in records if r.get("config") == options and "sets" in r])
+
+
+def _commonest(found: list[Any]) -> Any:
+    return max(found, key=found.count, default=None)
+
+
+def _same(record: dict[str, Any], options: dict[str, Any] | None, sets: dict[str, str] | None) -> bool:
+    """Whether a record was measured with these; one from before stamps were kept may be of any sets."""
+    return record.get("config") == options and record.get("sets", sets) == sets
 
 
 def slugify(name: str) -> str:
@@ -99,34 +109,13 @@ def slugify(name: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or ``{}`` if the file does not exist."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); delete it to have it made again") from error
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{path} holds {type(value).__name__}, expected an object; delete it to have it made again"
-        )
-    return value
+    """A JSON object, or ``{}`` if the file does not exist. Raises ValueError that names a broken file."""
+    return read_object(path) if path.exists() else {}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a ``metrics.jsonl``, the last one for each step and kind: a resumed run repeats some steps."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records: dict[tuple[int, bool], dict[str, Any]] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}, is not valid JSON ({error})") from error
-        records[int(record["step"]), "probe" in record] = record
+    records = {(int(record["step"]), "probe" in record): record for record in read_lines(path)}
     return [records[key] for key in sorted(records)]
 
 
@@ -136,13 +125,19 @@ def load_run(directory: str | Path) -> RunResults:
     recipe_file = root / "recipe.toml"
     if not recipe_file.exists():
         raise FileNotFoundError(f"{root} is not a run directory: it has no recipe.toml")
-    recipe = tomllib.loads(recipe_file.read_text(encoding="utf-8"))
-    seeds = [int(seed) for seed in recipe.get("seeds", [0])]
+    recipe = read_toml(recipe_file)
+    try:
+        seeds = [int(seed) for seed in recipe.get("seeds", [0])]
+        named = [(str(arm["name"]), str(arm.get("attention", "softmax"))) for arm in recipe.get("arms", [])]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{recipe_file} is not the recipe of a run: its seeds or arms cannot be read ({error})"
+        ) from error
     arms = []
-    for arm in recipe.get("arms", []):
-        slug = slugify(arm["name"])
+    for name, attention in named:
+        slug = slugify(name)
         runs = {seed: _load_seed(root / "arms" / slug / f"seed-{seed}") for seed in seeds}
-        arms.append(ArmResults(arm["name"], slug, arm.get("attention", "softmax"), runs))
+        arms.append(ArmResults(name, slug, attention, runs))
     if not arms:
         raise ValueError(f"{recipe_file} names no arms")
     return RunResults(recipe, read_json(root / "env.json"), arms)

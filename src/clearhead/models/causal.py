@@ -3,9 +3,10 @@
 Legend: B batch, H output heads, L queries, S keys, V vocabulary.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,12 @@ from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from clearhead.core.attend import Prepared, mixing_of, prepare
+from clearhead.core.attend import mixing_of
 from clearhead.core.dispatch import Backend, Problem, automatic_backends, load_backend
 from clearhead.core.masks import MaskSpec
 from clearhead.core.modes import active_modes
 from clearhead.core.norm import RMSNorm
+from clearhead.models.arguments import check_keywords, packed_numbers
 from clearhead.models.config import AUTOMATIC, ClearheadConfig
 from clearhead.models.generation import ClearheadGeneration
 from clearhead.models.inputs import (
@@ -31,6 +33,7 @@ from clearhead.models.inputs import (
     request_lengths,
 )
 from clearhead.models.layers import ClearheadDecoderLayer
+from clearhead.models.shared import Plans, Shared
 from clearhead.positions.base import Position, Rotation
 from clearhead.registry import names
 from clearhead.variants.base import Variant
@@ -131,21 +134,32 @@ class ClearheadModel(ClearheadPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         rope_length: int | Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Token ids (B, L) to hidden states (B, L, hidden_size).
 
-        attention_mask: (B, S) with 1 for real tokens, or (B, 1 or H, L, S) bool or additive, which then says
-            everything.
-        position_ids:   (B or 1, L). Without them they count real tokens. Given without mask and past_key_values,
-            positions that restart mean packed documents that cannot see each other.
+        attention_mask: (B, S) with 1 for real tokens and 0 for padding, or (B, 1 or H, L, S) bool or additive, which
+            then says everything.
+        position_ids:   integers (B or 1, L). Without them they count real tokens. In a call that extends no cache,
+            positions that restart among real tokens mean packed documents that cannot see each other. Without a mask
+            one that does not follow its neighbour is a restart, as in transformers; beside one only one that goes back.
         rope_length:    the length of the whole request in tokens, or (B,) of each row's, for rope scalings that depend
             on it; others do not look at it. By default the longest position + 1 of the row, or of each packed document:
             no neighbour changes a row. Calls that extend a cache past the trained length must all be given the same
-            one (`generate` does); one that is missing is an error. A cache of fixed size counts as full, because
-            asking how full it is would stall its device.
+            one (`generate` does); one that is missing, or shorter than the request, is an error. A cache of fixed size
+            counts as full, because asking how full it is would stall its device.
         output_attentions: effective maps (B, H, L, S) a layer, A1 − λ A2 for the differential variants, from the
-            engine that has maps: chosen by itself under "clearhead", to be named otherwise ("eager").
+            engine that has maps: chosen by itself under "clearhead", to be named otherwise ("eager"). What follows is
+            computed from them, so they have gradients.
+        kwargs: what transformers' tools hand to any model. cu_seq_lens_q and seq_idx mean packed documents too; another
+            name that transformers' models do not have either is a TypeError.
         """
+        check_keywords(kwargs, _ARGUMENTS)
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise ValueError(
+                "torch.jit.trace keeps what it sees of its example (nothing is padded, say) for every input after it; "
+                "export with torch.export"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -161,20 +175,29 @@ class ClearheadModel(ClearheadPreTrainedModel):
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
 
-        # Positions that restart say the same whether or not this call starts a cache.
-        packed_ok = past_key_values is None
-        if use_cache and past_key_values is None:
+        if past_key_values is not None:
+            self._check_cache(past_key_values)
+        elif use_cache:
             past_key_values = DynamicCache(config=self.config)
-        placed = place(inputs_embeds, attention_mask, position_ids, past_key_values, packed_ok)
-        methods = self.position_methods()
-        length = request_lengths(methods.values(), rope_length, placed, inputs_embeds.shape[0])
+        methods, batch = self.position_methods(), inputs_embeds.shape[0]
+        slopes = self._slopes()
+        placed = place(
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            packed_numbers(kwargs, batch, inputs_embeds.shape[1]),
+            distances=any(found is not None for found in slopes.values()),
+        )
+        length = request_lengths(methods.values(), rope_length, placed, batch, past_key_values)
         compact = self.config.compact_cache and past_key_values is not None
         keys = key_positions(placed) if compact else None
-        rotations = {
-            name: method.rotation(placed.positions, keys, length=length) for name, method in methods.items()
-        }
-        tables = self._tables(rotations, inputs_embeds) if compact else {}
-        prepared = self._prepare_each(inputs_embeds, placed, output_attentions)
+        plans = self._plan_each(inputs_embeds, placed, slopes, output_attentions)
+        shared = {}
+        for name, method in methods.items():
+            rotation = method(placed.positions, keys, length, inputs_embeds.dtype)
+            table = self._table(rotation, inputs_embeds) if compact else None
+            shared[name] = Shared(inputs_embeds.device, rotation, plans[name], table)
 
         hidden_states = inputs_embeds
         states: tuple[Tensor, ...] = ()
@@ -184,11 +207,9 @@ class ClearheadModel(ClearheadPreTrainedModel):
                 states = (*states, hidden_states)
             hidden_states, layer_map = layer(
                 hidden_states,
-                rotations[position],
-                prepared[position],
+                shared[position],
                 past_key_values=past_key_values,
                 output_attentions=output_attentions,
-                table=tables.get(position),
             )
             if layer_map is not None:
                 maps = (*maps, layer_map)
@@ -200,37 +221,44 @@ class ClearheadModel(ClearheadPreTrainedModel):
             attentions=maps if output_attentions else None,
         )
 
-    def _tables(self, rotations: Mapping[str, Rotation], inputs_embeds: Tensor) -> dict[str, Tensor]:
-        """What turns held keys into keys, for each position method; in float64 for float64 models."""
-        placement = self._decoder_layers()[0].self_attn.variant.placement
+    def _table(self, rotation: Rotation, inputs_embeds: Tensor) -> Tensor:
+        """What turns held keys into keys; in float64 for float64 models."""
+        placement = self._variant().placement
         assert placement is not None
         wide = torch.promote_types(torch.float32, inputs_embeds.dtype)
-        return {name: placement.table(found, inputs_embeds.device, wide) for name, found in rotations.items()}
+        return placement.table(rotation, inputs_embeds.device, wide)
 
     def position_methods(self) -> dict[str, Position]:
         """The position methods in use, by name."""
         return {name: cast(Position, method) for name, method in self.positions.items()}
 
-    def _prepare_each(
-        self, inputs_embeds: Tensor, placed: Placed, output_attentions: bool
-    ) -> dict[str, Prepared]:
+    def _slopes(self) -> dict[str, Tensor | None]:
+        """Those of each position method."""
+        heads = self._variant().sizes.heads
+        return {name: method.slopes(heads) for name, method in self.position_methods().items()}
+
+    def _plan_each(
+        self,
+        inputs_embeds: Tensor,
+        placed: Placed,
+        slopes: Mapping[str, Tensor | None],
+        output_attentions: bool,
+    ) -> dict[str, Plans]:
         """A plan and a mask for each position method; those without slopes share theirs."""
-        heads = self._decoder_layers()[0].self_attn.variant.sizes.heads
-        plain: Prepared | None = None
+        plain: Plans | None = None
         found = {}
-        for name, method in self.position_methods().items():
-            slopes = method.slopes(heads)
-            if slopes is not None:
-                own = replace(placed.mask, slopes=slopes, offset=placed.past)
-                found[name] = self._prepare(inputs_embeds, own, placed.keys, output_attentions)
+        for name, own in slopes.items():
+            if own is not None:
+                mask = replace(placed.mask, slopes=own, offset=placed.past, places=placed.places)
+                found[name] = self._plan(inputs_embeds, mask, placed.keys, output_attentions)
                 continue
             if plain is None:
-                plain = self._prepare(inputs_embeds, placed.mask, placed.keys, output_attentions)
+                plain = self._plan(inputs_embeds, placed.mask, placed.keys, output_attentions)
             found[name] = plain
         return found
 
-    def _prepare(self, inputs_embeds: Tensor, mask: MaskSpec, keys: int, output_attentions: bool) -> Prepared:
-        variant = self._decoder_layers()[0].self_attn.variant
+    def _plan(self, inputs_embeds: Tensor, mask: MaskSpec, keys: int, output_attentions: bool) -> Plans:
+        variant = self._variant()
         sizes = variant.sizes
         problem = Problem(
             streams=sizes.query_streams,
@@ -252,16 +280,39 @@ class ClearheadModel(ClearheadPreTrainedModel):
             modes=active_modes(),
         )
         implementation = self.config._attn_implementation or AUTOMATIC
-        return prepare(backends_for(implementation), problem, mask, automatic=implementation == AUTOMATIC)
+        return Plans.make(problem, mask, backends_for(implementation), implementation == AUTOMATIC)
+
+    def _check_cache(self, cache: Cache) -> None:
+        """ValueError for keys and values that no layer here has written."""
+        layers = getattr(cache, "layers", None)
+        held = getattr(layers[0], "keys", None) if layers else None
+        if not isinstance(held, Tensor) or held.ndim != 4:
+            return
+        sizes = self._variant().sizes
+        width = sizes.key_streams * sizes.key_width // (2 if self.config.compact_cache else 1)
+        if (held.shape[1], held.shape[3]) != (sizes.kv_heads, width):
+            compact = " with compact_cache" if self.config.compact_cache else ""
+            raise ValueError(
+                f"past_key_values hold keys of {held.shape[1]} heads, {held.shape[3]} wide; attention "
+                f"{self.config.attention!r}{compact} has {sizes.kv_heads} heads, {width} wide. PEFT's prefix tuning "
+                "makes keys for the Transformer twin and cannot be used here; prompt tuning and LoRA can"
+            )
+
+    def _variant(self) -> Variant:
+        """The first layer's, for what all layers have alike."""
+        return self._decoder_layers()[0].self_attn.variant
 
     def _decoder_layers(self) -> list[ClearheadDecoderLayer]:
         return [layer for layer in self.layers if isinstance(layer, ClearheadDecoderLayer)]
 
     def _compute_dtype(self, inputs_embeds: Tensor) -> torch.dtype:
         device = inputs_embeds.device.type
-        if torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return inputs_embeds.dtype
+
+
+_ARGUMENTS = inspect.signature(ClearheadModel.forward).parameters
 
 
 # Hugging Face looks for its mixin among the direct bases.
@@ -297,12 +348,15 @@ class ClearheadForCausalLM(ClearheadPreTrainedModel, ClearheadGeneration, Genera
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
+        shift_labels: Tensor | None = None,
         rope_length: int | Tensor | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Token ids (B, L) to logits (B, L, V), and the loss in nats a token if labels (B, L) are given.
 
-        labels are not shifted; −100 is ignored. `num_items_in_batch` divides the summed loss instead of the number
-        of labels here, for gradient accumulation. The rest as for `ClearheadModel.forward`.
+        labels are not shifted, shift_labels are and go before them; −100 is ignored. `num_items_in_batch` divides the
+        summed loss instead of the number of labels here, for gradient accumulation. The rest as for
+        `ClearheadModel.forward`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -315,13 +369,15 @@ class ClearheadForCausalLM(ClearheadPreTrainedModel, ClearheadGeneration, Genera
             output_hidden_states=output_hidden_states,
             return_dict=True,
             rope_length=rope_length,
+            **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
-        if labels is not None:
+        if labels is not None or shift_labels is not None:
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
+                shift_labels=shift_labels,
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
@@ -350,7 +406,7 @@ class ClearheadForCausalLM(ClearheadPreTrainedModel, ClearheadGeneration, Genera
             return found
         states = self.model(input_ids=input_ids, use_cache=False, output_hidden_states=True).hidden_states
         for index, layer in enumerate(layers):
-            gate = layer.self_attn.variant.gate(layer.input_layernorm(states[index]))
+            gate = layer.self_attn.variant(layer.input_layernorm(states[index]))
             if index not in found and gate is not None:
                 found[index] = float(gate.mean())
         return found

@@ -205,8 +205,12 @@ class ClearheadConfig(PreTrainedConfig):
         """The position methods that the layers use, by name: one instance for all layers of a name."""
         assert self.head_dim is not None
         made: dict[str, Position] = {}
-        for name in dict.fromkeys(self.positions_by_layer):
-            method = resolve("positions", name)
+        methods = {name: resolve("positions", name) for name in dict.fromkeys(self.positions_by_layer)}
+        # In a mix they are those of the layers that turn.
+        if not any(method.rotates for method in methods.values()):
+            for method in methods.values():
+                method.check_scaling(self.rope_parameters or {})
+        for name, method in methods.items():
             made[name] = method.from_rope_parameters(
                 self.head_dim, self.rope_parameters or {}, self.max_position_embeddings
             )

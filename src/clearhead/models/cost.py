@@ -4,6 +4,7 @@ Legend: H heads of one stream, G key-value heads, D key width, E value width, K 
 """
 
 import torch
+from torch import nn
 
 from clearhead.core.heads import Widths
 from clearhead.models.config import ClearheadConfig
@@ -21,16 +22,19 @@ def parameters(config: ClearheadConfig) -> int:
 def forward_flops_per_token(config: ClearheadConfig, context: int) -> int:
     """Floating-point operations of a forward pass per token, averaged over the tokens of one row of `context` tokens.
 
-    Two for every weight of a matrix product, and 2·D + 2·E for every head, stream and visible key; token i sees i + 1
-    keys. Norms, rotations and activations are left out. This is the cost of the mechanism: a lowering that computes
-    scores more than once (FlashDiffAttn_2) pays more. Training costs three times a forward pass.
+    Two for every weight of a matrix product, the variant's own (V2's λ projection) among them, and 2·D + 2·E for every
+    head, stream and visible key; token i sees i + 1 keys. Norms, rotations and activations are left out. This is the
+    cost of the mechanism: a lowering that computes scores more than once (FlashDiffAttn_2) pays more. Training costs
+    three times a forward pass.
     """
     assert config.intermediate_size is not None
     mean_keys = (context + 1) / 2
     total = 2.0 * config.hidden_size * config.vocab_size
     for layer in range(config.num_hidden_layers):
         sizes = _widths(config, layer)
-        projections = config.hidden_size * (sizes.q + sizes.k + sizes.v + sizes.o)
+        projections = config.hidden_size * (sizes.q + sizes.k + sizes.v + sizes.o) + _own_products(
+            config, layer
+        )
         gated = 3 * config.hidden_size * config.intermediate_size
         scores = sizes.query_streams * sizes.heads * (sizes.key_width + sizes.value_width) * mean_keys
         total += 2 * (projections + gated + scores)
@@ -45,6 +49,13 @@ def kv_bytes_per_token(config: ClearheadConfig, dtype: torch.dtype) -> int:
         keys = sizes.key_streams * sizes.key_width // (2 if config.compact_cache else 1)
         numbers += sizes.kv_heads * (keys + sizes.value_width)
     return numbers * dtype.itemsize
+
+
+def _own_products(config: ClearheadConfig, layer: int) -> int:
+    """Weights of the variant's own matrix products, which its widths do not tell."""
+    with torch.device("meta"):
+        modules = list(config.make_variant(layer).modules())
+    return sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))
 
 
 def _widths(config: ClearheadConfig, layer: int) -> Widths:

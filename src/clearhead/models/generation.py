@@ -1,4 +1,4 @@
-"""What `generate` has to know of these models: their masks, and how long a request will become.
+"""What `generate` has to know of these models: their masks and positions, and how long a request will become.
 
 Legend: B batch, S keys.
 """
@@ -6,13 +6,15 @@ Legend: B batch, S keys.
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
+from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 from transformers.generation.utils import GenerationMixin
 
 from clearhead.models.inputs import depends_on_length, shortest_trained_length
 from clearhead.positions.base import Position
-from clearhead.positions.length import check_cached_length
+from clearhead.positions.length import check_cached_length, check_given_length, given_length
 
 
 class ClearheadGeneration(GenerationMixin, ABC):
@@ -23,9 +25,39 @@ class ClearheadGeneration(GenerationMixin, ABC):
         """The position methods in use, by name."""
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None, **unused: Any) -> Tensor | None:
-        """Keep the 2-D mask: the model turns it into its engine's form, for caches of fixed size too."""
-        return attention_mask
+    def create_masks_for_generate(
+        attention_mask: Tensor | None, past_key_values: Cache | None = None, **unused: Any
+    ) -> Tensor | None:
+        """Keep the 2-D mask, which the model turns into its engine's form, as wide as a cache of fixed size.
+
+        One shape for all steps of a request, so one compiled graph.
+        """
+        if (
+            attention_mask is None
+            or past_key_values is None
+            or not getattr(past_key_values, "is_compileable", False)
+        ):
+            return attention_mask
+        missing = past_key_values.get_mask_sizes(1, 0)[0] - attention_mask.shape[1]
+        return F.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
+
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Counts real tokens as the model does.
+
+        transformers has 0 at padded places: what is generated behind padding on the right would start at 1 again.
+        """
+        positions: Tensor = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)  # type: ignore[misc]
+        mask = model_kwargs.get("attention_mask")
+        return positions if mask is None else (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+    def init_continuous_batching(self, *unused: Any, **unused_too: Any) -> Any:
+        """Not there: every layer would get a paged cache of another kind. ValueError, not empty completions."""
+        raise ValueError(
+            "generate_batch (continuous batching) is not there for clearhead models, which take no paged cache: "
+            "give generate a left-padded batch"
+        )
 
     def _prepare_generated_length(
         self,
@@ -59,16 +91,19 @@ class ClearheadGeneration(GenerationMixin, ABC):
         """Freezes the length of each row's request, real prompt tokens and all that may be generated, for rope scalings
         that depend on it. Called once a request, after beams are expanded and positions are counted."""
         cache = model_kwargs.get("past_key_values")
+        filled = 0 if cache is None else int(cache.get_seq_length())
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         methods = self.position_methods().values()
-        if model_kwargs.get("rope_length") is not None or not depends_on_length(methods):
+        if not depends_on_length(methods):
             return
         new: int = generation_config._max_new_tokens  # type: ignore[attr-defined]
-        lengths = model_kwargs["position_ids"].amax(dim=1) + 1 + new
-        if cache is not None:
-            check_cached_length(
-                shortest_trained_length(methods), int(cache.get_seq_length()), int(lengths.max())
-            )
+        positions = model_kwargs["position_ids"]
+        lengths = positions.amax(dim=1) + 1 + new
+        given = model_kwargs.get("rope_length")
+        if given is not None:
+            check_given_length(given_length(given, positions.shape[0], positions.device), lengths[:, None])
+            return
+        check_cached_length(shortest_trained_length(methods), filled, int(lengths.max()))
         model_kwargs["rope_length"] = lengths

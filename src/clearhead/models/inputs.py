@@ -7,25 +7,41 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from clearhead.core.masks import MaskSpec, packed_documents, written
+from clearhead.core.values import demand, readable
+from clearhead.models.arguments import (
+    check_dense,
+    check_mask_shape,
+    check_position_ids,
+    has_padding,
+)
+from clearhead.models.places import places_behind, places_of_dense, places_of_row, restarts
 from clearhead.positions.base import Position
-from clearhead.positions.length import check_cached_length, given_length, longest_request
+from clearhead.positions.length import (
+    check_cached_length,
+    check_given_length,
+    given_length,
+    longest_request,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
     """The mask of a forward pass, the positions (B or 1, L) of its queries, and the number of keys it will see.
 
-    past: how many of the keys were there before: a tensor in a cache of fixed size, None without a cache.
+    past:   how many of the keys were there before: a tensor in a cache of fixed size, None without a cache.
+    places: `MaskSpec.places`, for layers whose logits depend on distances.
     """
 
     mask: MaskSpec
     positions: Tensor
     keys: int
     past: int | Tensor | None
+    places: tuple[Tensor, Tensor] | None = None
 
 
 def place(
@@ -33,42 +49,87 @@ def place(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cache: Cache | None,
-    packed_ok: bool,
+    packed: Tensor | None = None,
+    distances: bool = False,
 ) -> Placed:
     """What `ClearheadModel.forward` says about its arguments, in one value.
 
-    packed_ok: whether positions that restart mean documents, as in a call that starts no cache of its own.
+    packed:    (B or 1, L) document numbers that were given as such.
+    distances: whether a layer asks for `Placed.places`.
+    On an accelerator at most one value is waited for: whether anything is padded, or packed.
     """
     batch, queries = inputs_embeds.shape[:2]
+    device = inputs_embeds.device
     known = None if cache is None else written(cache.get_seq_length())
     past = 0 if known is None else known
+    fresh = isinstance(past, int) and past == 0
     keys = queries if cache is None else cache.get_mask_sizes(queries, 0)[0]
-    tracing = torch.compiler.is_compiling()
+    check_position_ids(position_ids, batch, queries)
+    slots = (torch.arange(queries, device=device) + past)[None]
+    if packed is not None:
+        if not fresh:
+            raise ValueError("packed documents cannot extend a cache: cached keys carry no document numbers")
+        if position_ids is None:
+            position_ids = _counted_within(packed)
     if attention_mask is not None and attention_mask.ndim == 4:
-        if position_ids is None:
-            position_ids = (torch.arange(queries, device=inputs_embeds.device) + past)[None]
-        return Placed(MaskSpec(dense=attention_mask[..., :keys]), position_ids, keys, known)
-    if position_ids is not None and tuple(position_ids.shape) not in ((1, queries), (batch, queries)):
-        raise ValueError(
-            f"position_ids has shape {tuple(position_ids.shape)}; expected {(batch, queries)} or {(1, queries)}"
-        )
+        check_dense(attention_mask, batch, queries, keys)
+        where = slots if position_ids is None else position_ids
+        places = None
+        if distances and position_ids is not None:
+            places = places_of_dense(position_ids, slots, keys, fresh)
+        return Placed(MaskSpec(dense=attention_mask[..., :keys]), where, keys, known, places)
+
+    real, padding, documents = None, None, None
     if attention_mask is not None:
-        _check_mask(attention_mask, batch, queries, past, keys)
-    documents = None
-    padding = None
-    if attention_mask is not None and (tracing or not bool(attention_mask.all())):
-        padding = _fit(attention_mask.bool(), batch, keys)
-        if position_ids is None:
-            # Real tokens are counted, so that left padding moves nothing: slack collinear attention would notice.
-            counted = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-            position_ids = counted[:, -queries:]
-    elif position_ids is not None and attention_mask is None and packed_ok:
-        numbered = packed_documents(position_ids.expand(batch, -1))
-        documents = numbered if tracing or bool((numbered > 1).any()) else None
-    if position_ids is None:
-        position_ids = (torch.arange(queries, device=inputs_embeds.device) + past)[None]
+        check_mask_shape(attention_mask, batch, queries, past, keys)
+        real = _fit(attention_mask != 0, batch, keys)
+    if fresh and position_ids is not None:
+        documents = _documents(position_ids.expand(batch, -1), real, packed)
+    if attention_mask is not None:
+        padded, documents = has_padding(attention_mask, documents)
+        padding = real if padded else None
+    elif documents is not None and readable(documents) and not bool((documents > 1).any()):
+        documents = None
+    if position_ids is not None and not fresh and queries > 1:
+        again = restarts(position_ids, None if padding is None else _own(padding, past, queries))
+        demand(~again.any(), _RESTARTS_BEHIND)
+
+    counted = None if padding is None else (padding.long().cumsum(dim=-1) - 1).clamp(min=0)
+    # Real tokens are counted, so that left padding moves nothing: slack collinear attention would notice.
+    own = slots if counted is None else _own(counted, past, queries)
+    positions = own if position_ids is None else position_ids
+    if documents is not None:
+        documents = F.pad(documents, (0, keys - queries))
+    places = None
+    if distances and fresh and real is not None and (padding is not None or position_ids is not None):
+        places = places_of_row(positions, real, documents, keys)
+    elif distances and not fresh:
+        places = places_behind(positions, counted, padding, slots, keys, position_ids is not None)
     mask = MaskSpec(is_causal=True, offset=past, key_padding=padding, documents=documents)
-    return Placed(mask, position_ids, keys, known)
+    return Placed(mask, positions, keys, known, places)
+
+
+_RESTARTS_BEHIND = (
+    "position_ids restart in a call that extends a cache: cached keys carry no document numbers, so give packed "
+    "documents without past_key_values, or a mask of 4 dimensions"
+)
+
+
+def _documents(position_ids: Tensor, real: Tensor | None, packed: Tensor | None) -> Tensor:
+    """(B, L) document numbers from 1 on. Under a mask only positions that go back begin one: gaps may be padding."""
+    numbers = packed_documents(position_ids)
+    if real is not None:
+        numbers = 1 + restarts(position_ids, real[:, : position_ids.shape[1]]).cumsum(dim=1)
+    if packed is not None:
+        numbers = numbers + F.pad(packed.diff(dim=1) != 0, (1, 0)).cumsum(dim=1)
+    return numbers
+
+
+def _counted_within(packed: Tensor) -> Tensor:
+    """(B or 1, L): places counted from 0 within each run of equal numbers."""
+    slots = torch.arange(packed.shape[1], device=packed.device)
+    starts = F.pad(packed.diff(dim=1) != 0, (1, 0), value=True)
+    return slots - torch.where(starts, slots, 0).cummax(dim=1).values
 
 
 def key_positions(placed: Placed) -> Tensor:
@@ -77,24 +138,23 @@ def key_positions(placed: Placed) -> Tensor:
     Packed documents, which no later call extends, keep the positions they came with. ValueError for other positions
     that were given and are not what counting gives.
     """
+    queries = placed.positions.shape[1]
     if placed.mask.documents is not None:
-        return placed.positions
+        return F.pad(placed.positions, (0, placed.keys - queries))
     padding, device = placed.mask.key_padding, placed.positions.device
     if padding is None:
         positions = torch.arange(placed.keys, device=device)[None]
     else:
         positions = (padding.long().cumsum(dim=-1) - 1).clamp(min=0)
-    if not torch.compiler.is_compiling():
-        past = 0 if placed.past is None else placed.past
-        own = torch.arange(placed.positions.shape[1], device=device) + past
-        wrong = positions[:, own] != placed.positions
-        if padding is not None:
-            wrong = wrong & padding[:, own]
-        if bool(wrong.any()):
-            raise ValueError(
-                "position_ids do not count the real tokens from 0; a compact cache counts positions itself, "
-                "so leave them out or set compact_cache=False"
-            )
+    past = 0 if placed.past is None else placed.past
+    wrong = _own(positions, past, queries) != placed.positions
+    if padding is not None:
+        wrong = wrong & _own(padding, past, queries)
+    demand(
+        ~wrong.any(),
+        "position_ids do not count the real tokens from 0; a compact cache counts positions itself, "
+        "so leave them out or set compact_cache=False",
+    )
     return positions
 
 
@@ -111,39 +171,65 @@ def shortest_trained_length(methods: Iterable[Position]) -> int | None:
 
 
 def request_lengths(
-    methods: Iterable[Position], rope_length: int | Tensor | None, placed: Placed, batch: int
+    methods: Iterable[Position],
+    rope_length: int | Tensor | None,
+    placed: Placed,
+    batch: int,
+    cache: Cache | None = None,
 ) -> Tensor | None:
     """(B or 1, 1), or (B, L) in packed rows: the length of each row's or token's request; None if nobody asks.
 
-    ValueError for a rope_length that is no length, and for a cache that needs one.
+    ValueError for a rope_length that is no length or shorter than the request, for a cache that needs one, and for one
+    that was written with another.
     """
     methods = list(methods)
     if not depends_on_length(methods):
         return None
     positions, mask = placed.positions, placed.mask
+    past = 0 if placed.past is None else placed.past
+    documents = None if mask.documents is None else mask.documents[:, : positions.shape[1]]
+    real = None if mask.key_padding is None else _own(mask.key_padding, past, positions.shape[1])
+    longest = longest_request(positions, documents, real)
     if rope_length is not None:
-        return given_length(rope_length, batch, positions.device)
-    if placed.past is not None:
-        check_cached_length(shortest_trained_length(methods), placed.past, placed.keys)
-    padding = mask.key_padding
-    # Behind a cache the mask has more columns than positions, and all lengths are within the trained one.
-    real = padding if padding is not None and padding.shape[1] == positions.shape[1] else None
-    return longest_request(positions, mask.documents, real)
+        length = given_length(rope_length, batch, positions.device)
+        check_given_length(length, longest)
+    else:
+        if placed.past is not None:
+            check_cached_length(shortest_trained_length(methods), placed.past, placed.keys)
+        # Behind a cache this is too short, but all lengths that pass the check are within the trained one.
+        length = longest
+    if cache is not None:
+        _keep_length(cache, length, shortest_trained_length(methods), past)
+    return length
 
 
-def _check_mask(mask: Tensor, batch: int, queries: int, past: int | Tensor, keys: int) -> None:
-    # How much of a cache of fixed size is written is on its device; asking would stall it.
-    least, most = (past + queries,) * 2 if isinstance(past, int) else (queries, keys)
-    if mask.ndim != 2 or mask.shape[0] not in (1, batch) or not least <= mask.shape[1] <= most:
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}; expected 4 dimensions or ({batch}, {most}), "
-            "one column for each token so far, those in the cache too"
+def _keep_length(cache: Cache, length: Tensor, trained: int | None, past: int | Tensor) -> None:
+    """Notes on a cache the length that its keys were turned by; ValueError if they were turned by another one."""
+    if not readable(length) or (isinstance(past, Tensor) and past.device.type != "cpu"):
+        return
+    # Up to the trained length all are alike.
+    length = length if trained is None else length.clamp(min=trained)
+    held = getattr(cache, "_rope_length", None) if int(past) > 0 else None
+    if held is not None and (held.shape == length.shape or 1 in (len(held), len(length))):
+        demand(
+            (held.to(length.device) == length).all(),
+            "rope_length differs from the one that the cache was written with: this rope scaling turns keys by it, so "
+            "give every call on a cache the same, from the first one on",
         )
+    else:
+        cache._rope_length = length  # type: ignore[attr-defined]
+
+
+def _own(x: Tensor, past: int | Tensor, queries: int) -> Tensor:
+    """(B, S) -> (B, L): the columns of the queries."""
+    if isinstance(past, Tensor):
+        return x.index_select(1, torch.arange(queries, device=x.device) + past)
+    return x[:, past : past + queries]
 
 
 def _fit(mask: Tensor, batch: int, keys: int) -> Tensor:
     """(B, S) for a cache of `keys` positions: cut, or continued with what is not written yet."""
     missing = keys - mask.shape[1]
     if missing > 0:
-        mask = torch.nn.functional.pad(mask, (0, missing), value=False)
+        mask = F.pad(mask, (0, missing), value=False)
     return mask[:, :keys].expand(batch, -1)

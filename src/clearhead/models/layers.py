@@ -5,11 +5,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from clearhead.core.attend import Prepared
 from clearhead.core.norm import RMSNorm
 from clearhead.models.config import ClearheadConfig
+from clearhead.models.shared import Shared
 from clearhead.nn import AttentionCore
-from clearhead.positions.base import Rotation
 
 
 class ClearheadAttention(AttentionCore):
@@ -21,15 +20,14 @@ class ClearheadAttention(AttentionCore):
     def forward(
         self,
         hidden_states: Tensor,
-        rotation: Rotation,
-        prepared: Prepared,
+        shared: Shared,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
-        table: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, hidden_size) -> the same, and the effective map (B, H, L, S) if asked."""
-        heads = self.project(hidden_states, hidden_states, rotation, past_key_values, table)
-        return self.combine(heads, prepared, output_attentions)
+        here = shared.on(hidden_states.device)
+        heads = self.project(hidden_states, hidden_states, here.rotation, past_key_values, here.table)
+        return self.combine(heads, here.plans.prepared, output_attentions)
 
 
 class SwiGLU(nn.Module):
@@ -60,15 +58,13 @@ class ClearheadDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        rotation: Rotation,
-        prepared: Prepared,
+        shared: Shared,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
-        table: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, hidden_size) -> the same, and the effective map if asked."""
         attended, maps = self.self_attn(
-            self.input_layernorm(hidden_states), rotation, prepared, past_key_values, output_attentions, table
+            self.input_layernorm(hidden_states), shared, past_key_values, output_attentions
         )
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), maps

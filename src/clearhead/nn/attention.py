@@ -15,7 +15,12 @@ from clearhead.core.heads import HeadShape, check_whole
 from clearhead.core.masks import MaskSpec, written
 from clearhead.nn.core import AttentionCore, KeyValueCache
 from clearhead.positions.base import Position
-from clearhead.positions.length import check_cached_length, given_length, longest_request
+from clearhead.positions.length import (
+    check_cached_length,
+    check_given_length,
+    given_length,
+    longest_request,
+)
 from clearhead.registry import resolve
 from clearhead.variants.base import Variant
 from clearhead.variants.softmax import Softmax
@@ -165,11 +170,13 @@ class Attention(AttentionCore):
         if self.position.depends_on_length:
             if rope_length is not None:
                 length = given_length(rope_length, x.shape[0], x.device)
+                if key_padding_mask is None:
+                    check_given_length(length, longest_request(positions))
             else:
                 length = self._longest_request(
                     positions, context_positions, key_padding_mask, documents, past
                 )
-        heads = self.project(x, source, self.position.rotation(positions, context_positions, length), cache)
+        heads = self.project(x, source, self.position(positions, context_positions, length, x.dtype), cache)
         mask = MaskSpec(
             is_causal=is_causal,
             offset=past if context is None else None,
@@ -281,8 +288,9 @@ def make_position(
         raise ValueError("rope_theta is given twice: as an argument and in rope_parameters")
     if rope_theta is not None:
         parameters["rope_theta"] = rope_theta
-    made: Position = resolve("positions", name).from_rope_parameters(head_dim, parameters, max_positions)
-    return made
+    method: type[Position] = resolve("positions", name)
+    method.check_scaling(parameters)
+    return method.from_rope_parameters(head_dim, parameters, max_positions)
 
 
 def check_flag(name: str, value: object) -> None:

@@ -19,7 +19,7 @@ class Alibi(Position):
     `rope_parameters` are not looked at: in a mix of layers they are the other layers'.
 
     Differs from BLOOM, whose bias is slope · n, the same up to a number a row, in the model's dtype: bfloat16 cannot
-    tell positions past 256 apart. Here the distance itself, in float32 whatever the model's dtype.
+    tell positions past 256 apart. Here the distance itself, in float32 whatever the model's dtype (float64 in float64).
     """
 
     rotates = False
@@ -40,7 +40,7 @@ class Alibi(Position):
 
 
 def slopes(heads: int) -> Tensor:
-    """(H,) in float32, for a power of two 2^(−8i/H), i = 1 ... H: the paper's geometric sequence down to 2^−8.
+    """(H,) in float64, for a power of two 2^(−8i/H), i = 1 ... H: the paper's geometric sequence down to 2^−8.
 
     Otherwise, with p the largest power of two below H: those of p heads, then every second one of 2p heads, from the
     first, H − p of them (the authors' `get_slopes`, which BLOOM, MPT and Falcon follow). ValueError for no heads.
@@ -49,7 +49,7 @@ def slopes(heads: int) -> Tensor:
         raise ValueError(f"heads must be at least 1, not {heads}")
     power = 2 ** math.floor(math.log2(heads))
     values = [*_geometric(power), *_geometric(2 * power)[::2]][:heads]
-    return torch.tensor(values, dtype=torch.float32)
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _geometric(heads: int) -> list[float]:

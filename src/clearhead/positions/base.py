@@ -4,12 +4,14 @@ Legend: B batch, N tokens, H query heads, G key-value heads, L queries, S keys, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
+
+from clearhead.core.values import moved
 
 # Which components of a head are pair j: (j, j + D/2) or (2j, 2j + 1).
 Layout = Literal["half", "interleaved"]
@@ -27,6 +29,11 @@ class Rotation(ABC):
     @abstractmethod
     def key(self, x: Tensor) -> Tensor:
         """x (B, G, S, D) at the keys' positions."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device, for layers that are there."""
+        there: Self = moved(self, device)
+        return there
 
     def pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The first and the second components of the pairs that are turned, (..., D) -> (..., D/2) each."""
@@ -82,6 +89,8 @@ class PlaneRotation(Rotation):
 class Position(nn.Module, ABC):
     """A position method: one instance and one rotation a forward pass, shared by all layers that use it.
 
+    It is called, and its `rotation` answers: so buffers that are kept elsewhere until they are needed are brought in.
+
     rotates:    whether it turns pairs, which collinear variants are defined by.
     causal_only: whether it is defined only where a query sees no later key.
     """
@@ -110,6 +119,28 @@ class Position(nn.Module, ABC):
             position + 1.
         """
 
+    def forward(
+        self,
+        positions: Tensor,
+        key_positions: Tensor | None = None,
+        length: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Rotation:
+        """`rotation`, computed in float64 where queries and keys of that dtype are to be turned."""
+        if dtype == torch.float64 and any(buffer.dtype == torch.float32 for buffer in self.buffers()):
+            self.double()
+        return self.rotation(positions, key_positions, length=length)
+
+    @classmethod
+    def check_scaling(cls, parameters: Mapping[str, Any]) -> None:
+        """Raise ValueError for a rope scaling that a method without angles, alone in its model, would not look at."""
+        kind = parameters.get("rope_type", "default")
+        if not cls.rotates and kind != "default":
+            raise ValueError(
+                f"rope_parameters ask for rope_type {kind!r}, but position {cls.__name__.lower()!r} turns nothing that "
+                "could be scaled: leave rope_parameters out"
+            )
+
     @property
     def depends_on_length(self) -> bool:
         """Whether the rotation of a token depends on how long its request is."""
@@ -121,8 +152,14 @@ class Position(nn.Module, ABC):
         return None
 
     def slopes(self, heads: int) -> Tensor | None:
-        """(H,) in float32: what is taken off each head's scaled logits for each token of distance; None for nothing."""
+        """(H,) in float64 or float32: what a token of distance takes off each head's logits; None for nothing."""
         return None
 
     def reset_buffers(self) -> None:
-        """Compute the buffers that no checkpoint holds anew, after the module was built without memory."""
+        """Compute the buffers that no checkpoint holds anew, after the module was built without memory or moved."""
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # Every cast, move and `to_empty` comes through here, and may leave what is rounded or no value at all.
+        super()._apply(fn, recurse)
+        self.reset_buffers()
+        return self

@@ -9,10 +9,14 @@ Legend: B batch, N tokens.
 import torch
 from torch import Tensor
 
+from clearhead.core.values import demand, readable
+
 
 def given_length(rope_length: int | Tensor, batch: int, device: torch.device) -> Tensor:
     """(B or 1, 1): one length for all rows, or (B,) for each; ValueError for what is no length."""
     if not isinstance(rope_length, Tensor):
+        if not hasattr(rope_length, "__index__"):
+            raise ValueError(f"rope_length must be an integer number of tokens, not {rope_length!r}")
         if isinstance(rope_length, bool) or rope_length < 1:
             raise ValueError(f"rope_length must be at least 1, not {rope_length!r}")
         return torch.full((1, 1), rope_length, device=device)
@@ -23,6 +27,24 @@ def given_length(rope_length: int | Tensor, batch: int, device: torch.device) ->
             f"rope_length has shape {tuple(rope_length.shape)}; expected one length for each row, ({batch},)"
         )
     return rope_length.reshape(-1, 1).to(device)
+
+
+def check_given_length(length: Tensor, longest: Tensor) -> None:
+    """Raise ValueError where a request is longer than the length, (B or 1, 1), that was given for it.
+
+    longest: (B or 1, 1) or (B, N), as of `longest_request`. Devices are not waited for: see `demand`.
+    """
+    if longest.device.type == "cpu" and readable(longest):
+        for given, needed in zip(
+            *torch.broadcast_tensors(length, longest.amax(dim=1, keepdim=True)), strict=True
+        ):
+            if needed > given:
+                raise ValueError(
+                    f"rope_length is {int(given)}, shorter than the request: a position here is {int(needed) - 1}, so "
+                    f"it must be at least {int(needed)} (prompt and all new tokens)"
+                )
+    else:
+        demand((longest <= length).all(), "rope_length is shorter than the request that it was given for")
 
 
 def longest_request(positions: Tensor, documents: Tensor | None = None, real: Tensor | None = None) -> Tensor:
@@ -56,8 +78,9 @@ def check_cached_length(trained: int | None, past: int | Tensor, total: int | No
     held = "an unknown number of" if total is None else str(total)
     raise ValueError(
         f"rope_length is missing: the cache may hold {held} tokens, the model was trained with "
-        f"{'an unknown number' if trained is None else trained}, and this rope scaling turns keys by the length of the "
-        "whole request; give every call on this cache the same rope_length (prompt and new tokens)"
+        f"{'an unknown number' if trained is None else trained}, and this rope scaling turns keys by the length of "
+        "the whole request; give every call on this cache, `generate` too, the same rope_length, from the first one on "
+        "(all tokens that the request or conversation may come to)"
     )
 
 

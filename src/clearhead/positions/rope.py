@@ -24,7 +24,8 @@ class Rope(Position):
         (2j, 2j + 1), as the paper, the released Differential Transformer and GPT-J. The two are the same up to a
         permutation of the query and key projections' rows.
 
-    Angles are computed in float32 whatever the model's dtype (float64 in float64). Nothing is remembered from one call
+    Angles are computed in float32 whatever the model's dtype (float64 in float64), and so is `inv_freq`, which a cast
+    to bfloat16 leaves in float32. Nothing is remembered from one call
     to the next: a scaling that depends on the length uses the length given, by default the longest position + 1.
     """
 
@@ -41,7 +42,9 @@ class Rope(Position):
         self.scaling = Default(head_dim=head_dim, theta=10000.0) if scaling is None else scaling
         self.layout: Layout = layout
         # (T, D/2)
-        self.register_buffer("inv_freq", self.scaling.tables(), persistent=False)
+        self.register_buffer(
+            "inv_freq", self.scaling.tables(_wide(torch.get_default_dtype())), persistent=False
+        )
 
     @classmethod
     def from_rope_parameters(
@@ -73,14 +76,15 @@ class Rope(Position):
         return self.scaling.trained_length
 
     def reset_buffers(self) -> None:
-        self.inv_freq.copy_(self.scaling.tables(self.inv_freq.dtype))
+        dtype, device = _wide(self.inv_freq.dtype), self.inv_freq.device
+        tables = self.scaling.tables(dtype, device)
+        if self.inv_freq.dtype == dtype:
+            self.inv_freq.copy_(tables)
+        else:
+            self.inv_freq = tables
 
     def _angles(self, positions: Tensor, length: Tensor | None) -> tuple[Tensor, Tensor]:
         tables = self.inv_freq
-        # `model.to(dtype)` casts buffers too: what bfloat16 lost and what float64 never had is computed anew.
-        if tables.dtype != torch.float32:
-            wide = torch.float64 if tables.dtype == torch.float64 else torch.float32
-            tables = self.scaling.tables(wide, positions.device)
         each = None if length is None else length[..., None]
         angles = positions[..., None].to(tables.dtype) * self.scaling.at(tables, each)
         factor = self.scaling.attention_factor(each)
@@ -108,6 +112,10 @@ def read_rope_parameters(
     layout: Layout = parameters.get("layout", "half")
     own = {key: value for key, value in parameters.items() if key in scaling.keys}
     return scaling.from_parameters(head_dim, theta, own, max_positions), layout
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_width(head_dim: int) -> None:

@@ -84,7 +84,7 @@ def _table(run: RunResults, questions: list[Section]) -> Table:
         row: list[str | None] = [arm.name]
         for section in measured:
             found = [headline for headline in section.headlines if headline.arm == arm.name]
-            row.append(_cell(found[0], section.digits) if found else None)
+            row.append(cell(found[0], section.digits) if found else None)
         rows.append(row)
     return Table(run.name, ["arm", *(section.measure for section in measured)], rows, state(run))
 
@@ -96,7 +96,8 @@ def headline_number(headline: Headline, digits: int) -> str:
     return decimal(headline.estimate.value, digits)
 
 
-def _cell(headline: Headline, digits: int) -> str:
+def cell(headline: Headline, digits: int) -> str:
+    """The number with its interval."""
     number = headline_number(headline, digits)
     return (
         f"{number} ({headline.estimate.interval(digits)})"

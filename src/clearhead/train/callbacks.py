@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from clearhead.train.status import plain, read_status, write_status
+from clearhead.train.status import plain, read_lines, read_status, write_status, write_text
 
 STATUS_SECONDS = 1.0
 
@@ -24,17 +24,9 @@ class Journal:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self.path = path
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # a line that a killed process left half written
-                if record["step"] <= resumed_step:
-                    kept.append(record)
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        self._before = max((record["seconds"] for record in kept), default=0.0)
+        kept = [record for record in read_lines(path) if record["step"] <= resumed_step]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._before = max((record.get("seconds", 0.0) for record in kept), default=0.0)
         self._started = time.monotonic()
 
     @property

@@ -4,11 +4,22 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from clearhead.registry import did_you_mean
+from clearhead.data.began import set_stamps
+from clearhead.registry import did_you_mean, resolve
 from clearhead.train.jobs import Row, Task, Watcher, is_trained, parallelism, run_tasks
-from clearhead.train.recipe import RESERVED_MODEL_KEYS, Recipe, RecipeError
-from clearhead.train.rundir import check_space, check_writable, exclusive, keep_data, open_run, set_aside
+from clearhead.train.model_table import model_fault, option_fault
+from clearhead.train.recipe import RESERVED_MODEL_KEYS, Evaluate, Recipe, RecipeError
+from clearhead.train.rundir import (
+    check_space,
+    check_writable,
+    exclusive,
+    keep_data,
+    kept_data,
+    open_run,
+    set_aside,
+)
 
 FLOAT_BYTES = 4
 # Weights and two Adam moments in each checkpoint of a running job: two kept and the one being written.
@@ -40,19 +51,20 @@ def run_comparison(
 
     Raises RunError or RecipeError before anything is trained; a job that fails later is in the outcome.
     """
+    # A recipe that cannot be run leaves everything as it was.
+    parameters = check_models(recipe)
     if fresh:
         set_aside(run_dir, say)
     check_writable(run_dir)
     with exclusive(run_dir, f"the run {str(run_dir)!r}"):
-        parameters = check_models(recipe)
         open_run(run_dir, recipe)
         tasks = arm_tasks(recipe, run_dir)
         sweep = _sweep_tasks(recipe, run_dir)
         check_space(run_dir, bytes_needed([*sweep, *tasks], parameters))
-        prepare_rows(recipe, run_dir, say)
+        began = prepare_rows(recipe, run_dir, say)
         if sweep:
             say(f"choosing learning rates: {len(sweep)} runs")
-            swept = Outcome(run_tasks(sweep, watcher))
+            swept = Outcome(run_tasks(sweep, watcher, began=began))
             if swept.failed:
                 return swept
             from clearhead.train.sweep import choose
@@ -60,20 +72,31 @@ def run_comparison(
             rates = choose(recipe, sweep, run_dir)
             say("chosen: " + ", ".join(f"{arm} {rate:g}" for arm, rate in rates.items()))
             tasks = arm_tasks(recipe, run_dir, rates)
-        return Outcome(run_tasks(tasks, watcher))
+        return Outcome(run_tasks(tasks, watcher, began=began))
 
 
-def prepare_rows(recipe: Recipe, run_dir: Path, say: Say) -> None:
+def prepare_rows(recipe: Recipe, run_dir: Path, say: Say) -> dict[str, Any]:
     """Make the corpus ready for all jobs and check the mixture of rows, before anything runs.
 
-    Raises RunError when the run began with other text, ValueError that names the key when rows cannot be made.
+    Returns what the run began with, which every job is held to: the identity of its text, tokens and tokenizer and the
+    fingerprints of its evaluation sets. Raises ValueError that names the file when the run began with something else,
+    or the key when rows cannot be made.
     """
     from clearhead.data.packing import prepare
-    from clearhead.train.rows import data_spec, training_rows
+    from clearhead.train.rows import check_rows, data_spec
 
-    data = prepare(data_spec(recipe), progress=say)
-    keep_data(run_dir, data.identity)
-    training_rows(recipe.for_arm(recipe.arms[0].name, recipe.seeds[0]), data)
+    data = prepare(data_spec(recipe), progress=say, began=kept_data(run_dir))
+    keep_data(run_dir, data.identity, evaluation_sets(recipe.evaluate))
+    check_rows(recipe.for_arm(recipe.arms[0].name, recipe.seeds[0]), data)
+    return kept_data(run_dir) or {}
+
+
+def evaluation_sets(evaluate: Evaluate) -> dict[str, str]:
+    """The fingerprint of every file that the evaluations of a recipe read, by its path."""
+    found: dict[str, str] = {}
+    for suite in evaluate.suites:
+        found |= set_stamps(evaluate.options(suite))
+    return found
 
 
 def bytes_needed(tasks: Sequence[Task], parameters: Mapping[str, int]) -> int:
@@ -127,10 +150,15 @@ def check_models(recipe: Recipe) -> dict[str, int]:
         for key in (*recipe.model, *arm.model):
             if key not in known:
                 raise RecipeError(f"{here}: unknown key 'model.{key}'; {did_you_mean(key, known)}")
+        fault = model_fault(recipe.model_of(arm)) or option_fault(
+            resolve("variants", arm.attention), arm.attention_options
+        )
+        if fault is not None:
+            raise RecipeError(f"{here}: {fault}")
         try:
             config = ClearheadConfig(vocab_size=recipe.tokenizer.vocab_size, **recipe.model_of(arm))
             counts[arm.name] = parameters(config)
-        except (ValueError, TypeError, StrictDataclassError) as error:
+        except (ValueError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
             # The configuration's own check wraps what it found; the cause is the sentence.
             reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
             raise RecipeError(f"{here}: {' '.join(str(reason).split())}") from error

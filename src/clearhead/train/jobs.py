@@ -7,14 +7,14 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from clearhead.train.recipe import Job
 from clearhead.train.recipe_io import differences, load_job
-from clearhead.train.rundir import FREE_TRAIN_KEYS, RunError, cores
+from clearhead.train.rundir import FREE_TRAIN_KEYS, RunError, cores, keep_data
 from clearhead.train.status import Status, read_status, write_status, write_text
 
 WORKER = "clearhead.train.worker"
@@ -57,10 +57,11 @@ class Silent(Watcher):
         pass
 
 
-def place(task: Task) -> None:
+def place(task: Task, began: Mapping[str, Any] | None = None) -> None:
     """Write the task's `job.json`. A finished job whose evaluations are asked for differently is evaluated again.
 
-    Raises RunError when the directory holds a different training.
+    began: what the run began with, text, tokenizer and evaluation sets; the job's process is held to it.
+    Raises RunError when the directory holds a different training, or one on other text.
     """
     task.directory.mkdir(parents=True, exist_ok=True)
     path = task.directory / "job.json"
@@ -74,11 +75,13 @@ def place(task: Task) -> None:
             )
         if status.state == "evaluated" and before.evaluate != task.job.evaluate:
             status = replace(status, state="trained")
+    if began is not None:
+        keep_data(task.directory, began, began.get("evaluation_sets"))
     if status.state in ("failed", "training"):
         # Not done yet: it goes on from its last checkpoint, or with its evaluation.
         status = replace(status, state="trained" if is_trained(task.directory) else "queued", error=None)
     write_text(path, task.job.model_dump_json(indent=2) + "\n")
-    write_status(task.directory, replace(status, steps=task.job.train.steps))
+    write_status(task.directory, replace(status, steps=task.job.train.steps, note=None))
 
 
 def _training(job: Job) -> dict[str, Any]:
@@ -94,16 +97,22 @@ def is_trained(job_dir: Path) -> bool:
     return (job_dir / "model" / "config.json").exists()
 
 
-def run_tasks(tasks: Sequence[Task], watcher: Watcher, *, worker: str = WORKER) -> list[Row]:
+def run_tasks(
+    tasks: Sequence[Task],
+    watcher: Watcher,
+    *,
+    worker: str = WORKER,
+    began: Mapping[str, Any] | None = None,
+) -> list[Row]:
     """Run all tasks that are not finished, several at a time; returns every task with its final status.
 
-    `worker` is the module that runs one job in its own process.
+    `worker` is the module that runs one job in its own process, `began` what the run began with (`place`).
 
     A task that fails does not stop the others. When this call is interrupted the running ones are stopped; the next
     call goes on from their last checkpoints.
     """
     for task in tasks:
-        place(task)
+        place(task, began)
     workers, threads = parallelism(tasks)
     waiting = [task for task in tasks if read_status(task.directory).state != "evaluated"]
     running: dict[Path, tuple[Task, subprocess.Popen[bytes]]] = {}

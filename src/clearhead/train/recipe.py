@@ -8,11 +8,22 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
-Range = tuple[Positive, Positive]
+Count = Annotated[int, Field(ge=1, le=10**6)]
+Tokens = Annotated[int, Field(ge=1, le=10**15)]
+Length = Annotated[int, Field(ge=1, le=2**24)]
+Period = Annotated[int, Field(ge=1, le=10**9)]
+Processes = Annotated[int, Field(ge=0, le=4096)]
+# What a float32 can hold.
+Rate = Annotated[float, Field(gt=0, le=1e38)]
+NotNegative = Annotated[float, Field(ge=0, le=1e38)]
+# What every generator of random numbers takes.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+LENGTHS = tuple[Length, Length]
+COUNTS = tuple[Count, Count]
+NAME_LENGTH = 64
 
 # What an arm may set for itself. The rest decides which tokens are seen and is the same for all arms.
 ARM_TRAIN_KEYS = (
@@ -42,10 +53,38 @@ class RecipeError(ValueError):
 class Table(BaseModel):
     """A table of the recipe: unknown keys are errors, values are not converted from other types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-def _ordered(range_: Range, what: str) -> None:
+def _written(text: str) -> str:
+    """A name of something that exists: not blank, and nothing that cannot be seen."""
+    if not text.strip():
+        raise ValueError("it is empty")
+    if not text.isprintable():
+        raise ValueError(f"{text!r} has a character that cannot be seen")
+    return text
+
+
+Written = Annotated[str, AfterValidator(_written)]
+
+
+def _template(text: str) -> str:
+    """A sentence around one {key} and then one {value}; other names in braces would stand in the text as they are."""
+    found = re.findall(r"\{(?:[A-Za-z_][^{}]*)?\}", text)
+    if found != ["{key}", "{value}"]:
+        raise ValueError(
+            f"{text!r} must name {{key}} once and then {{value}} once, and nothing else in braces"
+        )
+    return text
+
+
+def _question(text: str) -> str:
+    if not _template(text).endswith("{value}"):
+        raise ValueError(f"{text!r} must end with {{value}}: the answer ends the document")
+    return text
+
+
+def _ordered(range_: tuple[int, int], what: str) -> None:
     if range_[0] > range_[1]:
         raise ValueError(f"{what} is [smallest, largest], got {list(range_)}")
 
@@ -53,11 +92,11 @@ def _ordered(range_: Range, what: str) -> None:
 class Corpus(Table):
     """Where the text comes from; see `clearhead.data.corpora.open_corpus` for what a source can be."""
 
-    source: str = "stdlib"
-    text_field: str = "text"
-    max_bytes: Positive | None = None
+    source: Written = "stdlib"
+    text_field: Written = "text"
+    max_bytes: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    seed: int = (
+    seed: Seed = (
         0  # of the split by document; not the seed of a run, so that all seeds share one validation set
     )
 
@@ -65,8 +104,10 @@ class Corpus(Table):
 class Tokenizer(Table):
     """`bpe` trains a byte-level BPE on the training split; anything else is a Hugging Face path or id."""
 
-    source: str = "bpe"
-    vocab_size: Annotated[int, Field(ge=260)] = 1024  # 256 bytes and the special tokens; only for `bpe`
+    source: Written = "bpe"
+    vocab_size: Annotated[int, Field(ge=260, le=10**7)] = (
+        1024  # 256 bytes and the special tokens; only for `bpe`
+    )
 
 
 class NeedleRows(Table):
@@ -75,14 +116,14 @@ class NeedleRows(Table):
     A range is [smallest, largest]; lengths are drawn log-uniformly, counts uniformly.
     """
 
-    lengths: Range = (32, 128)
-    needles: Range = (1, 16)
-    pairs: Range = (1, 4)  # facts of a pair document
-    questions: Positive = 4
-    key_tokens: Positive = 2
-    value_tokens: Positive = 2
-    template: str = "\n# {key}{value}"
-    question: str = "\n# {key}{value}"
+    lengths: LENGTHS = (32, 128)
+    needles: COUNTS = (1, 16)
+    pairs: COUNTS = (1, 4)  # facts of a pair document
+    questions: Count = 4
+    key_tokens: Annotated[int, Field(ge=1, le=1024)] = 2
+    value_tokens: Annotated[int, Field(ge=1, le=1024)] = 2
+    template: Annotated[str, AfterValidator(_template)] = "\n# {key}{value}"
+    question: Annotated[str, AfterValidator(_question)] = "\n# {key}{value}"
     repeats: Share = 0.0  # of the pair rows: random words, twice, to be copied
     learn_context: bool = False  # also learn the text around the needles
 
@@ -97,7 +138,7 @@ class NeedleRows(Table):
 class Data(Table):
     """What a row of `length` tokens is: text, retrieval documents or shuffled pairs, by share of the rows."""
 
-    length: Annotated[int, Field(ge=8)] = 256
+    length: Annotated[int, Field(ge=8, le=2**24)] = 256
     document_masks: bool = True
     needle_share: Share = 0.0
     pair_share: Share = 0.0
@@ -123,23 +164,25 @@ class Data(Table):
 class Train(Table):
     """Budget, optimiser and bookkeeping of one training run. Budgets are in tokens, periods in optimiser steps."""
 
-    tokens: Positive = 5_000_000
-    batch_tokens: Positive = 4096
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    tokens: Tokens = 5_000_000
+    batch_tokens: Annotated[int, Field(ge=1, le=2**31)] = 4096
+    learning_rate: Rate = 1e-3
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Share = 0.05  # share of the steps
     min_lr_ratio: Share = 0.1  # the schedule ends at this share of learning_rate
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: NotNegative = 0.1
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    grad_clip: Annotated[float, Field(ge=0)] = 1.0  # 0 = off
+    grad_clip: NotNegative = 1.0  # 0 = off
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    save_every: Positive = 200
-    log_every: Positive = 10
-    probe_every: Annotated[int, Field(ge=0)] = 0  # measure retrieval accuracy while training; 0 = never
+    save_every: Period = 200
+    log_every: Period = 10
+    probe_every: Annotated[int, Field(ge=0, le=10**9)] = (
+        0  # measure retrieval accuracy while training; 0 = never
+    )
     mastery: Annotated[float, Field(gt=0, le=1)] = 0.9  # the probe accuracy that counts as mastered
     stop_at_mastery: bool = False
-    threads: Annotated[int, Field(ge=0)] = 1  # per job; 0 = cores // workers
-    workers: Annotated[int, Field(ge=0)] = 0  # jobs side by side; 0 = number of cores
+    threads: Processes = 1  # per job; 0 = cores // workers
+    workers: Processes = 0  # jobs side by side; 0 = number of cores
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -169,21 +212,24 @@ class Evaluate(BaseModel):
 class Sweep(Table):
     """Choose each arm's learning rate on its own seeds before the compared seeds run. See `clearhead.train.sweep`."""
 
-    learning_rate: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2)]
-    seeds: Annotated[list[int], Field(min_length=1)]
-    tokens: Positive | None = None  # budget of a sweep run; default: the main budget
+    learning_rate: Annotated[list[Rate], Field(min_length=2)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    tokens: Tokens | None = None  # budget of a sweep run; default: the main budget
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if len(set(self.learning_rate)) < len(self.learning_rate):
-            raise ValueError("learning_rate names a value twice")
+        # As they stand in the names of directories.
+        if len({f"{rate:g}" for rate in self.learning_rate}) < len(self.learning_rate):
+            raise ValueError("learning_rate names a value twice (six digits count)")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds names a seed twice")
         return self
 
 
 class Arm(Table):
     """One side of the comparison: an attention variant and what differs with it."""
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(max_length=NAME_LENGTH), AfterValidator(_written)]
     attention: str = "softmax"
     attention_options: dict[str, Any] = {}
     model: dict[str, Any] = {}  # overrides of [model]
@@ -218,9 +264,9 @@ class Job(Table):
 class Recipe(Table):
     """A comparison: one corpus, one mixture of rows, one budget, several arms and seeds."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=NAME_LENGTH)]
     description: str = ""
-    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
     corpus: Corpus = Corpus()
     tokenizer: Tokenizer = Tokenizer()
     data: Data = Data()

@@ -20,6 +20,7 @@ from clearhead.train.recipe import (
     RecipeError,
     Train,
 )
+from clearhead.train.status import read_object
 
 Location = tuple[int | str, ...]
 M = TypeVar("M", bound=BaseModel)
@@ -50,7 +51,7 @@ def read_toml(path: Path, kind: str = "recipe") -> dict[str, Any]:
         raise RecipeError(f"the {kind} {str(path)!r} cannot be read: {error}") from None
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
 
 
@@ -65,8 +66,8 @@ def parse_recipe(
 
 
 def load_job(path: Path) -> Job:
-    """Read a `job.json`."""
-    return Job.model_validate_json(path.read_text(encoding="utf-8"))
+    """Read a `job.json`. Raises RecipeError, or BrokenFile, that names the file when it is not one of this version."""
+    return validate(Job, read_object(path), str(path), (), {})
 
 
 def dump_toml(recipe: Recipe) -> str:
@@ -103,7 +104,7 @@ def _override(raw: dict[str, Any], override: str) -> tuple[Location, str]:
         raise RecipeError(f"the override {override!r} is not of the form key=value")
     try:
         value = tomllib.loads(f"value = {value_text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = value_text
     parts = [part.strip() for part in key.split(".")]
     place: Any = raw
@@ -196,7 +197,17 @@ def _cross_check(recipe: Recipe, source: str, origins: Mapping[Location, str]) -
             f"{source}: train.batch_tokens = {batch} is not a multiple of data.length = {length}; "
             f"the nearest that is: {max(1, round(batch / length)) * length}"
         )
+    budgets = {
+        "train.tokens": recipe.train.tokens,
+        "sweep.tokens": None if recipe.sweep is None else recipe.sweep.tokens,
+    }
+    for key, tokens in budgets.items():
+        if tokens is not None and tokens < batch:
+            raise RecipeError(
+                f"{source}: {key} = {tokens} is less than one step (train.batch_tokens = {batch})"
+            )
     _distinct(source, "seeds", recipe.seeds)
+    _distinct(source, "evaluate.suites", recipe.evaluate.suites)
     _distinct(source, "arms name", [arm.name for arm in recipe.arms])
     _distinct(source, "arms directory", [arm.slug for arm in recipe.arms])
     for index, arm in enumerate(recipe.arms):

@@ -1,25 +1,25 @@
 """The run directory: who may write to it, whether it belongs to this recipe, and whether it will fit on the disk."""
 
 import fcntl
-import json
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from clearhead.data.began import check_sets, check_text, check_tokens
 from clearhead.train.recipe import Recipe, RecipeError
-from clearhead.train.recipe_io import differences, dump_toml, parse_recipe
-from clearhead.train.status import write_json, write_text
+from clearhead.train.recipe_io import differences, dump_toml, parse_recipe, read_toml
+from clearhead.train.status import read_object, write_json, write_text
 
 # Changing these does not change what a trained model is, so they may differ between calls on one run directory.
+DATA = "data.json"
 FREE_KEYS = ("description", "seeds", "evaluate")
 FREE_TRAIN_KEYS = ("workers", "threads", "save_every")
 PACKAGES = ("clearhead", "torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy", "scipy")
@@ -43,27 +43,51 @@ def exclusive(directory: Path, what: str, wait: float = 0.0) -> Iterator[None]:
     The lock is the operating system's, so it ends with its holder however that ends.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + wait
-    with (directory / ".lock").open("a+", encoding="utf-8") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    file.seek(0)
-                    holder = file.read().strip() or "unknown"
-                    raise RunError(
-                        f"{what} is in use by another clearhead process (pid {holder}); wait for it or stop it"
-                    ) from None
+    path = directory / ".lock"
+    ours = not path.exists()
+    with ExitStack() as held:
+        file = held.enter_context(path.open("a+", encoding="utf-8"))
+        deadline = time.monotonic() + wait
+        while not _locked(file, path):
+            if not _is(file, path):
+                # Its holder removed it: there may be another one by now.
+                file = held.enter_context(path.open("a+", encoding="utf-8"))
+            elif time.monotonic() >= deadline:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise RunError(
+                    f"{what} is in use by another clearhead process (pid {holder}); wait for it or stop it"
+                ) from None
+            else:
                 time.sleep(0.1)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         try:
             yield
+        except BaseException:
+            # Whoever refuses a directory leaves nothing of ours in it.
+            if ours and _is(file, path):
+                path.unlink()
+            raise
         finally:
             file.truncate(0)
+
+
+def _locked(file: IO[str], path: Path) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return _is(file, path)
+
+
+def _is(file: IO[str], path: Path) -> bool:
+    """Whether the open file is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def check_writable(directory: Path) -> None:
@@ -115,22 +139,33 @@ def open_run(directory: Path, recipe: Recipe) -> None:
         write_json(directory / "env.json", environment())
 
 
-def keep_data(directory: Path, identity: Mapping[str, Any]) -> None:
-    """Record in `data.json` what the run trains on; RunError when it began with something else."""
-    path = directory / "data.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [
-            line
-            for key in ("corpus", "tokenizer_files")
-            for line in differences({key: before[key]}, {key: identity[key]})
-        ]
-        if changed:
-            raise RunError(
-                f"the text has changed since {str(directory)!r} was begun ({'; '.join(changed[:3])}); put it back, "
-                "choose another --out, or --fresh to set the old run aside and begin again"
-            )
-    write_json(path, identity)
+def kept_data(directory: Path) -> dict[str, Any] | None:
+    """What the run or the job in `directory` began with; None where nothing says so: it was made before that was kept.
+
+    A job made before jobs kept it is held to what its run says.
+    """
+    places = [directory]
+    if (directory / "job.json").exists():
+        places += [parent for parent in directory.absolute().parents[:4] if (parent / "recipe.toml").exists()]
+    return next((read_object(place / DATA) for place in places if (place / DATA).exists()), None)
+
+
+def keep_data(directory: Path, identity: Mapping[str, Any], sets: Mapping[str, str] | None = None) -> None:
+    """Record in `data.json` what the run, or a job of it, trains on and is evaluated on.
+
+    sets: the fingerprints of the files that its evaluations read. RunError when it began with something else.
+    """
+    before = read_object(directory / DATA) if (directory / DATA).exists() else {}
+    known = before.get("evaluation_sets", {})
+    try:
+        check_text(before, identity, ({}, {}))
+        check_tokens(before, identity, directory)
+        check_sets(known, sets or {})
+    except ValueError as error:
+        raise RunError(f"{str(directory)!r}: {error}") from None
+    found = {**identity, "evaluation_sets": {**known, **(sets or {})}}
+    if found != before:
+        write_json(directory / DATA, found)
 
 
 def set_aside(directory: Path, say: Callable[[str], None]) -> None:
@@ -147,9 +182,8 @@ def set_aside(directory: Path, say: Callable[[str], None]) -> None:
 
 def _changes(written: Path, recipe: Recipe) -> list[str]:
     try:
-        raw = tomllib.loads(written.read_text(encoding="utf-8"))
-        old = parse_recipe(raw, source=str(written))
-    except (RecipeError, tomllib.TOMLDecodeError) as error:
+        old = parse_recipe(read_toml(written), source=str(written))
+    except RecipeError as error:
         return [f"its recipe is not one of this version: {error}"]
     before, after = _fixed(old), _fixed(recipe)
     shared = {arm["name"] for arm in before["arms"]} & {arm["name"] for arm in after["arms"]}

@@ -19,6 +19,8 @@ def train_single(
 
     Raises RunError when the run directory cannot be used, ValueError or OSError from training.
     """
+    # A recipe that cannot be run leaves everything as it was.
+    parameters = check_models(recipe)
     task = _task(recipe, run_dir, arm, seed)
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if fresh and distributed:
@@ -30,11 +32,9 @@ def train_single(
                 set_aside(run_dir, say)
             check_writable(run_dir)
             held.enter_context(exclusive(run_dir, f"the run {str(run_dir)!r}"))
-            parameters = check_models(recipe)
             open_run(run_dir, recipe)
             check_space(run_dir, bytes_needed([task], parameters))
-            prepare_rows(recipe, run_dir, say)
-            place(task)
+            place(task, prepare_rows(recipe, run_dir, say))
         run_job(task.job, task.directory, evaluate=False)
     return task.directory
 

@@ -6,9 +6,28 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 State = Literal["queued", "training", "trained", "evaluated", "failed"]
+STATES = get_args(State)
+MEND = "restore it, or delete it to have it made again"
+_NUMBER = (int, float, type(None))
+# What each key of a status may be.
+KINDS: dict[str, Any] = {
+    "state": str,
+    "step": int,
+    "steps": int,
+    "tokens": int,
+    "tokens_per_second": _NUMBER,
+    "seconds_left": _NUMBER,
+    "loss": _NUMBER,
+    "error": (str, type(None)),
+    "note": (str, type(None)),
+}
+
+
+class BrokenFile(ValueError):
+    """A file of a run that does not hold what it should: one sentence that names it and what to do."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +42,71 @@ class Status:
     seconds_left: float | None = None
     loss: float | None = None
     error: str | None = None
+    note: str | None = None  # what a person should know, though it went on
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises FileNotFoundError, and BrokenFile, one sentence that names the file, for anything else but an object in it.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise BrokenFile(f"{path} cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        raise BrokenFile(f"{path} is not valid JSON ({error}); {MEND}") from error
+    if not isinstance(value, dict):
+        raise BrokenFile(f"{path} holds a {type(value).__name__}, expected an object; {MEND}")
+    return value
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`. What a killed process left half written at the end is passed over.
+
+    Raises BrokenFile, naming file and line, for anything else that is not a record with its step.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise BrokenFile(f"{path} cannot be read ({error})") from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            int(record["step"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            if number == len(lines):
+                break
+            raise BrokenFile(
+                f"{path}, line {number}, is not valid JSON with a step ({error}); restore it or move it away"
+            ) from error
+        found.append(record)
+    return found
 
 
 def read_status(job_dir: Path) -> Status:
-    """The job's status; `queued` when it has not said anything yet."""
+    """The job's status; `queued` when it has not said anything yet. Raises BrokenFile that names a broken file."""
+    path = job_dir / "status.json"
     try:
-        return Status(**json.loads((job_dir / "status.json").read_text(encoding="utf-8")))
+        found = read_object(path)
     except FileNotFoundError:
         return Status()
+    for name, value in found.items():
+        kind = KINDS.get(name)
+        if kind is None:
+            raise BrokenFile(f"{path} has the unknown key {name!r}; remove the file to begin it again")
+        if (
+            not isinstance(value, kind)
+            or isinstance(value, bool)
+            or (name == "state" and value not in STATES)
+        ):
+            raise BrokenFile(f"{path}: {name} cannot be {value!r}; remove the file to begin it again")
+    return Status(**found)
 
 
 def write_status(job_dir: Path, status: Status) -> None:

@@ -6,7 +6,6 @@ run of the arm masters, take the one with the lowest validation loss at the end,
 `train.probe_every` there is no validation loss, and the training loss over the last tenth of the run stands in.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from clearhead.train.jobs import Task
 from clearhead.train.recipe import Recipe
-from clearhead.train.status import write_json
+from clearhead.train.status import MEND, BrokenFile, read_lines, read_object, write_json
 
 RULE = "fewest tokens until mastery (runs without it count as their budget); if no run masters, the lowest final loss"
 
@@ -61,8 +60,10 @@ def chosen_rates(run_dir: Path) -> dict[str, float]:
     path = run_dir / "sweep.json"
     if not path.exists():
         return {}
-    arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
-    return {name: float(arm["learning_rate"]) for name, arm in arms.items()}
+    try:
+        return {name: float(arm["learning_rate"]) for name, arm in read_object(path)["arms"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BrokenFile(f"{str(path)!r} does not hold the outcome of a sweep ({error}); {MEND}") from error
 
 
 def outcome(task: Task) -> dict[str, Any]:
@@ -70,13 +71,13 @@ def outcome(task: Task) -> dict[str, Any]:
     mastered_at = None
     probe_loss = None
     losses = []
-    for line in (task.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in read_lines(task.directory / "metrics.jsonl"):
         probe = record.get("probe")
         if probe is None:
-            losses.append(record["loss"])
+            # Null is a loss that was no number.
+            losses.append(math.inf if record["loss"] is None else record["loss"])
             continue
-        probe_loss = probe.get("validation_loss", probe_loss)
+        probe_loss = probe.get("validation_loss") or probe_loss
         if mastered_at is None and probe.get("needle_accuracy", 0.0) >= task.job.train.mastery:
             mastered_at = record["tokens"]
     last = losses[-max(1, len(losses) // 10) :]
@@ -92,5 +93,6 @@ def _score(runs: Sequence[dict[str, Any]], mastered: bool) -> float:
     if mastered:
         values = [run["budget"] if run["mastered_at"] is None else run["mastered_at"] for run in runs]
     else:
-        values = [run["final_loss"] if math.isfinite(run["final_loss"]) else math.inf for run in runs]
+        values = [math.inf if run["final_loss"] is None else run["final_loss"] for run in runs]
+        values = [value if math.isfinite(value) else math.inf for value in values]
     return float(sum(values) / len(values))

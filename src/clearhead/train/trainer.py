@@ -6,10 +6,13 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
@@ -17,6 +20,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
+from clearhead.data.cache import digest_json
 from clearhead.data.packing import PreparedData, prepare
 from clearhead.data.retrieval import Mixture
 from clearhead.models.causal import ClearheadForCausalLM
@@ -24,6 +28,7 @@ from clearhead.models.config import ClearheadConfig
 from clearhead.models.cost import forward_flops_per_token, kv_bytes_per_token
 from clearhead.train.callbacks import Journal, Probe, Progress, TrainingError
 from clearhead.train.checkpoint import (
+    drop_old,
     load_optimizer,
     load_random,
     mark_complete,
@@ -31,10 +36,12 @@ from clearhead.train.checkpoint import (
     save_optimizer,
     save_random,
 )
+from clearhead.train.checksums import CHECKSUMS, seal, sync
 from clearhead.train.probe import make_probe
 from clearhead.train.recipe import Job, Train
 from clearhead.train.rows import data_spec, training_rows
-from clearhead.train.status import write_json
+from clearhead.train.rundir import kept_data
+from clearhead.train.status import read_status, write_json, write_status
 
 IGNORE = -100
 KEEP_CHECKPOINTS = 2
@@ -57,12 +64,12 @@ def train_job(job: Job, job_dir: Path) -> None:
             f"train.batch_tokens is {rows_per_step} rows a step, which {world} processes cannot share evenly; "
             f"make it a multiple of {world * job.data.length}"
         )
-    data = prepare(data_spec(job))
+    data = prepare(data_spec(job), began=kept_data(job_dir))
     # Progress is told through status.json; the bars of saving and loading would only break its display.
     disable_progress_bar()
     set_seed(job.seed)
     model = build_model(job, data)
-    resume = newest_complete(job_dir / "checkpoints")
+    resume = newest_complete(job_dir / "checkpoints", partial(_note, job_dir, first), first=first)
     resumed_step = 0 if resume is None else int(resume.name.rpartition("-")[2])
     journal = Journal(job_dir / "metrics.jsonl", resumed_step) if first else None
     progress = Progress(job_dir, job.train.batch_tokens, job.train.steps)
@@ -75,6 +82,7 @@ def train_job(job: Job, job_dir: Path) -> None:
         journal=journal,
         train=job.train,
     )
+    _check_shared(trainer, data)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(progress)
     if first:
@@ -93,6 +101,22 @@ def train_job(job: Job, job_dir: Path) -> None:
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if first and journal is not None:
         _finish(job, job_dir, model, data, journal, trainer.state.global_step)
+
+
+def _note(job_dir: Path, first: bool, text: str) -> None:
+    """Say something that a person should know: in the log, and in the status for whoever watches."""
+    if first:
+        print(text, file=sys.stderr, flush=True)
+        before = read_status(job_dir)
+        write_status(job_dir, replace(before, note=f"{before.note}; {text}" if before.note else text))
+
+
+def _check_shared(trainer: Trainer, data: PreparedData) -> None:
+    """TrainingError unless every process of this training has the same text; all of them call this."""
+    number = int(digest_json(data.identity)[:12], 16)
+    found = trainer.accelerator.gather(torch.tensor([number], device=trainer.args.device))
+    if len(set(found.tolist())) > 1:
+        raise TrainingError("the text has changed while the processes started; start the training again")
 
 
 def build_model(job: Job, data: PreparedData) -> ClearheadForCausalLM:
@@ -140,6 +164,8 @@ class ComparisonTrainer(Trainer):
         self.lambda_tokens = lambda_tokens
         self.journal = journal
         self.plan = train
+        # What the next record sums up since the last one; a checkpoint between two records keeps it.
+        self._loss = torch.zeros(2)
         self._text = torch.zeros(2, dtype=torch.float64)
         self._logged = (0, 0.0)
 
@@ -166,6 +192,7 @@ class ComparisonTrainer(Trainer):
             self._text += torch.stack([(losses * counted).sum(), counted.sum()]).double().cpu()
         # A retrieval row has a dozen labels, a text row hundreds: by rows, the recipe's shares are shares of the loss.
         loss = (losses.sum(dim=1) / (targets != IGNORE).sum(dim=1).clamp(min=1)).mean()
+        self._loss = self._loss.to(loss.device) + torch.stack([loss.detach(), torch.ones_like(loss)])
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -174,6 +201,10 @@ class ComparisonTrainer(Trainer):
         text = self.accelerator.reduce(self._text.float().to(self.args.device), reduction="sum")
         nats, count = text.tolist()
         self._text.zero_()
+        # Not Trainer's own mean, which after a resumption leaves out the steps before it.
+        total, steps = self.accelerator.gather(self._loss[None]).mean(dim=0).tolist()
+        self._loss = torch.zeros_like(self._loss)
+        logs = {**logs, "loss": total / steps}
         bits = nats / count / math.log(2) / self.bytes_per_token if count else None
         lambdas = self._lambdas()
         step = self.state.global_step
@@ -206,8 +237,13 @@ class ComparisonTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        # Every process has its own file in it.
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            if self.journal is not None and self.journal.path.exists():
+                sync(self.journal.path)
             mark_complete(self.folder / f"checkpoint-{self.state.global_step}")
+            drop_old(self.folder, KEEP_CHECKPOINTS)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save and isinstance(self.model, PreTrainedModel):
@@ -221,13 +257,21 @@ class ComparisonTrainer(Trainer):
         if checkpoint is not None:
             load_optimizer(Path(checkpoint), _bare(self.optimizer), _bare(self.lr_scheduler))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        bare = self.accelerator.unwrap_model(model or self.model)
+        load_model(bare, Path(resume_from_checkpoint) / "model.safetensors", device="cpu")
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """There is none in float32 and bfloat16; whatever file has its name is not read."""
+
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        save_random(Path(output_dir), self.args.process_index)
+        save_random(Path(output_dir), self.args.process_index, {"loss": self._loss, "text": self._text})
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            load_random(Path(checkpoint), self.args.process_index)
+            sums = load_random(Path(checkpoint), self.args.process_index)
+            self._loss, self._text = sums.get("loss", self._loss), sums.get("text", self._text)
 
 
 class _Rows(Dataset[dict[str, Any]]):
@@ -307,7 +351,7 @@ def _arguments(job: Job, job_dir: Path, rows_per_device: int) -> TrainingArgumen
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=job.train.save_every,
-        save_total_limit=KEEP_CHECKPOINTS,
+        save_total_limit=None,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -319,7 +363,7 @@ def _arguments(job: Job, job_dir: Path, rows_per_device: int) -> TrainingArgumen
 def _writer(folder: Path, resumed_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder), purge_step=resumed_step or None)
+    return SummaryWriter(str(folder), purge_step=resumed_step if folder.exists() else None)
 
 
 def _finish(
@@ -343,7 +387,9 @@ def _finish(
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     data.tokenizer.save_pretrained(part)
+    seal(part, CHECKSUMS)
     part.replace(job_dir / "model")
+    sync(job_dir)
     shutil.rmtree(job_dir / "checkpoints", ignore_errors=True)
 
 

@@ -20,7 +20,9 @@ class Variant(nn.Module, ABC):
     """Turns projections into softmax streams, and the streams' outputs into one.
 
     It owns its extra parameters only; the layer around it owns q_proj, k_proj, v_proj and o_proj, whose widths
-    `widths` names.
+    `widths` names. Weights that are kept elsewhere until they are needed (Accelerate's offloading, FSDP, ZeRO) are
+    brought in when a module is called: `gate` is reached by calling the variant, so it may use the variant's own
+    parameters; other methods may use those of submodules that they call.
     """
 
     needs_rotation: ClassVar[bool] = False
@@ -47,12 +49,17 @@ class Variant(nn.Module, ABC):
 
     def split(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Heads:
         """Projections, and the layer's input x (B, L, embed_dim), to streams."""
-        return Heads(
-            self.split_queries(q), self.split_keys(k), split_heads(v, self.sizes.kv_heads), self.gate(x)
-        )
+        return Heads(self.split_queries(q), self.split_keys(k), split_heads(v, self.sizes.kv_heads), self(x))
 
-    def gate(self, x: Tensor) -> Tensor | None:
-        """What `mix` weighs the second stream with, broadcastable to (B, H, L, 1)."""
+    def forward(self, x: Tensor | None) -> Tensor | None:
+        """`gate`, with the variant's own parameters brought in."""
+        return self.gate(x)
+
+    def gate(self, x: Tensor | None) -> Tensor | None:
+        """What `mix` weighs the second stream with, broadcastable to (B, H, L, 1).
+
+        x is the layer's input, or None where only a gate that does not depend on it is asked for.
+        """
         return None
 
     def place(self, heads: Heads, rotation: Rotation) -> Heads:

@@ -102,7 +102,7 @@ class Differential(Variant):
         # As a vector of one: PyTorch makes the forward-mode derivative of a scalar and a number float64.
         return (learned.view(1) + self.lambda_init).view(())
 
-    def gate(self, x: Tensor) -> Tensor:
+    def gate(self, x: Tensor | None) -> Tensor:
         return self.lambda_full().view(1, 1, 1, 1)
 
     @property
@@ -120,7 +120,7 @@ class Differential(Variant):
             nn.init.ones_(self.head_norm.weight)
 
     def mean_lambda(self) -> float:
-        return float(self.lambda_full().detach())
+        return float(self(None).detach())
 
 
 def _pairs(x: Tensor, heads: int) -> tuple[Tensor, ...]:

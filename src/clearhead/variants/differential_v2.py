@@ -35,7 +35,7 @@ class DifferentialV2(Variant):
     def split_queries(self, q: Tensor) -> tuple[Tensor, ...]:
         return split_heads(q, self.sizes.heads).chunk(2, dim=-1)
 
-    def gate(self, x: Tensor) -> Tensor:
+    def gate(self, x: Tensor | None) -> Tensor:
         # (B, L, H) -> (B, H, L, 1)
         raw = self.lambda_proj(x)
         wide = raw if raw.dtype == torch.float64 else raw.float()

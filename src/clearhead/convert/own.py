@@ -1,0 +1,50 @@
+"""This library's own checkpoints: carried over as they are, and what every other format is turned into."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from clearhead.convert.base import INVALID, Computation, Converter, Line, Source, Table
+from clearhead.convert.computing import ModelComputation
+from clearhead.convert.weights import ConversionError, Weights, reason
+from clearhead.models.config import ClearheadConfig
+
+
+class Clearhead(Converter):
+    """`ClearheadForCausalLM`, any attention."""
+
+    exports = True
+
+    def claims(self, source: Source) -> bool:
+        return source.model_type == ClearheadConfig.model_type
+
+    def configuration(self, source: Source) -> ClearheadConfig:
+        try:
+            return ClearheadConfig.from_dict(dict(source.config))
+        except INVALID as error:
+            raise ConversionError(
+                f"the configuration is not one of a clearhead model: {reason(error)}"
+            ) from None
+
+    def table(self, config: ClearheadConfig) -> Table:
+        return Table(
+            tuple(Line(name, name) for name in self.shapes(config.to_dict())), config.num_hidden_layers
+        )
+
+    def computation(self, config: Mapping[str, Any], weights: Weights, dtype: torch.dtype) -> Computation:
+        from clearhead.models.causal import ClearheadForCausalLM
+
+        return ModelComputation(ClearheadForCausalLM, ClearheadConfig.from_dict(dict(config)), dtype)
+
+    def written(self, config: ClearheadConfig) -> dict[str, Any]:
+        return {**config.to_diff_dict(), "architectures": ["ClearheadForCausalLM"]}
+
+    def shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        from clearhead.models.causal import ClearheadForCausalLM
+
+        ours = ClearheadConfig.from_dict(dict(config))
+        with torch.device("meta"):
+            model = ClearheadForCausalLM(ours)
+        tied = {"lm_head.weight"} if ours.tie_word_embeddings else set()
+        return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}

@@ -1,0 +1,67 @@
+"""The weights of a softmax model under another attention.
+
+V2 is the same function at once: its second query stream repeats the first, λ(x) is 0, so that sigmoid(λ) is one half,
+and the output projection is doubled. Every other variant is another function, and the weights are a start for training.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from clearhead.convert.base import refuse
+from clearhead.convert.weights import MadeWeights, Recipe, Weights, same
+from clearhead.models.config import ClearheadConfig
+
+SAME_FUNCTION = ("differential_v2",)
+
+
+def restarted(config: ClearheadConfig, attention: str) -> ClearheadConfig:
+    """The configuration with another attention; ValueError where the model cannot have it."""
+    if config.attention == attention:
+        return config
+    if config.attention != "softmax" or config.attention_options:
+        raise refuse(
+            "attention", config.attention, f"--attention {attention} can be given to softmax models only"
+        )
+    plain = config.to_dict()
+    plain |= {"attention": attention, "attention_options": {}}
+    return ClearheadConfig.from_dict(plain)
+
+
+def restart(weights: Weights, before: ClearheadConfig, after: ClearheadConfig, seed: int = 0) -> MadeWeights:
+    """The weights of `before` for `after`; what is new begins as its paper says, drawn with `seed`."""
+    from clearhead.models.causal import ClearheadForCausalLM
+
+    recipes: dict[str, Recipe] = {name: Recipe((name,), same) for name in weights.names()}
+    doubled = after.attention.startswith("differential_v2")
+    width = before.head_dim
+    with torch.device("meta"):
+        wanted = ClearheadForCausalLM(after).state_dict()
+    for layer in range(after.num_hidden_layers):
+        prefix = f"model.layers.{layer}.self_attn"
+        query, output = f"{prefix}.q_proj.weight", f"{prefix}.o_proj.weight"
+        if doubled:
+            assert width is not None
+            recipes[query] = Recipe((query,), lambda rows: twice(rows, width))
+            recipes[output] = Recipe((output,), lambda matrix: matrix * 2)
+        for name, value in _new(after, layer, seed).items():
+            if f"{prefix}.variant.{name}" in wanted:
+                held = value.to(weights.dtype(query)) if "lambda_" not in name or "proj" in name else value
+                recipes[f"{prefix}.variant.{name}"] = Recipe((), lambda held=held: held, held.dtype)
+    return MadeWeights(weights, recipes)
+
+
+def twice(rows: Tensor, width: int) -> Tensor:
+    """Every head of a query projection followed by itself."""
+    return rows.unflatten(0, (-1, 1, width)).expand(-1, 2, -1, -1).flatten(0, 2)
+
+
+def _new(config: ClearheadConfig, layer: int, seed: int) -> Mapping[str, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + layer)
+        variant = config.make_variant(layer)
+    found = {name: value.detach() for name, value in variant.state_dict().items()}
+    if "lambda_proj.weight" in found:
+        found["lambda_proj.weight"] = torch.zeros_like(found["lambda_proj.weight"])
+    return found

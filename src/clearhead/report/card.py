@@ -1,0 +1,255 @@
+"""A model card: what a model is, what it was trained on, what was measured, how to load it; made from files alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clearhead.evals.results import RunResults, load_run, read_json, slugify
+from clearhead.train.status import write_text
+
+CARD = "README.md"
+RECORD = "conversion.json"
+MARK = "<!-- clearhead card -->"
+"""Stands in every card that was made here, so that one that a person wrote is never replaced."""
+OURS = "clearhead"
+LICENCES = (("apache-2.0", "Apache License"), ("mit", "MIT License"), ("cc0-1.0", "CC0 1.0"))
+SIZES = (
+    ("layers", "num_hidden_layers"),
+    ("width", "hidden_size"),
+    ("inner width", "intermediate_size"),
+    ("heads, counted as for the Transformer twin", "num_attention_heads"),
+    ("key-value heads", "num_key_value_heads"),
+    ("width of a head", "head_dim"),
+    ("vocabulary", "vocab_size"),
+    ("`max_position_embeddings`", "max_position_embeddings"),
+)
+
+
+def write_card(
+    directory: Path, *, name: str | None = None, licence: str | None = None, replace: bool = False
+) -> Path:
+    """Write README.md beside a model's weights; returns its path.
+
+    directory: a model's directory, or the job directory of a run that it is in.
+    licence:   Hugging Face's name of it, such as "apache-2.0"; by default what a LICENSE file beside the model says.
+    replace:   also replace a README.md that was not made here.
+    Raises ValueError for a directory without a model and for a README.md of a person's own.
+    """
+    folder = next((d for d in (directory, directory / "model") if (d / "config.json").exists()), None)
+    if folder is None:
+        raise ValueError(f"{str(directory)!r} holds no model (no config.json)")
+    target = folder / CARD
+    if target.exists() and not replace and MARK not in target.read_text(encoding="utf-8"):
+        raise ValueError(
+            f"{str(target)!r} was not written by clearhead card; --replace writes over it, or move it away"
+        )
+    write_text(target, card(folder, name=name, licence=licence))
+    return target
+
+
+def card(folder: Path, *, name: str | None = None, licence: str | None = None) -> str:
+    """The card's text."""
+    config = read_json(folder / "config.json")
+    job = read_json(folder.parent / "job.json") if folder.name == "model" else {}
+    run = _run(folder) if job else None
+    title = name or (f"{job['recipe']}: {job['arm']}" if job else folder.resolve().name)
+    licence = licence or _licence(folder)
+    parts = [
+        _header(config, job, licence),
+        f"{MARK}\n# {title}\n",
+        _what(config, folder, job),
+        _origin(read_json(folder / RECORD)),
+        _data(job, run),
+        _recipe(job),
+        _results(job, run),
+        _loading(config),
+        _licence_section(licence),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _header(config: Mapping[str, Any], job: Mapping[str, Any], licence: str | None) -> str:
+    """Hugging Face's YAML; strings as JSON, which YAML reads."""
+    ours = config.get("model_type") == OURS
+    tags = ["clearhead", "text-generation"]
+    attention = _attention(config)
+    tags += [tag for tag in (attention.replace("_", "-"),) if tag != "softmax"]
+    source = job.get("corpus", {}).get("source", "")
+    lines = [
+        "---",
+        f"library_name: {'clearhead' if ours else 'transformers'}",
+        "pipeline_tag: text-generation",
+        f"tags: {json.dumps(tags)}",
+    ]
+    if licence:
+        lines.insert(1, f"license: {json.dumps(licence)}")
+    if source.startswith("hf:"):
+        lines.append(f"datasets: {json.dumps([source.removeprefix('hf:')])}")
+    return "\n".join([*lines, "---", ""])
+
+
+def _attention(config: Mapping[str, Any]) -> str:
+    if config.get("model_type") == OURS:
+        return str(config.get("attention", "softmax"))
+    return "differential" if config.get("model_type") == "diffllama" else "softmax"
+
+
+def _what(config: Mapping[str, Any], folder: Path, job: Mapping[str, Any]) -> str:
+    described = {
+        "softmax": "the Transformer's attention",
+        "differential": "differential attention V1 (arXiv 2410.05258): softmax(q₁k₁ᵀ) − λ softmax(q₂k₂ᵀ)",
+        "differential_v2": "differential attention V2 (Microsoft, January 2026)",
+        "collinear": "Collinear Constrained Attention (CoCA, arXiv 2309.08646)",
+        "differential_collinear": "differential attention V1 with collinear streams",
+        "differential_v2_collinear": "differential attention V2 with collinear streams",
+    }
+    attention = _attention(config)
+    options = ", ".join(f"{key} {value}" for key, value in (config.get("attention_options") or {}).items())
+    rope = config.get("rope_parameters") or {}
+    positions = str(config.get("position", "rope"))
+    if positions == "rope" and rope:
+        positions = f"RoPE ({rope.get('rope_type', 'default')}, base {rope.get('rope_theta', 10000.0):g})"
+    rows = [("parameters", f"{_parameters(folder):,}")] if list(folder.glob("*.safetensors")) else []
+    rows += [(label, f"{config[key]:,}") for label, key in SIZES if isinstance(config.get(key), int)]
+    if job:
+        rows.append(("tokens of a row in training", f"{job['data']['length']:,}"))
+    rows += [("positions", positions), ("stored in", str(config.get("dtype", "float32")))]
+    table = "\n".join(f"| {label} | {value} |" for label, value in rows)
+    return (
+        f"A causal language model with {described.get(attention, attention)}{f' ({options})' if options else ''}, "
+        f"otherwise as LLaMA (pre-RMSNorm, SwiGLU, no biases).\n\n| | |\n|---|---|\n{table}\n"
+    )
+
+
+def _parameters(folder: Path) -> int:
+    from clearhead.convert.weights import FileWeights
+
+    weights = FileWeights(sorted(folder.glob("*.safetensors")))
+    total = 0
+    for name in weights.names():
+        numbers = 1
+        for length in weights.shape(name):
+            numbers *= length
+        total += numbers
+    return total
+
+
+def _origin(record: Mapping[str, Any]) -> str:
+    if not record:
+        return ""
+    source, check = record["source"], record["check"]
+    kept = (
+        f"It is the same function: the largest difference of logits on a text is {check['max_difference']:.2g}, "
+        f"computed in {check['computed_in']}."
+        if record["same_function"]
+        else f"The attention was changed from {source['attention']} to {record['result']['attention']}: these weights "
+        "are a start for training, not the source's function."
+    )
+    note = f" {source['note']}" if "note" in source else ""
+    return f"## Where it comes from\n\nConverted from `{source['name']}` ({source['format']}).{note} {kept}\n"
+
+
+def _data(job: Mapping[str, Any], run: RunResults | None) -> str:
+    if not job:
+        return "## Data\n\nNot recorded here.\n"
+    corpus, data = job["corpus"], job["data"]
+    source = corpus["source"]
+    named = "the sources of Python's standard library" if source == "stdlib" else f"`{_named(source)}`"
+    shares = [
+        f"{share:.0%} {what}"
+        for share, what in (
+            (1 - data["needle_share"] - data["pair_share"], "text"),
+            (data["needle_share"], "texts with facts to look up"),
+            (data["pair_share"], "shuffled pairs"),
+        )
+        if share
+    ]
+    return (
+        f"## Data\n\n{named[0].upper() + named[1:]}, in rows of {data['length']} tokens: {', '.join(shares)}. "
+        f"{corpus['validation_fraction']:.0%} of the documents were held out.\n"
+    )
+
+
+def _named(source: str) -> str:
+    """A corpus without the directories of the machine that it was on."""
+    return source if source.startswith("hf:") else Path(source).name
+
+
+def _recipe(job: Mapping[str, Any]) -> str:
+    if not job:
+        return ""
+    train = job["train"]
+    return (
+        f"## Recipe\n\n{train['tokens']:,} tokens in batches of {train['batch_tokens']:,}; AdamW, learning rate "
+        f"{train['learning_rate']:g} ({train['schedule']}, warm-up {train['warmup']:.0%}), weight decay "
+        f"{train['weight_decay']:g}, betas {train['betas'][0]:g} and {train['betas'][1]:g}, gradients clipped at "
+        f"{train['grad_clip']:g}; seed {job['seed']}. Made by `clearhead compare` or `clearhead train`.\n"
+    )
+
+
+def _results(job: Mapping[str, Any], run: RunResults | None) -> str:
+    if run is None:
+        return "## Results\n\nNone are recorded here; `clearhead evaluate` measures them.\n"
+    from clearhead.report.build import cell, evaluation_sections
+
+    rows = []
+    for section in evaluation_sections(run):
+        for headline in section.headlines:
+            if headline.arm == job["arm"] and section.measure:
+                seeds = headline.estimate.seeds if headline.estimate else None
+                number = headline.estimate.n if headline.estimate else None
+                rows.append(
+                    f"| {section.measure} | {cell(headline, section.digits)} | {number or '–'} | {seeds or '–'} |"
+                )
+    if not rows:
+        return "## Results\n\nNothing has been measured yet.\n"
+    table = "\n".join(rows)
+    return (
+        "## Results\n\nOf this arm over its seeds, with 95 % intervals; n is the number of items.\n\n"
+        f"| measure | value (interval) | n | seeds |\n|---|---|---|---|\n{table}\n"
+    )
+
+
+def _run(folder: Path) -> RunResults | None:
+    """The run of a model that lies in arms/ARM/seed-N/model."""
+    root = folder.resolve().parents[3] if len(folder.resolve().parents) > 3 else None
+    if root is None or not (root / "recipe.toml").exists():
+        return None
+    found = load_run(root)
+    slug = folder.resolve().parent.parent.name
+    return found if any(slugify(arm.name) == slug for arm in found.arms) else None
+
+
+def _loading(config: Mapping[str, Any]) -> str:
+    ours = config.get("model_type") == OURS
+    note = "`pip install clearhead`, then:" if ours else "With transformers alone:"
+    first = "import clearhead.models  # registers the family\n" if ours else ""
+    first += "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    return (
+        f"## How to load it\n\n{note}\n\n```python\n{first}\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH_OR_HUB_ID")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_HUB_ID")\n```\n'
+    )
+
+
+def _licence(folder: Path) -> str | None:
+    for file in sorted(folder.glob("LICENSE*")):
+        text = file.read_text(encoding="utf-8", errors="replace")[:500]
+        for name, words in LICENCES:
+            if re.search(words, text):
+                return name
+        return "other"
+    return None
+
+
+def _licence_section(licence: str | None) -> str:
+    stated = (
+        f"{licence}."
+        if licence
+        else "None was stated: say which one with `clearhead card --license`, with regard to data and source."
+    )
+    return f"## Licence\n\n{stated}\n"
