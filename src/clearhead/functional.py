@@ -46,8 +46,8 @@ def attention(
     window:           a query sees keys fewer than this many positions away: under is_causal the last `window`, its own
         among them, otherwise as many to either side.
     attn_mask:        (L, S) or (B, H, L, S), where a 1 stands for any size; bool (True = visible) or added.
-    alibi_slopes:     (H,) float32 constants: slope_h · |query's − key's position| is taken off the scaled logits of
-        head h (`clearhead.positions.alibi.slopes` makes them).
+    alibi_slopes:     (H,) float32 or float64 constants: slope_h · |query's − key's position| is taken off the scaled
+        logits of head h (`clearhead.positions.alibi.slopes` makes them).
     Masks combine by "and"; a query that sees no key gives zeros. What a hidden key and its value hold changes nothing,
     NaN and infinities included: under key_padding_mask everywhere, gradients too; hidden in another way on a CPU
     outside compiled graphs, for outputs and gradients of q (elsewhere 0 · NaN may reach queries of the same sequence).

@@ -149,8 +149,13 @@ class MaskSpec:
         bias = -self.slopes.to(dtype).to(device)[:, None, None] * distance.abs().to(dtype)
         return bias if dense is None else bias + _cast(_as_four(dense), dtype)
 
-    def validate(self, batch: int, heads: int, queries: int, keys: int, device: torch.device) -> None:
-        """Raise ValueError, naming the argument, if a part does not fit the problem or lies on another device."""
+    def validate(
+        self, batch: int, heads: int, queries: int, keys: int, device: torch.device | None = None
+    ) -> None:
+        """Raise ValueError, naming the argument, if a part does not fit the problem or lies on another device.
+
+        None asks nothing of devices.
+        """
         if not isinstance(self.is_causal, bool):
             raise ValueError(f"is_causal must be True or False, not {self.is_causal!r}")
         parts = (
@@ -165,7 +170,7 @@ class MaskSpec:
             if not isinstance(part, Tensor):
                 raise ValueError(f"{name} must be a tensor, not {type(part).__name__}")
             # Slopes are a few constants that are copied to where they are needed; from meta nothing can be copied.
-            if part.device != device and (name != "alibi_slopes" or part.is_meta):
+            if device is not None and part.device != device and (name != "alibi_slopes" or part.is_meta):
                 raise ValueError(f"{name} is on {part.device}, q on {device}; they must agree")
         if self.window is not None and (isinstance(self.window, bool) or not isinstance(self.window, int)):
             raise ValueError(f"window must be an integer, not {self.window!r}")
