@@ -50,7 +50,7 @@ def attention(
         logits of head h (`clearhead.positions.alibi.slopes` makes them).
     Masks combine by "and"; a query that sees no key gives zeros. What a hidden key and its value hold changes nothing,
     NaN and infinities included: under key_padding_mask everywhere, gradients too; hidden in another way on a CPU
-    outside compiled graphs, for outputs and gradients of q. (Elsewhere 0 · NaN may reach queries of the same sequence.)
+    outside compiled graphs, for outputs and gradients of q (elsewhere 0 · NaN may reach queries of the same sequence).
     A mask's large finite numbers stay numbers: −1e9 for all keys of a row changes nothing.
     scale: 1/√D by default; a number of any sign, or a tensor of one, which gets its gradient.
     backend: "auto", or the name of an engine or kernel, which runs it or raises ValueError with its reason. Every way

@@ -1,6 +1,7 @@
 """What is not finite reaches the queries that see it and no other, in every backend, dtype and length."""
 
 import math
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 import clearhead.nn as nn
+from clearhead.core.masks import MaskSpec
 from clearhead.functional import attention, differential_attention
 from clearhead.kernels.cpu import library
 from tests.contracts.support import rand
@@ -160,3 +162,30 @@ def test_large_numbers_in_a_mask_stay_numbers(backend: str, dtype: torch.dtype, 
     wanted = torch.autograd.grad(expected, leaves, cotangent.double())
     for a, b in zip((found, *gradients), (expected, *wanted), strict=True):
         assert float((a.double() - b).detach().abs().max()) <= 4 * DTYPES[dtype]
+
+
+def test_some_rows_of_a_mask_are_those_of_the_whole() -> None:
+    """With every part that a mask may have."""
+    generator = torch.Generator().manual_seed(4)
+    queries, keys = 5, 9
+    parts: dict[str, Any] = {
+        "is_causal": True,
+        "window": 6,
+        "key_padding": torch.rand(B, keys, generator=generator) < 0.8,
+        "documents": torch.randint(0, 2, (B, keys), generator=generator),
+        "dense": torch.randn(B, 1, queries, keys, generator=generator),
+        "slopes": torch.rand(H, generator=generator),
+        "places": (
+            torch.randint(0, 9, (B, queries), generator=generator),
+            torch.randint(0, 9, (B, keys), generator=generator),
+        ),
+    }
+    assert set(parts) == {field.name for field in fields(MaskSpec)} - {"offset"}
+    for offset in (None, 2, torch.tensor(3)):
+        mask = MaskSpec(offset=offset, **parts)
+        whole = mask.materialise(queries, keys, torch.float64, torch.device("cpu"))
+        for first, count in ((0, 2), (2, 3)):
+            some = mask.rows(first, count, queries, keys).materialise(
+                count, keys, torch.float64, whole.device
+            )
+            assert torch.equal(some, whole[:, :, first : first + count])

@@ -138,9 +138,11 @@ class Kernel(ABC):
 
     takes_tables: it takes `Heads` with a table; others get them expanded.
     modes:        which of `MODES` it is right in; the choice of a backend refuses it in the others.
+    passed_over:  why "auto" leaves it out where it is not `preferred`.
     """
 
     name: str
+    passed_over: ClassVar[str] = "measured slower than what follows at this shape"
     takes_tables: ClassVar[bool] = False
     modes: ClassVar[frozenset[str]] = frozenset()
 
@@ -234,7 +236,7 @@ def choose(backends: tuple[Backend, ...], problem: Problem, automatic: bool) -> 
         elif isinstance(backend, Kernel):
             if not automatic or backend.preferred(problem):
                 return Plan(backend, None, tuple(refusals))
-            refusals.append((backend.name, "measured slower than what follows at this shape"))
+            refusals.append((backend.name, backend.passed_over))
         else:
             lowering = backend.lowering(problem)
             assert isinstance(lowering, Lowering)  # an engine that does not refuse has one

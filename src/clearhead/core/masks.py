@@ -51,9 +51,9 @@ class MaskSpec:
         dense = self.dense
         if dense is not None and dense.shape[-2] > 1:
             dense = dense[..., first : first + count, :]
-        return replace(
-            self, offset=(keys - queries if self.offset is None else self.offset) + first, dense=dense
-        )
+        places = None if self.places is None else (self.places[0][:, first : first + count], self.places[1])
+        offset = (keys - queries if self.offset is None else self.offset) + first
+        return replace(self, offset=offset, dense=dense, places=places)
 
     @property
     def features(self) -> frozenset[str]:
