@@ -1,8 +1,15 @@
 """`--isa NAME`: every test runs on that instruction set of the CPU kernel, as on a processor that has no better one."""
 
 import os
+from pathlib import Path
 
 import pytest
+
+# Compiled FlexAttention comes back from Inductor's cache by name, also what another checkout or an imitated processor
+# left there (seen: zeros and NaN). A checkout has its own, one for each processor that is imitated.
+_CAPABILITY = os.environ.get("ATEN_CPU_CAPABILITY", "own")
+_CACHE = Path(__file__).resolve().parents[1] / ".pytest_cache" / f"inductor-{_CAPABILITY}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_CACHE))
 
 # Triton reads it when it is imported. TRITON_INTERPRET=0 in the environment leaves its kernels to a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
