@@ -149,9 +149,12 @@ def test_without_triton_a_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     assert "pip install 'clearhead[triton]'" in (Triton().refusal(problem()) or "")
 
 
-def test_auto_takes_it_on_cuda_and_never_on_cpu() -> None:
-    assert plan(problem()).backend.name == "triton"
-    assert plan(problem(needs_grad=True, mask=frozenset({"causal", "documents"}))).backend.name == "triton"
+def test_it_runs_where_it_is_named_and_auto_passes_it_over_with_the_reason() -> None:
+    for asked in (problem(), problem(needs_grad=True, mask=frozenset({"causal", "documents"}))):
+        chosen = plan(asked)
+        assert chosen.backend.name != "triton"
+        assert dict(chosen.refusals)["triton"] == "no GPU has timed it yet: name it to use it"
+        assert plan(asked, "triton").backend.name == "triton"
     for dtype in (torch.float32, torch.float16):
         assert plan(problem(device="cpu", dtype=dtype)).backend.name != "triton"
     assert load_backend("triton").refusal(problem(device="cpu")) is None
