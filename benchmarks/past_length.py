@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from clearhead.evals.compare import Comparison, Samples, compare
-from clearhead.evals.factors import swing
-from clearhead.evals.outliers import mean_over_layers
-from clearhead.evals.passkey_section import cell_of, hits
-from clearhead.evals.results import RunResults, SeedResults, load_run
-from clearhead.evals.statistics import Better, decimal, verdict
+from clearhead.analysis.comparison import Comparison, Samples, compare
+from clearhead.analysis.statistics import Better, decimal, verdict
+from clearhead.evals.composed.scaling_factors import swing
+from clearhead.evals.internals.logit_outliers import mean_over_layers
+from clearhead.evals.retrieval.passkey.section import cell_of, hits
+from clearhead.runs.results import RunResults, SeedResults, load_run
 
 Values = dict[str, Any]
 Numbers = Callable[[Values], list[float]]

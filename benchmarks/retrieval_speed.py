@@ -31,9 +31,9 @@ from torch import nn
 from clearhead.bench.machine import facts, matrix_rate, versions
 from clearhead.bench.measure import Call, interleaved, spread
 from clearhead.bench.records import append
-from clearhead.evals.base import Subject
-from clearhead.evals.foreign import ForeignLoader, ForeignSpec
-from clearhead.evals.multineedle import MultiNeedle, MultiNeedleConfig
+from clearhead.evals.retrieval.multi_needle.evaluation import MultiNeedle, MultiNeedleConfig
+from clearhead.evals.subject import Subject
+from clearhead.evals.subjects.external import ExternalLoader, ExternalSpec
 
 OUT = Path(__file__).parent / "results" / "retrieval_speed.jsonl"
 OURS = "clearhead"
@@ -141,7 +141,7 @@ def main() -> None:
     lengths = [int(part) for part in given.lengths.split(",")]
     theirs = [int(part) for part in given.harness_lengths.split(",") if part]
     sizes = [int(part) for part in given.batch_sizes.split(",")]
-    subject = ForeignLoader(ForeignSpec(given.model), print).subject
+    subject = ExternalLoader(ExternalSpec(given.model), print).subject
     with TemporaryDirectory() as folder:
         text = Path(folder, "topics.txt")
         text.write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")

@@ -7,8 +7,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from clearhead.train.recipe_io import load_job
-from clearhead.train.status import read_status, write_status
+from clearhead.runs.recipe_io import load_job
+from clearhead.runs.status import read_status, write_status
 
 FINE, FAILS, KILLED, HANGS, SILENT = range(5)
 

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 
 from clearhead.cli import main
 from clearhead.cli.main import app
-from clearhead.train import jobs, trainer, worker
-from clearhead.train.jobs import Task
+from clearhead.train import pool as jobs
+from clearhead.train import trainer, worker
+from clearhead.train.pool import Task
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """

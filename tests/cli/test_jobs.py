@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from tests.cli.fake_worker import FAILS, FINE, HANGS, KILLED, SILENT
 
-from clearhead.train.compare import arm_tasks
-from clearhead.train.jobs import Row, Silent, Task, Watcher, parallelism, run_tasks
-from clearhead.train.recipe_io import parse_recipe
-from clearhead.train.rundir import RunError
-from clearhead.train.status import read_status
+from clearhead.runs.directory import RunError
+from clearhead.runs.recipe_io import parse_recipe
+from clearhead.runs.status import read_status
+from clearhead.train.comparison import arm_tasks
+from clearhead.train.pool import Row, Silent, Task, Watcher, parallelism, run_tasks
 
 WORKER = "tests.cli.fake_worker"
 ROOT = Path(__file__).parents[2]
@@ -94,7 +94,7 @@ def test_an_interruption_stops_every_worker(tmp_path: Path) -> None:
 
 
 def test_parallelism(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clearhead.train.jobs.cores", lambda: 8)
+    monkeypatch.setattr("clearhead.train.pool.cores", lambda: 8)
     many = range(20, 40)
     assert parallelism(tasks(tmp_path, many, workers=0)) == (8, 1)
     assert parallelism(tasks(tmp_path, many, workers=0, threads=4)) == (2, 4)

@@ -8,10 +8,10 @@ from rich.console import Console
 
 from clearhead.cli.console import duration, seconds_left
 from clearhead.cli.progress import LiveTable, PlainLines
-from clearhead.train.compare import arm_tasks
-from clearhead.train.jobs import Row
-from clearhead.train.recipe_io import parse_recipe
-from clearhead.train.status import Status
+from clearhead.runs.recipe_io import parse_recipe
+from clearhead.runs.status import Status
+from clearhead.train.comparison import arm_tasks
+from clearhead.train.pool import Row
 
 
 @pytest.fixture

@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from clearhead.train.recipe import Recipe
-from clearhead.train.recipe_io import load_recipe, parse_recipe
-from clearhead.train.rundir import (
+from clearhead.runs.directory import (
     RunError,
     check_space,
     check_writable,
-    environment,
     exclusive,
     keep_data,
     open_run,
     set_aside,
 )
+from clearhead.runs.environment import environment
+from clearhead.runs.recipe import Recipe
+from clearhead.runs.recipe_io import load_recipe, parse_recipe
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -112,7 +112,7 @@ def test_lock(tmp_path: Path) -> None:
 
 def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
     code = (
-        "import os, sys, pathlib\nfrom clearhead.train.rundir import exclusive\n"
+        "import os, sys, pathlib\nfrom clearhead.runs.directory import exclusive\n"
         "with exclusive(pathlib.Path(sys.argv[1]), 'x'): os.kill(os.getpid(), 9)"
     )
     source = str(Path(__file__).parents[2] / "src")

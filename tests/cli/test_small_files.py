@@ -13,12 +13,12 @@ import pytest
 from clearhead.cli.results import print_results
 from clearhead.data.prepare import DataSpec, prepare
 from clearhead.data.readers import CorpusError
-from clearhead.evals.foreign import load, reopened
-from clearhead.evals.results import load_run, read_json, read_metrics
+from clearhead.evals.subjects.external import load, reopened
+from clearhead.runs.directory import exclusive, kept_data
+from clearhead.runs.recipe_io import load_job
+from clearhead.runs.results import load_run, read_json, read_metrics
+from clearhead.runs.status import read_status
 from clearhead.train.callbacks import Journal
-from clearhead.train.recipe_io import load_job
-from clearhead.train.rundir import exclusive, kept_data
-from clearhead.train.status import read_status
 from clearhead.train.sweep import chosen_rates
 
 BROKEN = {

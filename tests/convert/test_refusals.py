@@ -32,7 +32,7 @@ from clearhead.cli.main import main
 from clearhead.convert import run
 from clearhead.convert.run import convert
 from clearhead.convert.weights import ConversionError
-from clearhead.train.rundir import exclusive
+from clearhead.runs.directory import exclusive
 from tests.convert.support import SIZES, nothing_left, ours, save, tensors
 
 

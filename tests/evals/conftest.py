@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from clearhead.data.packing import DataSpec, PreparedData, prepare
-from clearhead.evals.base import Subject
+from clearhead.data.packing import DataSpec
+from clearhead.data.prepare import PreparedData, prepare
+from clearhead.evals.subject import Subject
 from tests.evals.fakes import FakeModel
 
 Subjects = Callable[..., Subject]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from clearhead.evals.judges.base import Case
+from clearhead.evals.faithfulness.judges.base import Case
 from tests.evals import tiny
 
 Answer = tuple[int, str, dict[str, str]]

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from clearhead.evals import activation_outliers
-from clearhead.evals.activation_outliers import TOPS, ActivationOutliers, ActivationOutliersConfig
-from clearhead.evals.base import ArmResults, RunResults, SeedResults
-from clearhead.evals.magnitudes import Magnitudes
+from clearhead.evals.internals import activation_outliers
+from clearhead.evals.internals.activation_outliers import TOPS, ActivationOutliers, ActivationOutliersConfig
+from clearhead.evals.probing.magnitudes import Magnitudes
+from clearhead.runs.results import ArmResults, RunResults, SeedResults
 from tests.evals import tiny
 
 N = 24

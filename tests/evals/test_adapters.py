@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from clearhead.evals.adapters import base_of, is_adapter, merged
-from clearhead.evals.foreign import ForeignLoader, ForeignSpec, is_foreign
+from clearhead.evals.subjects.adapters import base_of, is_adapter, merged
+from clearhead.evals.subjects.external import ExternalLoader, ExternalSpec, is_external
 from tests.evals import tiny
 
 peft = pytest.importorskip("peft")
@@ -36,8 +36,8 @@ def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Any]:
 
 def test_it_is_merged_into_its_base(adapter: tuple[Path, Any]) -> None:
     folder, expected = adapter
-    assert is_adapter(folder) and is_foreign(str(folder))
-    loader = ForeignLoader(ForeignSpec(str(folder)))
+    assert is_adapter(folder) and is_external(str(folder))
+    loader = ExternalLoader(ExternalSpec(str(folder)))
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         found = loader.subject.model(ids).logits

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clearhead.evals.adapters import base_of, is_adapter, merged
-from clearhead.evals.foreign import reopened
+from clearhead.evals.subjects.adapters import base_of, is_adapter, merged
+from clearhead.evals.subjects.external import reopened
 from tests.evals import tiny
 
 peft = pytest.importorskip("peft")

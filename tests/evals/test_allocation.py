@@ -11,11 +11,11 @@ import torch
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 
 from clearhead.data.needles import NeedleSample, NeedleSpec
-from clearhead.data.packing import PreparedData
-from clearhead.evals.allocation import PARTS, Allocation, AllocationConfig, split_row
-from clearhead.evals.attention_rows import _cut_to, query_rows
-from clearhead.evals.base import inference
-from clearhead.evals.needles import documents
+from clearhead.data.prepare import PreparedData
+from clearhead.evals.asking.needle_documents import documents
+from clearhead.evals.asking.running import inference
+from clearhead.evals.internals.allocation import PARTS, Allocation, AllocationConfig, split_row
+from clearhead.evals.probing.attention_rows import _cut_to, query_rows
 from tests.evals import tiny
 from tests.evals.conftest import Subjects
 from tests.evals.fakes import FakeModel, uniform, uniform_maps
@@ -184,7 +184,7 @@ def test_rows_are_those_of_the_projections_and_of_no_other_query(make: Any) -> N
 def test_any_model_is_measured_and_batches_change_nothing(make: Any) -> None:
     model = make()
     before = model.config._attn_implementation
-    one = tiny.subject(model, tiny.store([200] * 3), foreign=True)
+    one = tiny.subject(model, tiny.store([200] * 3), external=True)
     config = AllocationConfig(length=64, samples=3, depths=[0.0, 1.0], needles=2)
     values = Allocation().run(one, config)
     assert model.config._attn_implementation == before

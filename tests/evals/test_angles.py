@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from clearhead.evals.angles import InitialAngles, InitialAnglesConfig
+from clearhead.evals.internals.initial_angles import InitialAngles, InitialAnglesConfig
 from tests.evals import tiny
 from tests.evals.test_passkey import run_of
 

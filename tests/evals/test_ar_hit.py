@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from clearhead.data.store import TokenStore
-from clearhead.evals.ar_hit import ArHit, ArHitConfig, seen_before
+from clearhead.evals.text.ar_hit import ArHit, ArHitConfig, seen_before
 from tests.evals import tiny
 from tests.evals.fakes import FakeModel, copier, costing
 from tests.evals.test_activation_outliers import run_of

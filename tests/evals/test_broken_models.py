@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from clearhead import registry
-from clearhead.evals.base import Evaluation, EvaluationConfig, RunResults, Section, Subject
+from clearhead.analysis.sections import Section
+from clearhead.evals.evaluation import Evaluation, EvaluationConfig
 from clearhead.evals.finite import broken_weights
-from clearhead.evals.job import measured, run_suites
+from clearhead.evals.runner import measured, run_suites
+from clearhead.evals.subject import Subject
+from clearhead.runs.files import write_json
+from clearhead.runs.results import RunResults
 from clearhead.train.callbacks import Journal
-from clearhead.train.status import write_json
 from tests.evals import tiny
 
 

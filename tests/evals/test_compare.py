@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from clearhead.evals.compare import compare, join
+from clearhead.analysis.comparison import compare, join
 
 RNG = np.random.default_rng(1)
 HARD = RNG.normal(2.0, 0.5, 100)

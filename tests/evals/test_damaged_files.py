@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from clearhead.data.readers import CorpusError
-from clearhead.evals.hallucination_data import open_set
-from clearhead.evals.knowledge_conflicts import read_conflicts
-from clearhead.evals.labelled import _named, open_labelled
-from clearhead.evals.long_document_prompts import read_articles
-from clearhead.evals.records import RecordError
-from clearhead.evals.samples import SampleLog
+from clearhead.evals.asking.records import RecordError
+from clearhead.evals.asking.sample_log import SampleLog
+from clearhead.evals.faithfulness.hallucination.data import open_set
+from clearhead.evals.faithfulness.knowledge_conflicts.evaluation import read_conflicts
+from clearhead.evals.faithfulness.long_document_qa.prompts import read_articles
+from clearhead.evals.in_context.labelled import _named, open_labelled
 
 ABOUT = {"config": {"seed": 1}}
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from clearhead.evals.multineedle import MultiNeedle, MultiNeedleConfig
-from clearhead.evals.multineedle_answers import Asked, answer, confirmed
+from clearhead.evals.asking.decoding import Asked, answer, confirmed
+from clearhead.evals.retrieval.multi_needle.evaluation import MultiNeedle, MultiNeedleConfig
 from tests.evals import tiny
 from tests.evals.test_multineedle import SMALL, Oracle, all_right, for_some, subject_of
 from tests.evals.test_multineedle_prompts import plain

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from clearhead.evals.factors import ScalingFactors, ScalingFactorsConfig
-from clearhead.evals.perplexity import Perplexity, PerplexityConfig
-from clearhead.evals.rescale import rescaled
+from clearhead.evals.composed.scaling_factors import ScalingFactors, ScalingFactorsConfig
+from clearhead.evals.probing.rescaling import rescaled
+from clearhead.evals.text.perplexity.evaluation import Perplexity, PerplexityConfig
 from tests.evals import tiny
 from tests.evals.test_passkey import run_of as _run_of
 
@@ -94,7 +94,7 @@ def test_what_cannot_be_rescaled_says_why() -> None:
 
 def test_perplexity_and_passkey_are_those_under_each_factor() -> None:
     documents = tiny.store([64] * 4)
-    subject = tiny.subject(tiny.llama(), documents, foreign=True)
+    subject = tiny.subject(tiny.llama(), documents, external=True)
     plain = {"lengths": [32, 64], "segment": 0}
     config = ScalingFactorsConfig(
         factors=[1, 2, 8],

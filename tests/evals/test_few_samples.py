@@ -8,8 +8,8 @@ import warnings
 import numpy as np
 import pytest
 
-from clearhead.evals.compare import compare
-from clearhead.evals.statistics import (
+from clearhead.analysis.comparison import compare
+from clearhead.analysis.statistics import (
     Estimate,
     bootstrap_ratio,
     holm,

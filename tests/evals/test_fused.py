@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
 
-from clearhead.evals import fused
+from clearhead.integrations import hf_attention as fused
 from clearhead.kernels.cpu import library
 from tests.evals import tiny
 

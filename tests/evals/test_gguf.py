@@ -15,11 +15,11 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from clearhead.cli.main import app
-from clearhead.evals.base import load_run
-from clearhead.evals.foreign import ForeignLoader, ForeignSpec, is_foreign
-from clearhead.evals.gguf import open_gguf
-from clearhead.evals.job import evaluate_foreign
+from clearhead.evals.runner import evaluate_external
+from clearhead.evals.subjects.external import ExternalLoader, ExternalSpec, is_external
+from clearhead.evals.subjects.gguf import open_gguf
 from clearhead.report.build import build_report
+from clearhead.runs.results import load_run
 from tests.evals import tiny
 
 NAMES = {
@@ -123,9 +123,9 @@ def test_a_file_gives_the_numbers_of_its_weights(
     both: tuple[Path, Path], words: PreTrainedTokenizerFast
 ) -> None:
     file, folder = both
-    found = ForeignLoader(ForeignSpec(str(file)))
-    theirs = ForeignLoader(ForeignSpec(str(folder)))
-    assert found.spec.name == "Tiny-1.Q8_0" and is_foreign(str(file)) and found.training_length == 16
+    found = ExternalLoader(ExternalSpec(str(file)))
+    theirs = ExternalLoader(ExternalSpec(str(folder)))
+    assert found.spec.name == "Tiny-1.Q8_0" and is_external(str(file)) and found.training_length == 16
     ids = words(TEXT * 3, return_tensors="pt")["input_ids"]
     assert found.subject.tokenizer(TEXT * 3)["input_ids"] == ids[0].tolist()
     # transformers makes an <|endoftext|> up and puts it behind the vocabulary.
@@ -164,13 +164,13 @@ def test_it_is_evaluated_reported_and_gone_on_with(both: tuple[Path, Path], tmp_
         "initial_angles",
         "perplexity",
     ]
-    spec, done_before = ForeignSpec(str(file), str(corpus)), {"initial_angles": {"documents": 1}}
-    assert evaluate_foreign(spec, tmp_path / "run", ["initial_angles"], options=done_before) == []
+    spec, done_before = ExternalSpec(str(file), str(corpus)), {"initial_angles": {"documents": 1}}
+    assert evaluate_external(spec, tmp_path / "run", ["initial_angles"], options=done_before) == []
 
 
 def refused(path: Path, tmp_path: Path) -> str:
     with pytest.raises(ValueError) as error:
-        evaluate_foreign(ForeignSpec(str(path)), tmp_path / "run", ["initial_angles"])
+        evaluate_external(ExternalSpec(str(path)), tmp_path / "run", ["initial_angles"])
     assert not (tmp_path / "run").exists() and "\n" not in str(error.value)
     return str(error.value)
 
@@ -195,7 +195,7 @@ def test_what_cannot_be_read_says_why(
     assert "rotary scaling (rope_freqs.weight)" in refused(tmp_path / "scaled.gguf", tmp_path)
     write(tmp_path / "holes.gguf", llama(words), words, leave_out="layers.1.mlp.up_proj")
     with pytest.raises(ValueError, match=r"1 weights are not in the file, 'model\.layers\.1\.mlp\.up_proj"):
-        assert ForeignLoader(ForeignSpec(str(tmp_path / "holes.gguf"))).subject
+        assert ExternalLoader(ExternalSpec(str(tmp_path / "holes.gguf"))).subject
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'clearhead[gguf]'" in refused(both[0], tmp_path)
 

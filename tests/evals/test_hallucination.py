@@ -12,11 +12,15 @@ import pytest
 from pydantic import ValidationError
 
 from clearhead import registry
-from clearhead.evals.foreign import ForeignSpec
-from clearhead.evals.hallucination import Hallucination, HallucinationConfig, prompt_of
-from clearhead.evals.hallucination_data import open_set
-from clearhead.evals.job import checked, evaluate_foreign
-from clearhead.evals.judges.base import Case, Judge, JudgeConfig, JudgeError, Verdict
+from clearhead.evals.faithfulness.hallucination.data import open_set
+from clearhead.evals.faithfulness.hallucination.evaluation import (
+    Hallucination,
+    HallucinationConfig,
+    prompt_of,
+)
+from clearhead.evals.faithfulness.judges.base import Case, Judge, JudgeConfig, JudgeError, Verdict
+from clearhead.evals.runner import checked, evaluate_external
+from clearhead.evals.subjects.external import ExternalSpec
 from tests.evals import tiny
 from tests.evals.judging import completion, endpoint
 from tests.evals.test_knowledge_conflicts import Says, run_of, subject_of
@@ -192,8 +196,8 @@ def test_a_real_run_with_an_endpoint_says_what_it_cost(
                 "model": "m", "base_url": fake.url, "api_key_env": "", "price_input": 1.0, "price_output": 1.0
             },
         }  # fmt: skip
-        spec = ForeignSpec(str(model))
-        evaluate_foreign(
+        spec = ExternalSpec(str(model))
+        evaluate_external(
             spec,
             tmp_path / "run",
             ["hallucination"],
@@ -201,7 +205,7 @@ def test_a_real_run_with_an_endpoint_says_what_it_cost(
             progress=said.append,
         )
         assert any(line.startswith("judge: 3 requests, 300 + 30 tokens, cost 0.0003") for line in said)
-        evaluate_foreign(spec, tmp_path / "again", ["hallucination"], options={"hallucination": options})
+        evaluate_external(spec, tmp_path / "again", ["hallucination"], options={"hallucination": options})
         assert len(fake.asked) == 3, "another run pays nothing twice"
     found = json.loads(next((tmp_path / "again").rglob("hallucination.json")).read_text())["values"]
     assert found["sets"][0]["free"] == [False, True, False] and found["usage"]["from_cache"] == 3

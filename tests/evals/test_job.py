@@ -11,13 +11,16 @@ import pytest
 import torch
 
 from clearhead import registry
-from clearhead.data.packing import PreparedData
-from clearhead.evals.base import Evaluation, EvaluationConfig, RunResults, Section, Subject, load_run
-from clearhead.evals.job import evaluate_job
+from clearhead.analysis.sections import Section
+from clearhead.data.prepare import PreparedData
+from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.runner import evaluate_job
+from clearhead.evals.subject import Subject
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
-from clearhead.train.recipe_io import parse_recipe
-from clearhead.train.rundir import open_run
-from clearhead.train.status import write_json
+from clearhead.runs.directory import open_run
+from clearhead.runs.files import write_json
+from clearhead.runs.recipe_io import parse_recipe
+from clearhead.runs.results import RunResults, load_run
 
 SUITES = ["language_modelling", "loss_by_position", "needles", "allocation", "mastery"]
 OPTIONS = {
@@ -136,8 +139,8 @@ def test_an_untrained_job_says_so(run_dir: Path) -> None:
 
 
 def test_the_untrained_level_is_the_same_architecture_with_other_weights(run_dir: Path) -> None:
-    from clearhead.evals.job import _Loader
-    from clearhead.train.recipe_io import load_job
+    from clearhead.evals.runner import _Loader
+    from clearhead.runs.recipe_io import load_job
 
     directory = run_dir / "arms/diff-v1/seed-0"
     subject = _Loader(load_job(directory / "job.json"), directory).subject

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from clearhead.evals.judges.base import Case, JudgeError, Verdict, make_judge
-from clearhead.evals.judges.endpoint import Endpoint
-from clearhead.evals.judges.prompt import conclusion, judge_prompt
-from clearhead.evals.judges.transport import retry_after
+from clearhead.evals.faithfulness.judges.base import Case, JudgeError, Verdict, make_judge
+from clearhead.evals.faithfulness.judges.endpoint import Endpoint
+from clearhead.evals.faithfulness.judges.prompt import conclusion, judge_prompt
+from clearhead.evals.faithfulness.judges.transport import retry_after
 from tests.evals.judging import SKY, completion, endpoint
 
 TRUE, FALSE = completion("It is blue there.\n**Conclusion: True**"), completion("No.\n**Conclusion: False**")

@@ -12,16 +12,16 @@ from typing import Any
 import httpx2
 import pytest
 
-from clearhead.evals.hallucination import HallucinationConfig
-from clearhead.evals.job import checked, parse_options
-from clearhead.evals.judges import transport
-from clearhead.evals.judges.base import JudgeError, make_judge
-from clearhead.evals.judges.prompt import conclusion
-from clearhead.evals.judges.replies import ReplyStore
-from clearhead.evals.judges.secrets import line_of, redacted, secret_in
-from clearhead.evals.judges.transport import Transport, parsed, reply_of, retry_after
-from clearhead.train.recipe import RecipeError
-from clearhead.train.recipe_io import validate
+from clearhead.evals.faithfulness.hallucination.evaluation import HallucinationConfig
+from clearhead.evals.faithfulness.judges import transport
+from clearhead.evals.faithfulness.judges.base import JudgeError, make_judge
+from clearhead.evals.faithfulness.judges.prompt import conclusion
+from clearhead.evals.faithfulness.judges.replies import ReplyStore
+from clearhead.evals.faithfulness.judges.transport import Transport, parsed, reply_of, retry_after
+from clearhead.evals.runner import checked, parse_options
+from clearhead.runs.recipe import RecipeError
+from clearhead.runs.recipe_io import validate
+from clearhead.runs.secrets import line_of, redacted, secret_in
 from tests.evals.judging import SKY, completion, endpoint
 
 SECRET = "sk-s3cr3t/word+1"

@@ -17,9 +17,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from clearhead.evals.judges.base import Case, JudgeError, make_judge
-from clearhead.evals.judges.nli import Nli, sentences
-from clearhead.evals.judges.prompt import judge_prompt
+from clearhead.evals.faithfulness.judges.base import Case, JudgeError, make_judge
+from clearhead.evals.faithfulness.judges.nli import Nli, sentences
+from clearhead.evals.faithfulness.judges.prompt import judge_prompt
 from tests.evals import tiny
 from tests.evals.judging import CONCLUDED, SAID, SKY, chain
 

@@ -9,9 +9,9 @@ from typing import Any
 import httpx2
 import pytest
 
-from clearhead.evals.judges.base import JudgeError, make_judge
-from clearhead.evals.judges.replies import ReplyStore
-from clearhead.evals.judges.transport import Transport, error_of, parsed, without_secrets
+from clearhead.evals.faithfulness.judges.base import JudgeError, make_judge
+from clearhead.evals.faithfulness.judges.replies import ReplyStore
+from clearhead.evals.faithfulness.judges.transport import Transport, error_of, parsed, without_secrets
 from tests.evals.judging import SKY
 
 DEEP = "[" * 100_000

@@ -14,10 +14,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from clearhead.evals.answering import encode, frame, greedy_answers, likelihoods
-from clearhead.evals.base import ArmResults, RunResults, SeedResults
-from clearhead.evals.job import checked
-from clearhead.evals.knowledge_conflicts import (
+from clearhead.evals.asking.answering import encode, frame, greedy_answers, likelihoods
+from clearhead.evals.asking.records import RecordError
+from clearhead.evals.faithfulness.knowledge_conflicts.evaluation import (
     Conflict,
     KnowledgeConflicts,
     KnowledgeConflictsConfig,
@@ -27,7 +26,8 @@ from clearhead.evals.knowledge_conflicts import (
     said,
     summary,
 )
-from clearhead.evals.records import RecordError
+from clearhead.evals.runner import checked
+from clearhead.runs.results import ArmResults, RunResults, SeedResults
 from tests.evals import tiny
 from tests.evals.test_multineedle_prompts import plain
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from clearhead.evals.base import ArmResults, RunResults, SeedResults
-from clearhead.evals.lm_eval import LmEval, LmEvalConfig
-from clearhead.evals.multineedle import MultiNeedle, MultiNeedleConfig
-from clearhead.evals.multineedle_prompts import found
+from clearhead.evals.asking.decoding import found
+from clearhead.evals.external.lm_eval import LmEval, LmEvalConfig
+from clearhead.evals.retrieval.multi_needle.evaluation import MultiNeedle, MultiNeedleConfig
 from clearhead.lm_eval_tasks import INCLUDE_PATH
+from clearhead.runs.results import ArmResults, RunResults, SeedResults
 from tests.evals import tiny
 from tests.evals.test_multineedle import Oracle, all_right, first_only, subject_of
 from tests.evals.test_multineedle_prompts import TEMPLATE, TEXT, plain
@@ -119,8 +119,8 @@ def test_the_harness_runs_from_the_command_line_into_the_same_report(tmp_path: P
     from typer.testing import CliRunner
 
     from clearhead.cli.main import app
-    from clearhead.evals.lm_eval import LmEval
-    from clearhead.evals.results import load_run
+    from clearhead.evals.external.lm_eval import LmEval
+    from clearhead.runs.results import load_run
 
     model = tiny.save(tmp_path / "model", tokenizer=plain(), max_position_embeddings=1024)
     text = tmp_path / "text.txt"

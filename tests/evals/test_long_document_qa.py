@@ -14,9 +14,13 @@ import pytest
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerFast
 
-from clearhead.evals.long_document_prompts import Asker, draw, read_articles
-from clearhead.evals.long_document_qa import LongDocumentQa, LongDocumentQaConfig, blind
-from clearhead.evals.squad_rules import covered, exact, f1, normalised, within
+from clearhead.evals.asking.squad_rules import covered, exact, f1, normalised, within
+from clearhead.evals.faithfulness.long_document_qa.evaluation import (
+    LongDocumentQa,
+    LongDocumentQaConfig,
+    blind,
+)
+from clearhead.evals.faithfulness.long_document_qa.prompts import Asker, draw, read_articles
 from tests.evals import tiny
 from tests.evals.test_knowledge_conflicts import run_of, subject_of
 from tests.evals.test_multineedle_prompts import plain

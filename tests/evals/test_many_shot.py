@@ -17,12 +17,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from clearhead.data.tokenizer import train_bpe, wrap
-from clearhead.evals.base import ArmResults, RunResults, SeedResults
-from clearhead.evals.labelled import Example
-from clearhead.evals.many_shot import ManyShot, ManyShotConfig, numbers
-from clearhead.evals.many_shot_prompts import Form, LabelTrie, encode, make_prompts, make_trie
-from clearhead.evals.many_shot_scoring import Reader, Score, decide, likelihoods
-from clearhead.evals.records import RecordError
+from clearhead.evals.asking.records import RecordError
+from clearhead.evals.in_context.labelled import Example
+from clearhead.evals.in_context.many_shot.evaluation import ManyShot, ManyShotConfig, numbers
+from clearhead.evals.in_context.prompts import Form, LabelTrie, encode, make_prompts, make_trie
+from clearhead.evals.in_context.scoring import Reader, Score, decide, likelihoods
+from clearhead.runs.results import ArmResults, RunResults, SeedResults
 from tests.evals import tiny
 from tests.evals.test_many_shot_data import write
 from tests.evals.test_multineedle import MAKERS

@@ -12,9 +12,9 @@ from typing import Any
 import datasets
 import pytest
 
-from clearhead.evals.labelled import Example, LabelledSet, open_labelled
-from clearhead.evals.many_shot_data import divide, in_rounds, permuted
-from clearhead.evals.records import RecordError, UnreachableError
+from clearhead.evals.asking.records import RecordError, UnreachableError
+from clearhead.evals.in_context.labelled import Example, LabelledSet, open_labelled
+from clearhead.evals.in_context.rounds import divide, in_rounds, permuted
 
 ROWS = [(f"what is  {n}", "number") for n in range(6)] + [(f"who is {n}\t?", "person") for n in range(4)]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from clearhead.evals.base import ArmResults, RunResults, SeedResults
-from clearhead.evals.mastery import Mastery, MasteryConfig, probe_curve
+from clearhead.evals.retrieval.mastery import Mastery, MasteryConfig, probe_curve
+from clearhead.runs.results import ArmResults, RunResults, SeedResults
 from tests.evals.conftest import Subjects
 from tests.evals.fakes import FakeModel, uniform
 

@@ -16,10 +16,9 @@ from pydantic import ValidationError
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from clearhead.data.store import TokenStore
-from clearhead.evals.base import ArmResults, RunResults, SeedResults
-from clearhead.evals.multineedle import MultiNeedle, MultiNeedleConfig
-from clearhead.evals.multineedle_answers import beginning_of, prefill
-from clearhead.evals.multineedle_prompts import found
+from clearhead.evals.asking.decoding import beginning_of, found, prefill
+from clearhead.evals.retrieval.multi_needle.evaluation import MultiNeedle, MultiNeedleConfig
+from clearhead.runs.results import ArmResults, RunResults, SeedResults
 from tests.evals import tiny
 from tests.evals.test_multineedle_prompts import TEXT, needle, plain
 

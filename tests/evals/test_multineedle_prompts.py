@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from clearhead.data.tokenizer import train_bpe, wrap
-from clearhead.evals.haystack import draw_text, make_haystack, measured
-from clearhead.evals.multineedle_prompts import CITIES, draw_facts, found, multi_needle_prompt
+from clearhead.evals.asking.decoding import found
+from clearhead.evals.asking.haystack import draw_text, make_haystack, measured
+from clearhead.evals.retrieval.multi_needle.prompts import CITIES, draw_facts, multi_needle_prompt
 from tests.evals import tiny
 
 PROSE = (

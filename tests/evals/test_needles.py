@@ -7,15 +7,9 @@ import pytest
 import torch
 
 from clearhead.data.needles import NeedleSpec, needle_document
-from clearhead.data.packing import PreparedData
-from clearhead.evals.needles import (
-    Needles,
-    NeedlesConfig,
-    documents,
-    exact_match,
-    headline_cell,
-    needle_probe,
-)
+from clearhead.data.prepare import PreparedData
+from clearhead.evals.asking.needle_documents import documents, exact_match, needle_probe
+from clearhead.evals.retrieval.needles import Needles, NeedlesConfig, headline_cell
 from tests.evals.conftest import Subjects
 from tests.evals.fakes import FakeModel, constant, copier, uniform
 

@@ -13,18 +13,21 @@ import pytest
 import torch
 
 from clearhead import registry
-from clearhead.evals.base import Evaluation, EvaluationConfig, RunResults, Section, Subject
-from clearhead.evals.finite import exponential, not_finite
-from clearhead.evals.job import measured, parse_options, run_suites
-from clearhead.evals.judges.base import JudgeError
-from clearhead.evals.judges.loading import load_judge
-from clearhead.evals.judges.local import Local, LocalConfig
-from clearhead.evals.judges.nli import Nli, NliConfig
-from clearhead.evals.language_modelling import LanguageModelling, LanguageModellingConfig
-from clearhead.evals.mastery import Mastery, MasteryConfig
-from clearhead.evals.perplexity import Perplexity, PerplexityConfig
-from clearhead.evals.quantisation import Quantisation, QuantisationConfig
-from clearhead.evals.results import read_metrics, read_result
+from clearhead.analysis.sections import Section
+from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.faithfulness.judges.base import JudgeError
+from clearhead.evals.faithfulness.judges.loading import load_judge
+from clearhead.evals.faithfulness.judges.local import Local, LocalConfig
+from clearhead.evals.faithfulness.judges.nli import Nli, NliConfig
+from clearhead.evals.finite import exponential
+from clearhead.evals.internals.quantisation import Quantisation, QuantisationConfig
+from clearhead.evals.retrieval.mastery import Mastery, MasteryConfig
+from clearhead.evals.runner import measured, parse_options, run_suites
+from clearhead.evals.subject import Subject
+from clearhead.evals.text.language_modelling import LanguageModelling, LanguageModellingConfig
+from clearhead.evals.text.perplexity.evaluation import Perplexity, PerplexityConfig
+from clearhead.runs.files import not_finite
+from clearhead.runs.results import RunResults, read_metrics, read_result
 from tests.evals import tiny
 from tests.evals.judging import SKY
 
@@ -78,7 +81,7 @@ def test_needles_of_a_model_that_overflows_are_not_counted(monkeypatch: pytest.M
         model.lm_head(torch.full((1, 1, 32), math.inf))
         return [False] * len(samples)
 
-    monkeypatch.setattr("clearhead.evals.quantisation.exact_match", no_match)
+    monkeypatch.setattr("clearhead.evals.internals.quantisation.exact_match", no_match)
     subject = tiny.subject(tiny.ours(), tiny.store([40] * 5))
     found = Quantisation().run(
         subject, QuantisationConfig(logits=[8], weights=[], cache=[], length=32, samples=2)

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from clearhead.evals import in_context
-from clearhead.evals.ar_hit import ArHit, ArHitConfig
-from clearhead.evals.harness import harness_model, in_groups
-from clearhead.evals.language_modelling import LanguageModelling, LanguageModellingConfig, cut
-from clearhead.evals.loss_by_position import LossByPosition, LossByPositionConfig
-from clearhead.evals.many_shot import ManyShot, ManyShotConfig
-from clearhead.evals.multineedle import MultiNeedle, MultiNeedleConfig
-from clearhead.evals.rescale import growing, grows, rescaled
+from clearhead.evals.external.harness import harness_model, in_groups
+from clearhead.evals.in_context.many_shot.evaluation import ManyShot, ManyShotConfig
+from clearhead.evals.in_context.shared import shared as in_context
+from clearhead.evals.probing.rescaling import growing, grows, rescaled
+from clearhead.evals.retrieval.multi_needle.evaluation import MultiNeedle, MultiNeedleConfig
+from clearhead.evals.text.ar_hit import ArHit, ArHitConfig
+from clearhead.evals.text.language_modelling import LanguageModelling, LanguageModellingConfig, cut
+from clearhead.evals.text.loss_by_position import LossByPosition, LossByPositionConfig
 from clearhead.positions.length import UnknownLengthsWarning
 from tests.evals import tiny
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from clearhead.evals.margins import margin, margin_by_chance, margin_difference, mean_margin
-from clearhead.evals.order_robustness import OrderRobustness, OrderRobustnessConfig
+from clearhead.analysis.margins import margin, margin_by_chance, margin_difference, mean_margin
+from clearhead.evals.in_context.order_robustness.evaluation import OrderRobustness, OrderRobustnessConfig
 from tests.evals import tiny
 from tests.evals.test_many_shot import (
     NAMES,

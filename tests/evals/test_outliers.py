@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from clearhead.evals.outliers import LogitOutliers, LogitOutliersConfig
-from clearhead.evals.recorder import Recorded, recorded
+from clearhead.evals.internals.logit_outliers import LogitOutliers, LogitOutliersConfig
+from clearhead.evals.probing.recorder import Recorded, recorded
 from tests.evals import tiny
 from tests.evals.test_passkey import run_of
 

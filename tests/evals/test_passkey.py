@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from clearhead.evals import passkey
-from clearhead.evals.base import ArmResults, RunResults, SeedResults
-from clearhead.evals.passkey import Passkey, PasskeyConfig, Reply, answers, published
-from clearhead.evals.passkey_prompts import FORMS, judge, passkey_prompt
-from clearhead.evals.rescale import rescaled
+from clearhead.evals.probing.rescaling import rescaled
+from clearhead.evals.retrieval.passkey import evaluation as passkey
+from clearhead.evals.retrieval.passkey.evaluation import Passkey, PasskeyConfig, Reply, answers, published
+from clearhead.evals.retrieval.passkey.prompts import FORMS, judge, passkey_prompt
+from clearhead.runs.results import ArmResults, RunResults, SeedResults
 from tests.evals import tiny
 from tests.evals.conftest import Subjects
 from tests.evals.fakes import FakeModel, copier
@@ -77,7 +77,7 @@ def test_inside_is_the_whole_sentence_within_the_last_training_length(
 ) -> None:
     silent = Reply("", judge("", "1", ended=True))
     monkeypatch.setattr(passkey, "answers", lambda subject, prompts, new, size: [silent] * len(prompts))
-    subject = tiny.subject(tiny.llama(), foreign=True, training_length=256)
+    subject = tiny.subject(tiny.llama(), external=True, training_length=256)
     config = PasskeyConfig(forms=["coca"], lengths=[512], samples=60)
     (cell,) = Passkey().run(subject, config)["cells"]
     starts = [prompt.start for prompt in published(subject, config, FORMS["coca"], 512, "uniform", 256)]
@@ -117,7 +117,7 @@ def test_the_two_rules(text: str, ended: bool, first: bool | None, anywhere: boo
 def test_a_model_that_copies_finds_every_key_and_stops_early() -> None:
     model = tiny.CopyModel(tiny.CopyConfig()).eval()
     config = PasskeyConfig(forms=["mohtashami"], lengths=[256, 512], samples=6, max_new_tokens=64)
-    values = Passkey().run(tiny.subject(model, foreign=True, training_length=256), config)
+    values = Passkey().run(tiny.subject(model, external=True, training_length=256), config)
     assert [cell["correct"] for cell in values["cells"]] == [
         {"first number": "111111", "substring": "111111"}
     ] * 2
@@ -134,7 +134,7 @@ class Deaf(tiny.CopyModel):
 def test_a_model_that_does_not_listen_finds_none_and_is_heard_out() -> None:
     model = Deaf(tiny.CopyConfig()).eval()
     config = PasskeyConfig(forms=["coca"], lengths=[256], samples=3, max_new_tokens=12)
-    values = Passkey().run(tiny.subject(model, foreign=True), config)
+    values = Passkey().run(tiny.subject(model, external=True), config)
     assert values["cells"][0]["correct"] == {"first number": "000", "substring": "000"}
     assert model.calls == 12
 
@@ -151,13 +151,13 @@ def by_hand(model: Any, ids: list[int], count: int) -> list[int]:
 @pytest.mark.parametrize("make", [tiny.llama, tiny.ours])
 def test_neither_batch_nor_cache_nor_padding_side_changes_an_answer(make: Any) -> None:
     model = make().double()
-    subject = tiny.subject(model, foreign=True)
+    subject = tiny.subject(model, external=True)
     prompts = published(subject, PasskeyConfig(samples=5), FORMS["coca"], 200, "uniform", 16)
     together = answers(subject, prompts, 9)
     alone = answers(subject, prompts, 9, batch_tokens=1)
     words = tiny.tokenizer()
     words.padding_side = "left"
-    left = answers(tiny.subject(model, foreign=True, tokenizer=words), prompts, 9)
+    left = answers(tiny.subject(model, external=True, tokenizer=words), prompts, 9)
     hand = [words.decode(by_hand(model, prompt.ids.tolist(), 9)) for prompt in prompts]
     assert [reply.text for reply in together] == hand
     assert together == alone == left
@@ -165,7 +165,7 @@ def test_neither_batch_nor_cache_nor_padding_side_changes_an_answer(make: Any) -
 
 def test_a_models_own_habits_of_speech_are_left_out_and_given_back() -> None:
     model = tiny.llama().double()
-    subject = tiny.subject(model, foreign=True)
+    subject = tiny.subject(model, external=True)
     prompts = published(subject, PasskeyConfig(samples=2), FORMS["coca"], 200, "uniform", 16)
     plain = answers(subject, prompts, 9)
     own = GenerationConfig(repetition_penalty=9.0, do_sample=True, temperature=3.0, eos_token_id=None)
@@ -178,13 +178,13 @@ def test_a_dynamic_scaling_of_hugging_face_is_settled_for_the_whole_request() ->
     scaling = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     model = tiny.llama(rope_parameters=scaling).double()
     config = PasskeyConfig(forms=["coca"], lengths=[200], samples=2, max_new_tokens=8)
-    Passkey().run(tiny.subject(model, foreign=True), config)
+    Passkey().run(tiny.subject(model, external=True), config)
     rotary = model.model.rotary_emb
     assert torch.equal(rotary.inv_freq, rotary.original_inv_freq), "nothing is left of the long prompt"
     # By hand: the base of 208 tokens, from the formula, as a plain rotary embedding.
     theta = 1e4 * (4 * 208 / 16 - 3) ** (8 / 6)
     frozen = tiny.llama(rope_parameters={"rope_type": "default", "rope_theta": theta}).double()
-    subject = tiny.subject(model, foreign=True)
+    subject = tiny.subject(model, external=True)
     prompts = published(subject, config, FORMS["coca"], 200, "uniform", 16)
     with rescaled(model, length=208):
         said = answers(subject, prompts, 8)
@@ -194,7 +194,7 @@ def test_a_dynamic_scaling_of_hugging_face_is_settled_for_the_whole_request() ->
 
 def test_a_dynamic_scaling_of_ours_is_that_of_prompt_and_answer_together() -> None:
     model = tiny.ours().double()
-    subject = tiny.subject(model, foreign=True)
+    subject = tiny.subject(model, external=True)
     prompts = published(subject, PasskeyConfig(samples=2), FORMS["coca"], 200, "uniform", 16)
     with rescaled(model, {"rope_type": "dynamic", "factor": 4.0}, trained=16, length=208):
         said = answers(subject, prompts, 8)
@@ -222,7 +222,7 @@ def test_the_native_form_asks_one_needle_of_the_training(subject: Subjects) -> N
 
 def test_lengths_that_a_model_cannot_take_are_left_out() -> None:
     config = PasskeyConfig(forms=["coca"], lengths=[200], samples=1)
-    values = Passkey().run(tiny.subject(tiny.gpt2(), foreign=True), config)
+    values = Passkey().run(tiny.subject(tiny.gpt2(), external=True), config)
     assert "264 tokens is more than the model takes" in values["skipped"]
 
 
@@ -237,10 +237,10 @@ def run_of(values: dict[str, dict[str, Any]]) -> RunResults:
 def test_the_report_pools_what_lies_past_training_and_says_what_it_cannot_tell() -> None:
     config = PasskeyConfig(forms=["mohtashami", "coca"], lengths=[256, 512], samples=8, max_new_tokens=12)
     found = Passkey().run(
-        tiny.subject(tiny.CopyModel(tiny.CopyConfig()).eval(), foreign=True, training_length=256), config
+        tiny.subject(tiny.CopyModel(tiny.CopyConfig()).eval(), external=True, training_length=256), config
     )
     missed = Passkey().run(
-        tiny.subject(Deaf(tiny.CopyConfig()).eval(), foreign=True, training_length=256), config
+        tiny.subject(Deaf(tiny.CopyConfig()).eval(), external=True, training_length=256), config
     )
     section = Passkey().section(run_of({"copier": found, "deaf": missed}))
     assert "512 tokens, 2 times the training length: deaf is worse than copier by 1.00" in section.answer

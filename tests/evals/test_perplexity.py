@@ -13,11 +13,11 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from clearhead.data.readers import CorpusError
-from clearhead.evals import scoring
-from clearhead.evals.base import ArmResults, RunResults, SeedResults
-from clearhead.evals.job import checked
-from clearhead.evals.perplexity import Perplexity, PerplexityConfig, windows
-from clearhead.evals.scoring import suffix_losses
+from clearhead.evals.asking import losses as scoring
+from clearhead.evals.asking.losses import suffix_losses
+from clearhead.evals.runner import checked
+from clearhead.evals.text.perplexity.evaluation import Perplexity, PerplexityConfig, windows
+from clearhead.runs.results import ArmResults, RunResults, SeedResults
 from tests.evals import tiny
 
 MODELS = {"llama": tiny.llama, "ours": lambda: tiny.ours(attention="differential")}
@@ -174,7 +174,7 @@ def test_windows_open_as_the_rows_of_training_did() -> None:
     documents, model = tiny.store([40] * 4), tiny.llama()
     asked = PerplexityConfig(lengths=[16], segment=0)
     for foreign, opening in ((False, "none"), (True, "window")):
-        subject = tiny.subject(model, documents, foreign=foreign)
+        subject = tiny.subject(model, documents, external=foreign)
         found = Perplexity().run(subject, asked)
         assert found["bos"] == opening
         named = Perplexity().run(subject, asked.model_copy(update={"bos": opening}))

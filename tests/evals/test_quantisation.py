@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from clearhead.evals.base import inference
-from clearhead.evals.quantisation import Quantisation, QuantisationConfig, losses
-from clearhead.evals.quantised import Scheme, absmax, quantised
+from clearhead.evals.asking.running import inference
+from clearhead.evals.internals.quantisation import Quantisation, QuantisationConfig, losses
+from clearhead.evals.probing.rounding import Scheme, absmax, quantised
 from tests.evals import tiny
 from tests.evals.test_activation_outliers import rotated, run_of
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from clearhead.evals.results import ArmResults, RunResults, SeedResults, load_run, read_metrics, slugify
-from clearhead.train.recipe import Arm
+from clearhead.runs.recipe import Arm
+from clearhead.runs.results import ArmResults, RunResults, SeedResults, load_run, read_metrics, slugify
 
 
 def test_a_half_written_last_line_is_ignored_and_a_broken_one_before_it_is_named(tmp_path: Path) -> None:

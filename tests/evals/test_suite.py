@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from clearhead.cli.main import app
 from clearhead.evals.suite import load_suite
-from clearhead.train.recipe import RecipeError
+from clearhead.runs.recipe import RecipeError
 from tests.evals import tiny
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes" / "evaluate").glob("*.toml"))

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from clearhead.data.packing import PreparedData
-from clearhead.evals.language_modelling import LanguageModelling, LanguageModellingConfig, choose, cut
-from clearhead.evals.loss_by_position import LossByPosition, LossByPositionConfig, bucket_edges
+from clearhead.analysis.by_length import bucket_edges
+from clearhead.data.prepare import PreparedData
+from clearhead.evals.asking.texts import choose
+from clearhead.evals.text.language_modelling import LanguageModelling, LanguageModellingConfig, cut
+from clearhead.evals.text.loss_by_position import LossByPosition, LossByPositionConfig
 from tests.evals import tiny
 from tests.evals.conftest import Subjects
 from tests.evals.fakes import FakeModel, copier, costing, uniform
@@ -138,7 +140,7 @@ def test_loss_by_position_of_any_model_is_that_of_its_logits(make: Any, bos: str
 def test_loss_by_position_reads_named_texts_and_keeps_within_the_model(tmp_path: Path) -> None:
     for number in range(4):
         (tmp_path / f"{number}.txt").write_text("The grass is green and the sky is blue. " * 8)
-    subject = tiny.subject(tiny.llama(), tiny.store([8]), foreign=True)
+    subject = tiny.subject(tiny.llama(), tiny.store([8]), external=True)
     values = LossByPosition().run(subject, LossByPositionConfig(texts=[str(tmp_path)]))
     assert values["n"] == 4 and values["length"] == 32
     table = LossByPosition().run(tiny.subject(tiny.gpt2()), LossByPositionConfig(length=40))

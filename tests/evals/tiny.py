@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from clearhead.data.store import TokenStore
 from clearhead.data.tokenizer import train_bpe, wrap
-from clearhead.evals.base import Subject
+from clearhead.evals.subject import Subject
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
 
 WORDS = (

@@ -73,8 +73,8 @@ check(build(attention="toy", attention_options={"factor": 0.5}))
 same, half = build(attention="toy"), build(attention="toy", attention_options={"factor": 0.5})
 assert torch.equal(build()(ids).logits, same(ids).logits)
 assert not torch.equal(half(ids).logits, same(ids).logits)
-from clearhead.train.compare import check_models
-from clearhead.train.recipe_io import parse_recipe
+from clearhead.train.comparison import check_models
+from clearhead.runs.recipe_io import parse_recipe
 arm = {"name": "Toy", "attention": "toy", "attention_options": {"factor": 0.5}}
 recipe = parse_recipe({"name": "t", "arms": [arm]}, source="test")
 assert check_models(recipe)["Toy"] > 0
@@ -260,7 +260,10 @@ EVALUATION = Plugin(
     "clearhead.evals.toy:Toy",
     """
 from typing import Any
-from clearhead.evals.base import Evaluation, EvaluationConfig, RunResults, Section, Subject
+from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.runs.results import RunResults
+from clearhead.analysis.sections import Section
+from clearhead.evals.subject import Subject
 
 class ToyConfig(EvaluationConfig):
     factor: float = 1.0
@@ -279,15 +282,15 @@ class Toy(Evaluation[ToyConfig]):
     """
 import json, os, pathlib
 import torch
-from clearhead.data.packing import prepare
-from clearhead.evals.job import evaluate_job
+from clearhead.data.prepare import prepare
+from clearhead.evals.runner import evaluate_job
 from clearhead.report.build import build_report
-from clearhead.train.compare import arm_tasks
-from clearhead.train.jobs import place
-from clearhead.train.recipe import RecipeError
-from clearhead.train.recipe_io import parse_recipe
-from clearhead.train.rows import data_spec
-from clearhead.train.rundir import open_run
+from clearhead.train.comparison import arm_tasks
+from clearhead.train.pool import place
+from clearhead.runs.recipe import RecipeError
+from clearhead.runs.recipe_io import parse_recipe
+from clearhead.runs.rows import data_spec
+from clearhead.runs.directory import open_run
 from clearhead.train.trainer import build_model
 
 here = pathlib.Path.cwd()

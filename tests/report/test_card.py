@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from clearhead.report.card import write_card
-from clearhead.train.recipe_io import parse_recipe
+from clearhead.runs.recipe_io import parse_recipe
 from tests.convert.support import ours
 from tests.report.example_run import make_run
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from clearhead.evals.results import ArmResults, RunResults, SeedResults
-from clearhead.evals.sections import LineChart, Series
+from clearhead.analysis.sections import LineChart, Series
 from clearhead.report.build import build_report
 from clearhead.report.charts import draw
 from clearhead.report.palette import arm_inks
 from clearhead.report.training import bytes_text, cost, duration, scaled
+from clearhead.runs.results import ArmResults, RunResults, SeedResults
 from tests.report.example_run import ARMS, SUITES, make_run
 
 

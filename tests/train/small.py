@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from clearhead.runs.recipe import Recipe
+from clearhead.runs.recipe_io import parse_recipe
 from clearhead.train import trainer
-from clearhead.train.jobs import Task, place
-from clearhead.train.recipe import Recipe
-from clearhead.train.recipe_io import parse_recipe
+from clearhead.train.pool import Task, place
 
 STEPS = 12
 SAVE_EVERY = 3

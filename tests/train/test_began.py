@@ -10,11 +10,11 @@ from clearhead.data import began
 from clearhead.data import prepare as preparing
 from clearhead.data.prepare import DataSpec, prepare
 from clearhead.data.readers import CorpusError
-from clearhead.train.compare import arm_tasks, prepare_rows
-from clearhead.train.jobs import place
-from clearhead.train.recipe import Recipe
-from clearhead.train.recipe_io import parse_recipe
-from clearhead.train.rundir import RunError, keep_data, kept_data
+from clearhead.runs.directory import RunError, keep_data, kept_data
+from clearhead.runs.recipe import Recipe
+from clearhead.runs.recipe_io import parse_recipe
+from clearhead.train.comparison import arm_tasks, prepare_rows
+from clearhead.train.pool import place
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_an_evaluation_is_held_to_the_text_of_the_training(corpus: Path, tmp_pat
     (tmp_path / "run").mkdir()
     place(task, prepare_rows(asked, tmp_path / "run", silent))
     (corpus / "0.txt").write_text("another text " * 300)
-    from clearhead.evals.job import _Loader
+    from clearhead.evals.runner import _Loader
 
     with pytest.raises(CorpusError, match=r"'0\.txt' differs"):
         _ = _Loader(task.job, task.directory).subject
@@ -128,14 +128,14 @@ def test_evaluation_sets_are_kept_and_held_to(corpus: Path, tmp_path: Path) -> N
     data.write_text('{"changed": 1}\n')
     with pytest.raises(RunError, match=r"set\.jsonl.* has changed since the run began"):
         prepare_rows(asked, run, silent)
-    from clearhead.evals.job import run_suites
+    from clearhead.evals.runner import run_suites
 
     with pytest.raises(CorpusError, match=r"set\.jsonl.* has changed since the run began"):
         run_suites(None, task.directory, {"perplexity": {"texts": [str(data)]}}, "A", 0, None)  # type: ignore[arg-type]
 
 
 def test_a_result_of_other_sets_is_no_result(tmp_path: Path) -> None:
-    from clearhead.evals.job import _is_done
+    from clearhead.evals.runner import _is_done
 
     target = tmp_path / "x.json"
     target.write_text(json.dumps({"config": {"a": 1}, "values": {}, "sets": {"s": "1"}}))

@@ -13,10 +13,11 @@ import torch
 from tests.train import small
 from tests.train.small import SAVE_EVERY, STEPS
 
+from clearhead.runs.files import BrokenFile
+from clearhead.runs.status import read_status
 from clearhead.train import checkpoint, trainer
 from clearhead.train.checkpoint import MARKER, newest_complete
-from clearhead.train.jobs import Task, place
-from clearhead.train.status import BrokenFile, read_status
+from clearhead.train.pool import Task, place
 
 # Seconds until a test gives up on a process; none is expected to take nearly as long.
 PATIENCE = 300

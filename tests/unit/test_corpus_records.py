@@ -9,7 +9,7 @@ import pytest
 
 from clearhead.data.corpora import open_corpus
 from clearhead.data.readers import CorpusError
-from clearhead.evals.records import RecordError, read_records
+from clearhead.evals.asking.records import RecordError, read_records
 
 ROWS = ["first", None, "", " \n", "last"]
 

@@ -16,15 +16,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from clearhead.data import prepare as prepare_module
-from clearhead.data.packing import (
-    DataSpec,
-    PackedText,
-    PreparedData,
-    TokenStore,
-    pack_text,
-    prepare,
-    validation_windows,
-)
+from clearhead.data.packing import DataSpec, PackedText, TokenStore, pack_text, validation_windows
+from clearhead.data.prepare import PreparedData, prepare
 from clearhead.data.readers import CorpusError
 from clearhead.data.store import TokenWriter
 from clearhead.data.tokenizer import train_bpe

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clearhead.train.recipe import (
+from clearhead.runs.recipe import (
     Arm,
     Corpus,
     Data,
@@ -22,7 +22,7 @@ from clearhead.train.recipe import (
     Tokenizer,
     Train,
 )
-from clearhead.train.recipe_io import differences, dump_toml, load_recipe, parse_recipe
+from clearhead.runs.recipe_io import differences, dump_toml, load_recipe, parse_recipe
 
 TEXT = """
 name = "twins"
@@ -191,7 +191,7 @@ def test_mistakes_are_named(path: Path, override: str, words: list[str]) -> None
     ],
 )
 def test_model_mistakes_are_named(path: Path, override: str, words: list[str]) -> None:
-    from clearhead.train.compare import check_models
+    from clearhead.train.comparison import check_models
 
     with pytest.raises(RecipeError) as caught:
         check_models(load_recipe(path, [override]))
@@ -242,7 +242,7 @@ def test_any_table_is_a_recipe_or_a_sentence(raw: Any) -> None:
     "shipped", sorted((Path(__file__).parents[2] / "recipes").glob("*.toml")), ids=lambda p: p.stem
 )
 def test_shipped_recipes_are_valid(shipped: Path) -> None:
-    from clearhead.train.compare import check_models
+    from clearhead.train.comparison import check_models
 
     recipe = load_recipe(shipped)
     assert recipe.name == shipped.stem

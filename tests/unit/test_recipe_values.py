@@ -9,10 +9,10 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from clearhead.models import ClearheadConfig
-from clearhead.train.compare import check_models
+from clearhead.runs.recipe import RESERVED_MODEL_KEYS, Recipe, RecipeError, Sweep
+from clearhead.runs.recipe_io import load_recipe, parse_recipe
+from clearhead.train.comparison import check_models
 from clearhead.train.model_table import ModelTable
-from clearhead.train.recipe import RESERVED_MODEL_KEYS, Recipe, RecipeError, Sweep
-from clearhead.train.recipe_io import load_recipe, parse_recipe
 
 TEXT = """
 name = "twins"
@@ -194,7 +194,7 @@ def test_every_verb_refuses_before_anything_is_written(
 def test_a_tokenizer_without_words_is_found_by_the_parent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clearhead.train.compare import prepare_rows
+    from clearhead.train.comparison import prepare_rows
 
     monkeypatch.setenv("CLEARHEAD_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text").mkdir()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from clearhead.evals import statistics as st
+from clearhead.analysis import statistics as st
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 10), (3, 10), (10, 10), (392, 400), (1, 1)])

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from clearhead.train.recipe import Recipe
-from clearhead.train.recipe_io import parse_recipe
+from clearhead.runs.recipe import Recipe
+from clearhead.runs.recipe_io import parse_recipe
 from clearhead.train.sweep import choose, sweep_tasks
 
 RATES = (1e-3, 2e-3, 4e-3)

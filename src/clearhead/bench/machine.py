@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from clearhead.bench.measure import Call, interleaved, spread, warm_up
-from clearhead.train.rundir import environment
+from clearhead.runs.environment import environment
 
 # Instructions that decide which kernels run, beyond the level that PyTorch names.
 EXTENSIONS = ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "bf16", "sve")

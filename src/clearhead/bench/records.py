@@ -11,7 +11,7 @@ from typing import Any
 from clearhead.bench.machine import facts, versions
 from clearhead.bench.measure import Spread
 from clearhead.bench.run import Outcome
-from clearhead.train.status import plain
+from clearhead.runs.files import plain
 
 CHARTS = (".png", ".svg")
 

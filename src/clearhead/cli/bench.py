@@ -83,7 +83,7 @@ def run_cases(verb: str, cases: "Sequence[Case]", rounds: int, out: Path, chart:
     from clearhead.bench.records import append, check_target, lines
     from clearhead.bench.run import run_case
     from clearhead.cli.bench_table import render
-    from clearhead.train.rundir import check_writable
+    from clearhead.runs.directory import check_writable
 
     check_writable(out.parent)
     check_target(out, chart=chart)

@@ -28,11 +28,11 @@ def command(
     """
     from clearhead.cli.progress import watcher
     from clearhead.cli.results import print_results
-    from clearhead.train.recipe_io import load_recipe
+    from clearhead.runs.recipe_io import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     run_dir = out or Path("runs") / loaded.name
-    from clearhead.train.compare import run_comparison
+    from clearhead.train.comparison import run_comparison
 
     with interruptible("interrupted: the same command goes on from the last checkpoints"), watcher() as watch:
         outcome = run_comparison(loaded, run_dir, watcher=watch, say=say, fresh=fresh)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from clearhead.train.jobs import Row
+    from clearhead.train.pool import Row
 
 
 class Interrupted(Exception):

@@ -77,7 +77,7 @@ def command(
     ] = False,
 ) -> None:
     """Evaluate what was trained; results that are there already are measured again only when their options changed."""
-    from clearhead.evals.foreign import DEFAULT_SUITES, ForeignSpec, is_foreign, reopened
+    from clearhead.evals.subjects.external import DEFAULT_SUITES, ExternalSpec, is_external, reopened
     from clearhead.evals.suite import Suite, load_suite
     from clearhead.registry import resolve
 
@@ -88,18 +88,18 @@ def command(
         resolve("evaluations", name)
     earlier = reopened(Path(subject)) if Path(subject).is_dir() else None
     planned = Suite() if config is None else load_suite(config, sets)
-    text = ForeignSpec(subject, corpus or planned.corpus.source, planned.corpus.text_field)
-    foreign = earlier or (text if is_foreign(subject) else None)
-    if config is not None and foreign is None:
+    text = ExternalSpec(subject, corpus or planned.corpus.source, planned.corpus.text_field)
+    external = earlier or (text if is_external(subject) else None)
+    if config is not None and external is None:
         fail(f"--config is for models not trained here; {subject!r} has a recipe of its own", code=2)
     from transformers.utils.logging import disable_progress_bar
 
-    from clearhead.evals.job import evaluate_foreign, evaluate_job, parse_options
+    from clearhead.evals.runner import evaluate_external, evaluate_job, parse_options
 
     disable_progress_bar()
     with interruptible("interrupted; the same command goes on with what is not measured yet"):
-        if foreign is not None:
-            directory = Path(subject) if earlier else out or Path("runs") / foreign.name
+        if external is not None:
+            directory = Path(subject) if earlier else out or Path("runs") / external.name
             chosen = suite or planned.evaluate.suites or list(DEFAULT_SUITES)
             given = parse_options(set_ or (), chosen)
             options = {name: {**planned.evaluate.options(name), **given.get(name, {})} for name in chosen}
@@ -109,10 +109,10 @@ def command(
             wanted = [name for name in chosen if name not in planned.left_out or name in given]
             if not wanted:
                 fail("no evaluation is left to run", code=2)
-            evaluate_foreign(foreign, directory, wanted, options=options, progress=say)
+            evaluate_external(external, directory, wanted, options=options, progress=say)
             say(f"results: {directory}; clearhead report {directory} draws them")
             return
-        from clearhead.train.recipe_io import load_job
+        from clearhead.runs.recipe_io import load_job
         from clearhead.train.single import find_jobs
 
         for job_dir in find_jobs(Path(subject)):

@@ -54,8 +54,8 @@ def _models(subject: Path, overrides: list[str], arm: str | None) -> "tuple[dict
     """Configurations by name, and the row length they are trained with."""
     if subject.suffix == ".toml":
         from clearhead.models import ClearheadConfig
-        from clearhead.train.compare import check_models
-        from clearhead.train.recipe_io import load_recipe
+        from clearhead.runs.recipe_io import load_recipe
+        from clearhead.train.comparison import check_models
 
         recipe = load_recipe(subject, overrides)
         check_models(recipe)

@@ -23,7 +23,7 @@ def load_model(path: Path) -> tuple[Any, Any]:
     from transformers.utils.logging import disable_progress_bar
 
     import clearhead.models  # noqa: F401  registers the family with the Auto classes
-    from clearhead.train.checksums import check_model
+    from clearhead.runs.checksums import check_model
 
     directory = model_directory(path)
     disable_progress_bar()

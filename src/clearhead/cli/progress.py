@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from clearhead.cli.console import duration, say, seconds_left
-from clearhead.train.jobs import Row, Watcher
+from clearhead.train.pool import Row, Watcher
 
 # Seconds between two plain lines about one running job.
 LINE_SECONDS = 30.0

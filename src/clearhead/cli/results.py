@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from clearhead.train.status import read_object
+from clearhead.runs.files import read_object
 
 
 def print_results(run_dir: Path) -> None:

@@ -29,7 +29,7 @@ def command(
 
     It goes on from its last checkpoint; `compare` on the same run directory takes the finished model over.
     """
-    from clearhead.train.recipe_io import load_recipe
+    from clearhead.runs.recipe_io import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     run_dir = out or Path("runs") / loaded.name

@@ -36,7 +36,7 @@ from clearhead.convert.weights import (
 )
 from clearhead.models.config import ClearheadConfig
 from clearhead.registry import did_you_mean, names, resolve
-from clearhead.train.rundir import exclusive
+from clearhead.runs.directory import exclusive
 
 SHARD_BYTES = 5 * 10**9
 RECORD = "conversion.json"

@@ -16,7 +16,7 @@ WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", 
 
 def open_source(named: str) -> Source:
     """The checkpoint that `named` means; ConversionError, in one sentence, where it cannot be read."""
-    from clearhead.evals.gguf import is_gguf
+    from clearhead.evals.subjects.gguf import is_gguf
 
     path = Path(named)
     if is_gguf(named):
@@ -114,7 +114,7 @@ def _pickled(path: Path, found: Sequence[str]) -> ConversionError:
 def _from_gguf(path: Path) -> Source:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from clearhead.evals.gguf import load_gguf, open_gguf, refuse_lost_scaling
+    from clearhead.evals.subjects.gguf import load_gguf, open_gguf, refuse_lost_scaling
 
     file = open_gguf(path)
     model = load_gguf(AutoModelForCausalLM, path, "the model")
@@ -136,14 +136,14 @@ def _from_gguf(path: Path) -> Source:
 
 
 def _from_hub(named: str) -> Path:
-    from clearhead.evals.foreign import HUB_ID
+    from clearhead.evals.subjects.external import HUB_ID
 
     if HUB_ID.fullmatch(named) is None or "/" not in named:
         raise ConversionError(f"there is no model at {named!r}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    from clearhead.evals.base import reason_of
+    from clearhead.evals.reasons import reason_of
 
     try:
         return Path(snapshot_download(named, allow_patterns=list(WANTED)))

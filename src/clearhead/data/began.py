@@ -45,7 +45,7 @@ def check_tokens(began: Mapping[str, Any], now: Mapping[str, Any], folder: Path)
 
 
 def set_stamps(options: Mapping[str, Any]) -> dict[str, str]:
-    """Path -> fingerprint of every local file that an evaluation with these ``options`` reads; of stdlib as a whole."""
+    """Path -> fingerprint of every local file that an evaluation with these `options` reads; of stdlib as a whole."""
     found: dict[str, str] = {}
     for key in SET_KEYS:
         value = options.get(key)

@@ -15,13 +15,13 @@ SAMPLES = 64
 
 
 def cache_dir() -> Path:
-    """``$CLEARHEAD_CACHE`` if set, else ``~/.cache/clearhead``."""
+    """`$CLEARHEAD_CACHE` if set, else `~/.cache/clearhead`."""
     chosen = os.environ.get("CLEARHEAD_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "clearhead"
 
 
 def digest_json(value: Any) -> str:
-    """sha256 of the canonical JSON of ``value``."""
+    """sha256 of the canonical JSON of `value`."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
@@ -44,7 +44,7 @@ def fingerprint(path: Path) -> str:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write ``content`` so that ``path`` holds all of it or is left as it was."""
+    """Write `content` so that `path` holds all of it or is left as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:

@@ -1,7 +1,7 @@
 """Real text in: one interface over the standard library, files, directories, globs and Hugging Face datasets.
 
 Documents come one at a time and in an order that depends only on the corpus, so a corpus may be larger than memory.
-Every fault of the text is a :class:`CorpusError` whose one sentence names the file and what to change.
+Every fault of the text is a `CorpusError` whose one sentence names the file and what to change.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Corpus(ABC):
     def identity(self, sources: Mapping[str, str] | None = None) -> dict[str, Any]:
         """What the corpus is, as JSON: equal identities mean equal documents in equal order.
 
-        sources: what :meth:`sources` gave, if it was asked before.
+        sources: what `sources` gave, if it was asked before.
         """
 
     def sources(self) -> dict[str, str]:
@@ -63,7 +63,7 @@ class SourceFile:
 class FileCorpus(Corpus):
     """Files read in the order of their names.
 
-    With ``max_bytes`` the order is that of a hash of the names instead, so that a limit takes a sample of the files and
+    With `max_bytes` the order is that of a hash of the names instead, so that a limit takes a sample of the files and
     not the alphabetically first ones; reading stops after the document that reaches the limit.
     """
 
@@ -148,7 +148,7 @@ class FileCorpus(Corpus):
 
 
 class HubCorpus(Corpus):
-    """A Hugging Face dataset, streamed in its own order; ``max_bytes`` takes its beginning.
+    """A Hugging Face dataset, streamed in its own order; `max_bytes` takes its beginning.
 
     The identity is the name, not the content: data already prepared is used again without asking the network.
     """
@@ -221,23 +221,23 @@ class HubCorpus(Corpus):
 
 
 def open_corpus(source: str, *, text_field: str = "text", max_bytes: int | None = None) -> Corpus:
-    """Open ``source``; nothing but names and sizes is read before :meth:`Corpus.documents`.
+    """Open `source`; nothing but names and sizes is read before `Corpus.documents`.
 
-    * ``"stdlib"``: the running interpreter's own library sources, without tests (about 12 MB).
-    * a file, a directory (searched to the bottom, hidden entries skipped) or a glob (``**`` allowed) of
-      .txt .md .py (a document a file), .jsonl .jsonl.gz .parquet (a document a record, its text in ``text_field``).
+    * `"stdlib"`: the running interpreter's own library sources, without tests (about 12 MB).
+    * a file, a directory (searched to the bottom, hidden entries skipped) or a glob (`**` allowed) of
+      .txt .md .py (a document a file), .jsonl .jsonl.gz .parquet (a document a record, its text in `text_field`).
       A plain-text file given alone is cut at paragraphs into up to 32 documents, and one above 4 MiB into parts of
       1 MiB.
-    * ``"hf:owner/name[:config][:split]"``, or ``owner/name`` when no such path and no directory ``owner``
-      exists: a Hugging Face dataset, streamed; split ``train`` unless named, ``config`` may be empty
-      (``hf:owner/name::test``).
+    * `"hf:owner/name[:config][:split]"`, or `owner/name` when no such path and no directory `owner`
+      exists: a Hugging Face dataset, streamed; split `train` unless named, `config` may be empty
+      (`hf:owner/name::test`).
 
-    ``max_bytes`` ends reading after the document that reaches that many bytes of text; of several files it takes a
+    `max_bytes` ends reading after the document that reaches that many bytes of text; of several files it takes a
     sample by the hash of their names, of one file or dataset the beginning.
     A record whose text is missing (null) or blank is passed over, in every kind of file and in datasets.
 
     Raises CorpusError when the source is missing, matches nothing or holds no supported file; reading raises it for
-    a file that is empty, binary, not UTF-8, not JSON or without ``text_field``.
+    a file that is empty, binary, not UTF-8, not JSON or without `text_field`.
     """
     if not source.strip():
         raise CorpusError("the corpus source is empty: set corpus.source to 'stdlib', a path or a dataset id")

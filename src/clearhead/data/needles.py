@@ -1,12 +1,12 @@
 """Needle documents: facts hidden in real text, and questions about them.
 
-A *needle* is a key and a value written as a sentence in the corpus's own tokens (``"\\n# {key}{value}"`` reads like a
+A *needle* is a key and a value written as a sentence in the corpus's own tokens (`"\\n# {key}{value}"` reads like a
 comment line in source code). The needles lie in a run of real text; questions that repeat a key stand at the end, and
 the answer to each is the value. Keys and values are tuples of word tokens. A hash of the tuple says whether it
 belongs to training or to validation, so that no key and no value of the validation split is ever one in training,
 whatever the seed.
 
-A document is a pure function of ``(spec, seed, index, split, depth)``, the corpus and the tokenizer.
+A document is a pure function of `(spec, seed, index, split, depth)`, the corpus and the tokenizer.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class NeedleSpec:
     length: tokens of the whole document, the bos token, the questions and their answers included.
     needles: facts in the context; questions: how many of them are asked, each once.
     key_tokens, value_tokens: word tokens of a key and of a value.
-    template, question: the sentence of a fact and of a question; each names ``{key}`` and then ``{value}`` once. The
-        document ends with the value of its last question, so nothing may follow ``{value}`` in ``question``.
+    template, question: the sentence of a fact and of a question; each names `{key}` and then `{value}` once. The
+        document ends with the value of its last question, so nothing may follow `{value}` in `question`.
     learn_context: also put labels on the text around the needles (never on the needles' own tokens).
     """
 
@@ -97,7 +97,7 @@ class NeedleSpec:
 
 @dataclass(frozen=True)
 class NeedleSample:
-    """One needle document and where everything lies in it (slices of ``input_ids``; all per question, in asked order).
+    """One needle document and where everything lies in it (slices of `input_ids`; all per question, in asked order).
 
     answers: the value after a question: exact match holds when each of its tokens is the argmax given those before it.
     needle_spans: the same value in the context; question_spans: the question up to its answer, key included.
@@ -118,7 +118,7 @@ class NeedleSample:
 
 @dataclass(frozen=True)
 class Sentence:
-    """A template in tokens: ``before key between value after``."""
+    """A template in tokens: `before key between value after`."""
 
     before: Ids
     between: Ids
@@ -196,7 +196,7 @@ def sentences(spec: NeedleSpec, tokenizer: Tokenizer) -> tuple[Sentence, Sentenc
 
 
 def minimum_length(spec: NeedleSpec, tokenizer: Tokenizer) -> int:
-    """Fewest tokens in which the needles, at any depth, and the questions of ``spec`` have room."""
+    """Fewest tokens in which the needles, at any depth, and the questions of `spec` have room."""
     needle, question = (sentence.size(spec) for sentence in sentences(spec, tokenizer))
     # One needle's worth of text lets the asked needle stand at any token offset between the others.
     return 1 + (spec.needles + 1) * needle + spec.questions * question
@@ -205,7 +205,7 @@ def minimum_length(spec: NeedleSpec, tokenizer: Tokenizer) -> int:
 def chance_level(spec: NeedleSpec, tokenizer: Tokenizer, split: Split = "validation") -> float:
     """Exact match of a guess drawn uniformly from all values of the split: 1 / their number.
 
-    A reader that copies the value of a random needle of the document, ignoring the key, reaches ``1 / needles``.
+    A reader that copies the value of a random needle of the document, ignoring the key, reaches `1 / needles`.
     """
     words = vocabulary(tokenizer).words
     total = len(words) ** spec.value_tokens
@@ -220,7 +220,7 @@ def chance_level(spec: NeedleSpec, tokenizer: Tokenizer, split: Split = "validat
 def draw(
     rng: np.random.Generator, words: Ids, count: int, size: int, role: Literal["key", "value"], split: Split
 ) -> Ids:
-    """``count`` distinct tuples of ``size`` words that belong to the split -> (count, size)"""
+    """`count` distinct tuples of `size` words that belong to the split -> (count, size)"""
     found: dict[tuple[int, ...], None] = {}
     for _ in range(64):
         candidates = words[rng.integers(len(words), size=(8 * count, size))]
@@ -235,7 +235,7 @@ def draw(
 
 
 def text_run(rng: np.random.Generator, haystack: Haystack, count: int) -> Ids:
-    """A run of ``count`` corpus tokens from a random place; it may cross the end of a document."""
+    """A run of `count` corpus tokens from a random place; it may cross the end of a document."""
     tokens = haystack.tokens
     start = int(rng.integers(max(1, len(tokens) - count + 1)))
     piece = np.asarray(tokens[start : start + count], dtype=np.int64)
@@ -252,11 +252,11 @@ def needle_document(
     tokenizer: Tokenizer,
     depth: float | None = None,
 ) -> NeedleSample:
-    """Document ``index`` of ``seed``: bos, context with needles, questions and answers; exactly ``spec.length`` tokens.
+    """Document `index` of `seed`: bos, context with needles, questions and answers; exactly `spec.length` tokens.
 
-    depth: place of the first asked needle: it starts ``round(depth · (context − needle))`` tokens after bos, exactly;
-    the other needles, or all of them when ``None``, stand at random places. Needles never overlap.
-    Raises ValueError when the length has no room (see ``minimum_length``) or depth is outside 0..1.
+    depth: place of the first asked needle: it starts `round(depth · (context − needle))` tokens after bos, exactly;
+    the other needles, or all of them when `None`, stand at random places. Needles never overlap.
+    Raises ValueError when the length has no room (see `minimum_length`) or depth is outside 0..1.
     """
     needle, question = sentences(spec, tokenizer)
     language = vocabulary(tokenizer)

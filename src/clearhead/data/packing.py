@@ -27,7 +27,7 @@ IGNORED = -100
 
 
 class PackedText:
-    """Rows of exactly ``length`` tokens cut from documents laid end to end; see :func:`pack_text`."""
+    """Rows of exactly `length` tokens cut from documents laid end to end; see `pack_text`."""
 
     def __init__(self, store: TokenStore, length: int, seed: int, document_masks: bool) -> None:
         if length < 2:
@@ -96,16 +96,16 @@ class PackedText:
 
 
 def pack_text(store: TokenStore, length: int, seed: int, *, document_masks: bool) -> PackedText:
-    """Training rows: every token of ``store`` once an epoch, in rows of exactly ``length`` tokens.
+    """Training rows: every token of `store` once an epoch, in rows of exactly `length` tokens.
 
-    The documents, each preceded by bos, are laid end to end in an order shuffled by ``(seed, epoch)`` and cut; an end
-    shorter than a row is dropped. ``rows[i]`` for any ``i >= 0`` is row ``i % len(rows)`` of epoch ``i // len(rows)``
-    and depends on nothing but ``(store, length, seed, i)``: a resumed run sees what an uninterrupted one does.
+    The documents, each preceded by bos, are laid end to end in an order shuffled by `(seed, epoch)` and cut; an end
+    shorter than a row is dropped. `rows[i]` for any `i >= 0` is row `i % len(rows)` of epoch `i // len(rows)`
+    and depends on nothing but `(store, length, seed, i)`: a resumed run sees what an uninterrupted one does.
     Memory grows with the number of documents, not of tokens.
 
-    An example holds int64 arrays of shape (length,): ``input_ids``; ``labels``, equal to them (unshifted, as Hugging
+    An example holds int64 arrays of shape (length,): `input_ids`; `labels`, equal to them (unshifted, as Hugging
     Face models want) except -100 at the first token of each piece of a document, which nothing predicts;
-    ``position_ids``, which restart at 0 at each piece with ``document_masks`` (no attention across documents), else
+    `position_ids`, which restart at 0 at each piece with `document_masks` (no attention across documents), else
     run through the row.
 
     Raises CorpusError when the store does not fill one row.
@@ -118,13 +118,13 @@ def validation_windows(
 ) -> Iterator[tuple[int, NDArray[np.int64], int]]:
     """Windows of single documents in which each document token is predicted exactly once, for bits per byte.
 
-    Yields ``(document, input_ids, start)``. A document is read as bos and its tokens; a window has at most ``length``
+    Yields `(document, input_ids, start)`. A document is read as bos and its tokens; a window has at most `length`
     ids, the first of which is context only, and the next window begins with the last id of this one. So
-    ``input_ids[1:]`` are the document's tokens ``start, start + 1, ...``, and the sum of their losses over the windows
-    of a document, divided by ``store.utf8_bytes[document] * log(2)``, is its bits per byte. Nothing is carried over:
-    **the context restarts at each window**, so a short ``length`` costs bits.
+    `input_ids[1:]` are the document's tokens `start, start + 1, ...`, and the sum of their losses over the windows
+    of a document, divided by `store.utf8_bytes[document] * log(2)`, is its bits per byte. Nothing is carried over:
+    **the context restarts at each window**, so a short `length` costs bits.
 
-    ``max_documents`` takes the first documents; a validation store lies in hash order, so they are a random sample.
+    `max_documents` takes the first documents; a validation store lies in hash order, so they are a random sample.
     """
     if length < 2:
         raise CorpusError(

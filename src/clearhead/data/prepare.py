@@ -36,8 +36,8 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROF
 class DataSpec:
     """What to read and how to split and tokenize it; equal specs over an equal corpus give equal data.
 
-    ``validation_fraction`` is a share of the documents, ``seed`` chooses which; ``vocab_size`` belongs to the
-    tokenizer ``"bpe"`` and is ignored for others.
+    `validation_fraction` is a share of the documents, `seed` chooses which; `vocab_size` belongs to the
+    tokenizer `"bpe"` and is ignored for others.
     """
 
     source: str = "stdlib"
@@ -59,7 +59,7 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Tokenizer, training and validation documents, and what they were made from (JSON-able ``identity``)."""
+    """Tokenizer, training and validation documents, and what they were made from (JSON-able `identity`)."""
 
     tokenizer: PreTrainedTokenizerFast
     train: TokenStore
@@ -70,10 +70,10 @@ class PreparedData:
 def prepare(
     spec: DataSpec, *, progress: Progress | None = None, began: Mapping[str, Any] | None = None
 ) -> PreparedData:
-    """Read, split, tokenize and store the corpus of ``spec``, or open what an earlier call stored.
+    """Read, split, tokenize and store the corpus of `spec`, or open what an earlier call stored.
 
     The split is by document: a document is validation when the hash of (seed, its text) falls below
-    ``validation_fraction``, whatever its name, its place and the other documents; equal texts therefore never lie on
+    `validation_fraction`, whatever its name, its place and the other documents; equal texts therefore never lie on
     both sides. Only when that leaves a side empty does the nearest text change sides. The tokenizer is trained on the
     training side alone (a sample of 64 MiB of it at most).
 
@@ -83,7 +83,7 @@ def prepare(
     began: the identity of the data that a run began with. Text, tokenizer and tokens that are not those any more are
     refused, the file that differs named; so is a text that changes while it is read.
 
-    Raises CorpusError for any fault of the corpus (see :func:`clearhead.data.corpora.open_corpus`), when it has fewer
+    Raises CorpusError for any fault of the corpus (see `corpora.open_corpus`), when it has fewer
     than two different documents, and when the cache directory cannot be written.
     """
     say = progress or (lambda message: None)
@@ -106,7 +106,7 @@ def prepare(
 
 
 def folder_of(made_from: Mapping[str, Any]) -> Path:
-    """Where data made from this lies; ``made_from`` may say more."""
+    """Where data made from this lies; `made_from` may say more."""
     key = {name: made_from.get(name) for name in ("format", "spec", "corpus", "tokenizer_files")}
     return cache_dir() / "prepared" / digest_json(key)[:32]
 
@@ -128,7 +128,7 @@ def stored(
     folder: Path,
     say: Progress,
 ) -> PreparedData:
-    """What ``folder`` holds, made first if it is not there."""
+    """What `folder` holds, made first if it is not there."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -185,7 +185,7 @@ def tokenizer_files(source: str) -> dict[str, str] | None:
 
 
 def load(folder: Path) -> PreparedData | None:
-    """What :func:`build` left in ``folder``; None when nothing or something damaged is there."""
+    """What `build` left in `folder`; None when nothing or something damaged is there."""
     from transformers import PreTrainedTokenizerFast
 
     try:
@@ -245,7 +245,7 @@ def build(corpus: Corpus, spec: DataSpec, made_from: dict[str, Any], folder: Pat
 
 
 def read_corpus(corpus: Corpus, spec: DataSpec, file: IO[bytes], say: Progress) -> Spool:
-    """One pass over the corpus: its text goes to ``file``, so that a remote or packed source is read once."""
+    """One pass over the corpus: its text goes to `file`, so that a remote or packed source is read once."""
     spool = Spool(file, array("q", [0]), array("d"), [], set())
     reported = 0
     for document in corpus.documents():
@@ -313,7 +313,7 @@ def trained_tokenizer(
 def tokenize(
     spool: Spool, documents: list[int], tokenizer: PreTrainedTokenizerFast, folder: Path, say: Progress
 ) -> dict[str, int]:
-    """Write the tokens of ``documents`` batch by batch; returns the counts of the split."""
+    """Write the tokens of `documents` batch by batch; returns the counts of the split."""
     total = sum(spool.size(i) for i in documents)
     done = reported = 0
     bos = tokenizer.bos_token_id

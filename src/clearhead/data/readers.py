@@ -35,9 +35,9 @@ def suffix_of(path: Path) -> str:
 
 
 def read_file(path: Path, name: str, *, text_field: str, part_bytes: int | None) -> Iterator[Document]:
-    """The documents of one file; ``name`` begins their ids, ``part_bytes`` cuts plain text into parts.
+    """The documents of one file; `name` begins their ids, `part_bytes` cuts plain text into parts.
 
-    Raises CorpusError for a file that is missing, unreadable, empty or not what its suffix says. An empty ``.py`` file
+    Raises CorpusError for a file that is missing, unreadable, empty or not what its suffix says. An empty `.py` file
     is passed over: packages are full of them.
     """
     suffix = suffix_of(path)
@@ -71,7 +71,7 @@ def _documents(path: Path, name: str, suffix: str, field: str, part_bytes: int |
 
 
 def read_plain(path: Path, name: str, part_bytes: int | None) -> Iterator[Document]:
-    """A text file as one document, or cut after paragraphs into documents of about ``part_bytes``."""
+    """A text file as one document, or cut after paragraphs into documents of about `part_bytes`."""
     with path.open("rb") as file:
         if part_bytes is None:
             text = decode(file.read(), path, 0)
@@ -85,7 +85,7 @@ def read_plain(path: Path, name: str, part_bytes: int | None) -> Iterator[Docume
 
 
 def parts(file: IO[bytes], size: int) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes) pieces of at least ``size`` and less than twice that, the last one up to twice."""
+    """(offset, bytes) pieces of at least `size` and less than twice that, the last one up to twice."""
     offset, pending = 0, b""
     while block := file.read(max(BLOCK, 2 * size)):
         pending += block
@@ -98,7 +98,7 @@ def parts(file: IO[bytes], size: int) -> Iterator[tuple[int, bytes]]:
 
 
 def cut(raw: bytes, size: int) -> int:
-    """Where to cut between ``size`` and twice that: after a blank line, else after a line, else between characters."""
+    """Where to cut between `size` and twice that: after a blank line, else after a line, else between characters."""
     for mark in (b"\n\n", b"\n"):
         found = raw.find(mark, size - len(mark), 2 * size - len(mark))
         if found >= 0:
@@ -126,7 +126,7 @@ def decode(raw: bytes, path: Path, offset: int) -> str:
 
 
 def read_json_lines(path: Path, name: str, field: str, opener: Callable[..., Any]) -> Iterator[Document]:
-    """A document a line: an object whose ``field`` is the text; blank lines, blank texts and null are passed over."""
+    """A document a line: an object whose `field` is the text; blank lines, blank texts and null are passed over."""
     offset = 0
     number = 0
     with opener(path, "rb") as file:
@@ -181,7 +181,7 @@ def text_of(record: dict[str, Any], field: str, where: str) -> str | None:
 
 
 def encodable(text: str, where: str) -> str:
-    """``text`` itself, unless it holds half of a surrogate pair, which no UTF-8 file and no tokenizer can."""
+    """`text` itself, unless it holds half of a surrogate pair, which no UTF-8 file and no tokenizer can."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,6 +1,6 @@
 """Retrieval training data: needle documents, shuffled pairs, and their mixture with packed text.
 
-Everything here is a pure function of ``(seed, index)``: the same pair gives the same tokens in every process and in any
+Everything here is a pure function of `(seed, index)`: the same pair gives the same tokens in every process and in any
 order, which is what makes a resumed run see what an uninterrupted one would have seen.
 """
 
@@ -56,16 +56,16 @@ _ROWS = {"needles": 4, "pairs": 5}
 
 
 class TextRows(Protocol):
-    """Packed text (``packing.pack_text``): ``[i]`` works for every ``i >= 0``."""
+    """Packed text (`packing.pack_text`): `[i]` works for every `i >= 0`."""
 
     def __getitem__(self, index: int, /) -> Example: ...
 
 
 def pair_document(spec: NeedleSpec, *, seed: int, index: int, split: Split, tokenizer: Tokenizer) -> Example:
-    """Retrieval with no text around it: bos, the needles of ``spec``, then a question about each of them, shuffled.
+    """Retrieval with no text around it: bos, the needles of `spec`, then a question about each of them, shuffled.
 
     Labels on the answers. A large part of the tokens teaches, and with few needles the right one is a large part of
-    what is seen: the mechanism forms here first. ``spec.length`` and ``spec.questions`` do not matter.
+    what is seen: the mechanism forms here first. `spec.length` and `spec.questions` do not matter.
     """
     needle, question = sentences(spec, tokenizer)
     language = vocabulary(tokenizer)
@@ -141,7 +141,7 @@ class NeedleRange:
         )
 
     def fitting(self, length: int, needles: int, tokenizer: Tokenizer) -> NeedleSpec:
-        """The largest spec with at most ``needles`` needles that has room in ``length`` tokens."""
+        """The largest spec with at most `needles` needles that has room in `length` tokens."""
         for count in range(needles, 0, -1):
             spec = self.spec(length, count, min(self.questions, count))
             if minimum_length(spec, tokenizer) <= length:
@@ -154,12 +154,12 @@ class NeedleRange:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Training rows of exactly ``length`` tokens: text, needle documents and pair documents by shares of rows.
+    """Training rows of exactly `length` tokens: text, needle documents and pair documents by shares of rows.
 
-    ``[i]`` is a pure function of ``(seed, i)`` for every ``i >= 0``: ``{"input_ids", "labels", "position_ids"}``.
+    `[i]` is a pure function of `(seed, i)` for every `i >= 0`: `{"input_ids", "labels", "position_ids"}`.
     Labels are unshifted, -100 where nothing is to be learned; position_ids restart at each document when
-    ``document_masks``. A row is of one kind, ``kind(i)``; text rows are used in order, each once per epoch of the text.
-    The first ``pairs_first`` of the rows are pair documents only: retrieval forms sooner when nothing else pulls at the
+    `document_masks`. A row is of one kind, `kind(i)`; text rows are used in order, each once per epoch of the text.
+    The first `pairs_first` of the rows are pair documents only: retrieval forms sooner when nothing else pulls at the
     weights. In any n rows after them each kind has its share, exact to less than two rows.
     """
 
@@ -196,7 +196,7 @@ class Mixture:
         return self.rows
 
     def _number(self, index: int) -> tuple[Kind, int]:
-        """Kind of row ``index`` and its number among the rows of that kind, without looking at the rows before."""
+        """Kind of row `index` and its number among the rows of that kind, without looking at the rows before."""
         lead = round(self.rows * self.pairs_first)
         if index < lead:
             return "pairs", index
@@ -213,7 +213,7 @@ class Mixture:
         return "pairs", lead + paired
 
     def kind(self, index: int) -> Kind:
-        """ "text", "pairs" or "needles": what row ``index`` holds."""
+        """ "text", "pairs" or "needles": what row `index` holds."""
         return self._number(index)[0]
 
     def __getitem__(self, index: int) -> Example:
@@ -286,7 +286,7 @@ class Mixture:
 
 
 def _cut(rng: np.random.Generator, total: int, lengths: tuple[int, int]) -> list[int]:
-    """Cut ``total`` tokens into documents of low..high tokens, log-uniformly; what is left over is shorter than low."""
+    """Cut `total` tokens into documents of low..high tokens, log-uniformly; what is left over is shorter than low."""
     low, high = lengths
     cuts: list[int] = []
     while total >= low:

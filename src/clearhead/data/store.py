@@ -21,7 +21,7 @@ class TokenStore:
     """The documents of one split as token ids.
 
     tokens: (num_tokens,) uint16 or uint32, memory-mapped; no special token between documents.
-    offsets: (documents + 1,) int64, document i is ``tokens[offsets[i]:offsets[i + 1]]``.
+    offsets: (documents + 1,) int64, document i is `tokens[offsets[i]:offsets[i + 1]]`.
     utf8_bytes: (documents,) int64, bytes of text of each document.
     ids: the name of each document in its corpus.
     bos_token_id: the token that is put before a document.
@@ -43,7 +43,7 @@ class TokenStore:
         return int(self.offsets[-1])
 
     def document(self, i: int) -> NDArray[Any]:
-        """Token ids of document ``i``, without bos."""
+        """Token ids of document `i`, without bos."""
         if not 0 <= i < len(self):
             raise IndexError(f"document {i} of a store with {len(self)} documents")
         return self.tokens[self.offsets[i] : self.offsets[i + 1]]
@@ -52,7 +52,7 @@ class TokenStore:
     def from_documents(
         cls, documents: list[list[int]], *, bos_token_id: int, utf8_bytes: list[int] | None = None
     ) -> TokenStore:
-        """A store in memory; ``utf8_bytes`` defaults to one byte a token."""
+        """A store in memory; `utf8_bytes` defaults to one byte a token."""
         lengths = [len(document) for document in documents]
         flat = [token for document in documents for token in document]
         return cls(
@@ -65,7 +65,7 @@ class TokenStore:
 
     @classmethod
     def load(cls, folder: Path) -> TokenStore:
-        """Open a store written by :class:`TokenWriter`; raises DamagedStore when its files do not fit together."""
+        """Open a store written by `TokenWriter`; raises DamagedStore when its files do not fit together."""
         try:
             about = json.loads((folder / "store.json").read_text())
             ids = json.loads((folder / "ids.json").read_text())
@@ -91,7 +91,7 @@ class TokenStore:
 
 
 class TokenWriter:
-    """Writes a store document by document: ``with TokenWriter(...) as writer: writer.add(...)``."""
+    """Writes a store document by document: `with TokenWriter(...) as writer: writer.add(...)`."""
 
     def __init__(self, folder: Path, *, vocab_size: int, bos_token_id: int) -> None:
         folder.mkdir(parents=True)

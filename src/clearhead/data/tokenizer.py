@@ -25,18 +25,18 @@ FORMAT = 1
 def get_tokenizer(
     source: str, *, vocab_size: int, texts: Iterable[str], cache_key: str
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer ``source`` names.
+    """The tokenizer `source` names.
 
-    ``"bpe"``: byte-level BPE of at most ``vocab_size`` entries, trained on ``texts`` unless the cache holds one for
-    ``(cache_key, vocab_size)``; ``cache_key`` must stand for the content of ``texts``, which are not read on a hit.
-    All 256 bytes are in the alphabet, so every text survives encoding and decoding. Ids: ``<|pad|>`` 0, ``<|bos|>`` 1,
-    ``<|eos|>`` 2; none is added by itself. A text too small for ``vocab_size`` entries gives fewer:
-    ``len(tokenizer)`` counts.
+    `"bpe"`: byte-level BPE of at most `vocab_size` entries, trained on `texts` unless the cache holds one for
+    `(cache_key, vocab_size)`; `cache_key` must stand for the content of `texts`, which are not read on a hit.
+    All 256 bytes are in the alphabet, so every text survives encoding and decoding. Ids: `<|pad|>` 0, `<|bos|>` 1,
+    `<|eos|>` 2; none is added by itself. A text too small for `vocab_size` entries gives fewer:
+    `len(tokenizer)` counts.
 
-    Any other ``source``: a Hugging Face path or id, whose own vocabulary is used. Without a bos token its eos token
+    Any other `source`: a Hugging Face path or id, whose own vocabulary is used. Without a bos token its eos token
     stands in, else its pad token; without a pad token its eos or bos token does.
 
-    Raises CorpusError when ``vocab_size`` is below 259, when the tokenizer cannot be loaded (offline, wrong name) or
+    Raises CorpusError when `vocab_size` is below 259, when the tokenizer cannot be loaded (offline, wrong name) or
     has no token that can begin a document.
     """
     if source != "bpe":

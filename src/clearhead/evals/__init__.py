@@ -1,0 +1,1 @@
+"""Evaluations in wings, on rooms they share: the contract, asking, probing and subjects."""

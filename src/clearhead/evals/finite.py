@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def broken_weights(model: nn.Module) -> str | None:
-    """Why no evaluation of ``model`` means anything: the first weight that is NaN or infinite; None for none."""
+    """Why no evaluation of `model` means anything: the first weight that is NaN or infinite; None for none."""
     for name, weight in model.named_parameters():
         # A sum is one pass without a copy, and is finite wherever every number is, but for an overflow.
         if bool(weight.detach().sum(dtype=torch.float64).isfinite()):
@@ -44,18 +44,6 @@ class Watch:
         if not self.broken:
             return None
         return f"the model's logits held NaN or infinity in {self.broken} of {self.calls} calls"
-
-
-def not_finite(value: Any, where: str = "") -> str | None:
-    """The first number in JSON values that is NaN or infinite, as ``cells.0.loss is nan``; None for none."""
-    if isinstance(value, float):
-        return None if math.isfinite(value) else f"{where or 'the value'} is {value}"
-    if not isinstance(value, dict | list | tuple):
-        return None
-    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-        if found := not_finite(part, f"{where}.{key}" if where else str(key)):
-            return found
-    return None
 
 
 def exponential(nats: float) -> float:

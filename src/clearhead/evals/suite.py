@@ -9,7 +9,7 @@ suites = ["perplexity", "many_shot"]
 sets = ["{sets}/intents.jsonl.gz"]
 ```
 
-``{sets}`` in an option stands for a directory that is named when the file is used; without one the evaluations that
+`{sets}` in an option stands for a directory that is named when the file is used; without one the evaluations that
 need it are left out.
 """
 
@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clearhead.train.recipe import Evaluate, RecipeError, Table
-from clearhead.train.recipe_io import check_evaluate, read_toml, validate
+from clearhead.runs.recipe import Evaluate, RecipeError, Table
+from clearhead.runs.recipe_io import check_evaluate, read_toml, validate
 
 SETS = "{sets}"
 
@@ -50,7 +50,7 @@ class Suite:
 
 
 def load_suite(path: Path, sets: Path | None = None) -> Suite:
-    """Read and check a suite; ``{sets}`` becomes ``sets``.
+    """Read and check a suite; `{sets}` becomes `sets`.
 
     Raises RecipeError, one sentence that names the file and the key: an unknown evaluation, option or key with the
     nearest known one, a value of another type, or a directory of sets that is not there.

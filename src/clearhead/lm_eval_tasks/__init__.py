@@ -1,5 +1,5 @@
-"""Tasks for lm-evaluation-harness; ``INCLUDE_PATH`` is where it finds them (``clearhead evaluate --lm-eval-path``)."""
+"""Tasks for lm-evaluation-harness; `INCLUDE_PATH` is where it finds them (`clearhead evaluate --lm-eval-path`)."""
 
-from clearhead.evals.lm_eval import INCLUDE_PATH
+from clearhead.evals.external.lm_eval import INCLUDE_PATH
 
 __all__ = ["INCLUDE_PATH"]

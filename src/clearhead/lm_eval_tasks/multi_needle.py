@@ -1,6 +1,6 @@
-"""Multi-needle retrieval as lm-evaluation-harness tasks: the prompts and the score of ``clearhead evaluate``.
+"""Multi-needle retrieval as lm-evaluation-harness tasks: the prompts and the score of `clearhead evaluate`.
 
-The harness hands a task its metadata (``--metadata`` and the model's arguments) and takes documents back.
+The harness hands a task its metadata (`--metadata` and the model's arguments) and takes documents back.
 """
 
 from __future__ import annotations
@@ -9,9 +9,15 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from clearhead.evals.haystack import make_haystack, read_documents
-from clearhead.evals.multineedle import Cell, MultiNeedleConfig, cell_prompts, haystack_rng
-from clearhead.evals.multineedle_prompts import FormName, found
+from clearhead.evals.asking.decoding import found
+from clearhead.evals.asking.haystack import make_haystack, read_documents
+from clearhead.evals.retrieval.multi_needle.evaluation import (
+    Cell,
+    MultiNeedleConfig,
+    cell_prompts,
+    haystack_rng,
+)
+from clearhead.evals.retrieval.multi_needle.prompts import FormName
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -36,9 +42,9 @@ def documents(
     seed: int = DEFAULTS.seed,
     **unused: Any,
 ) -> DatasetDict:
-    """The prompts of one (needles, asked) over lengths and depths; options as in ``MultiNeedleConfig``.
+    """The prompts of one (needles, asked) over lengths and depths; options as in `MultiNeedleConfig`.
 
-    tokenizer: its directory or hub id; without one that of the harness's model (``pretrained`` or ``model``). Every
+    tokenizer: its directory or hub id; without one that of the harness's model (`pretrained` or `model`). Every
         length is counted in its tokens, bos and template included.
     unused: other arguments of the harness's model.
     Raises ValueError for a tokenizer that is missing or not a fast one, and for prompts that cannot be made.
@@ -67,10 +73,10 @@ def documents(
 
 @cache
 def _tokenizer(source: str) -> PreTrainedTokenizerFast:
-    """As ``clearhead evaluate`` has it: where there is no bos token the eos token begins a text."""
-    from clearhead.evals.foreign import ForeignLoader, ForeignSpec
+    """As `clearhead evaluate` has it: where there is no bos token the eos token begins a text."""
+    from clearhead.evals.subjects.external import ExternalLoader, ExternalSpec
 
-    return ForeignLoader(ForeignSpec(source)).tokenizer
+    return ExternalLoader(ExternalSpec(source)).tokenizer
 
 
 @cache

@@ -11,20 +11,20 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from clearhead.evals.results import RunResults, load_run
-from clearhead.evals.sections import Headline, Section, Table
-from clearhead.evals.statistics import count, decimal
+from clearhead.analysis.sections import Headline, Section, Table
+from clearhead.analysis.statistics import count, decimal
 from clearhead.registry import names, resolve
 from clearhead.report.charts import render
 from clearhead.report.palette import all_inks, arm_inks
 from clearhead.report.training import cost, lambdas, learning_curves
-from clearhead.train.status import write_json, write_text
+from clearhead.runs.files import write_json, write_text
+from clearhead.runs.results import RunResults, load_run
 
 MISSING = "–"
 
 
 def build_report(run_dir: str | Path) -> Path:
-    """Write ``report.html``, ``summary.json`` and ``charts/*.{pdf,png}`` of a run directory; returns the page's path.
+    """Write `report.html`, `summary.json` and `charts/*.{pdf,png}` of a run directory; returns the page's path.
 
     What has not been measured yet is shown as missing. Raises FileNotFoundError for a directory that is no run, and
     ValueError that names the file when one of its files is broken.
@@ -107,7 +107,7 @@ def cell(headline: Headline, digits: int) -> str:
 
 
 def summary(run: RunResults, sections: list[Section]) -> dict[str, Any]:
-    """``summary.json``: every answer with its numbers, for programs."""
+    """`summary.json`: every answer with its numbers, for programs."""
     table = _table(run, [section for section in sections if section.headlines])
     return {
         "name": run.name,

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clearhead.evals.results import RunResults, load_run, read_json, slugify
-from clearhead.train.status import write_text
+from clearhead.runs.files import write_text
+from clearhead.runs.results import RunResults, load_run, read_json, slugify
 
 CARD = "README.md"
 RECORD = "conversion.json"

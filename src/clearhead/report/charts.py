@@ -24,7 +24,16 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from clearhead.evals.sections import BarChart, BarSeries, Chart, HeatMap, LineChart, Panel, Reference, Values
+from clearhead.analysis.sections import (
+    BarChart,
+    BarSeries,
+    Chart,
+    HeatMap,
+    LineChart,
+    Panel,
+    Reference,
+    Values,
+)
 from clearhead.report.palette import ARMS, HEAT, MARKERS, MUTED, PAPER, PARTS, RULE, TEXT, Ink, all_inks
 
 WIDTH = 4.7
@@ -81,7 +90,7 @@ def _style() -> Iterator[None]:
 
 
 def render(chart: Chart, arms: Arms, folder: Path) -> str:
-    """Draw a chart, write ``folder/<slug>.pdf`` and ``.png``, and return the SVG to put into the page."""
+    """Draw a chart, write `folder/<slug>.pdf` and `.png`, and return the SVG to put into the page."""
     with _style():
         figure = draw(chart, arms)
         # The layout is the slow part: solve it once for the three files.

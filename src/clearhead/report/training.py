@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clearhead.evals.results import ArmResults, RunResults, SeedResults
-from clearhead.evals.sections import BarChart, BarSeries, LineChart, Section, Series, Table
-from clearhead.evals.statistics import count
+from clearhead.analysis.sections import BarChart, BarSeries, LineChart, Section, Series, Table
+from clearhead.analysis.statistics import count
+from clearhead.runs.results import ArmResults, RunResults, SeedResults
 
 POINTS = 60
 """A curve is averaged over this many equal spans of tokens: single logged steps are noise."""
@@ -89,7 +89,7 @@ def _bands(
 
 
 def _averaged(x: NDArray[np.float64], y: NDArray[np.float64]) -> Curve:
-    """Means over at most ``POINTS`` equal spans of x; empty spans are left out."""
+    """Means over at most `POINTS` equal spans of x; empty spans are left out."""
     if len(x) <= POINTS:
         return x, y
     spans = np.minimum((POINTS * x / x[-1]).astype(int), POINTS - 1)
@@ -118,7 +118,7 @@ def _settled(series: Sequence[Series]) -> tuple[float, float]:
 
 
 def lambdas(run: RunResults) -> Section | None:
-    """λ by layer at the end of training, for the arms that have one; ``None`` when no arm logs it."""
+    """λ by layer at the end of training, for the arms that have one; `None` when no arm logs it."""
     final: dict[str, list[dict[int, float]]] = {}
     for arm in run.arms:
         for seed in arm.seeds.values():
@@ -223,7 +223,7 @@ def _percent(value: float | None, reference: float | None) -> str:
 
 
 def scaled(value: float) -> str:
-    """``1.24 M``: a large number with its decimal prefix."""
+    """`1.24 M`: a large number with its decimal prefix."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g} {unit}"
@@ -231,12 +231,12 @@ def scaled(value: float) -> str:
 
 
 def bytes_text(value: float) -> str:
-    """``1.5 MB``: bytes in decimal units."""
+    """`1.5 MB`: bytes in decimal units."""
     return f"{scaled(value)}B" if value >= 1e3 else f"{value:.0f} B"
 
 
 def duration(seconds: float) -> str:
-    """``3 min 20 s``."""
+    """`3 min 20 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

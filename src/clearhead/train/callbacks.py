@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from clearhead.train.status import plain, read_lines, read_status, write_status, write_text
+from clearhead.runs.files import plain, read_lines, write_text
+from clearhead.runs.status import read_status, write_status
 
 STATUS_SECONDS = 1.0
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from clearhead.train.checksums import fault, seal
+from clearhead.runs.checksums import fault, seal
 
 MARKER = "complete"
 _TENSORS = "optimizer.safetensors"

@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable
 from itertools import islice
 
-from clearhead.data.packing import PreparedData, validation_windows
-from clearhead.evals.base import inference, to_batch, token_losses
-from clearhead.evals.needles import needle_probe
+from clearhead.data.packing import validation_windows
+from clearhead.data.prepare import PreparedData
+from clearhead.evals.asking.needle_documents import needle_probe
+from clearhead.evals.asking.running import inference, to_batch, token_losses
 from clearhead.models.causal import ClearheadForCausalLM
-from clearhead.train.recipe import Job
-from clearhead.train.rows import needle_range
+from clearhead.runs.recipe import Job
+from clearhead.runs.rows import needle_range
 
 NEEDLE_SAMPLES = 64
 TEXT_WINDOWS = 16

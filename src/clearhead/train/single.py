@@ -5,10 +5,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from clearhead.train.compare import bytes_needed, check_models, job_directory, prepare_rows
-from clearhead.train.jobs import Task, is_trained, place
-from clearhead.train.recipe import Recipe
-from clearhead.train.rundir import RunError, check_space, check_writable, exclusive, open_run, set_aside
+from clearhead.runs.directory import RunError, check_space, check_writable, exclusive, open_run, set_aside
+from clearhead.runs.recipe import Recipe
+from clearhead.train.comparison import bytes_needed, check_models, job_directory, prepare_rows
+from clearhead.train.pool import Task, is_trained, place
 from clearhead.train.worker import run_job
 
 

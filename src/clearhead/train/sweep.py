@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clearhead.train.jobs import Task
-from clearhead.train.recipe import Recipe
-from clearhead.train.status import MEND, BrokenFile, read_lines, read_object, write_json
+from clearhead.runs.files import MEND, BrokenFile, read_lines, read_object, write_json
+from clearhead.runs.recipe import Recipe
+from clearhead.train.pool import Task
 
 RULE = "fewest tokens until mastery (runs without it count as their budget); if no run masters, the lowest final loss"
 

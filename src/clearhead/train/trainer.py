@@ -21,11 +21,17 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
 from clearhead.data.cache import digest_json
-from clearhead.data.packing import PreparedData, prepare
+from clearhead.data.prepare import PreparedData, prepare
 from clearhead.data.retrieval import Mixture
 from clearhead.models.causal import ClearheadForCausalLM
 from clearhead.models.config import ClearheadConfig
 from clearhead.models.cost import forward_flops_per_token, kv_bytes_per_token
+from clearhead.runs.checksums import CHECKSUMS, seal, sync
+from clearhead.runs.directory import kept_data
+from clearhead.runs.files import write_json
+from clearhead.runs.recipe import Job, Train
+from clearhead.runs.rows import data_spec, training_rows
+from clearhead.runs.status import read_status, write_status
 from clearhead.train.callbacks import Journal, Probe, Progress, TrainingError
 from clearhead.train.checkpoint import (
     drop_old,
@@ -36,12 +42,7 @@ from clearhead.train.checkpoint import (
     save_optimizer,
     save_random,
 )
-from clearhead.train.checksums import CHECKSUMS, seal, sync
 from clearhead.train.probe import make_probe
-from clearhead.train.recipe import Job, Train
-from clearhead.train.rows import data_spec, training_rows
-from clearhead.train.rundir import kept_data
-from clearhead.train.status import read_status, write_json, write_status
 
 IGNORE = -100
 KEEP_CHECKPOINTS = 2

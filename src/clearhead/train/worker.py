@@ -11,10 +11,10 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from clearhead.train.recipe import Job
-from clearhead.train.recipe_io import load_job
-from clearhead.train.rundir import exclusive
-from clearhead.train.status import read_status, write_status
+from clearhead.runs.directory import exclusive
+from clearhead.runs.recipe import Job
+from clearhead.runs.recipe_io import load_job
+from clearhead.runs.status import read_status, write_status
 
 # How long a new worker waits for one that is being stopped to let go of the job.
 HANDOVER_SECONDS = 10.0
@@ -33,7 +33,7 @@ def run_job(job: Job, job_dir: Path, *, evaluate: bool = True) -> None:
     if first and read_status(job_dir).state != "evaluated":
         write_status(job_dir, replace(read_status(job_dir), state="trained", seconds_left=0.0, error=None))
     if evaluate and first and read_status(job_dir).state != "evaluated":
-        from clearhead.evals.job import evaluate_job
+        from clearhead.evals.runner import evaluate_job
 
         evaluate_job(job_dir)
         write_status(job_dir, replace(read_status(job_dir), state="evaluated", error=None))

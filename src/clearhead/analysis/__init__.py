@@ -1,0 +1,1 @@
+"""Numbers shown to a reader: statistics, comparisons, sections of the report."""

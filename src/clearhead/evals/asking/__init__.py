@@ -1,0 +1,1 @@
+"""Asking a model: texts, prompts, answers, losses and the log of samples."""

@@ -1,0 +1,123 @@
+"""Prompts and answers of an evaluation, a line each, that an interrupted one goes on from.
+
+While it is measured the file is `NAME.partial.jsonl`, whose first line says what the answers were measured with;
+finished, it is `NAME.jsonl`. Lines of the first end with a checksum: what a killed process has left half written, or
+a disk has damaged, is dropped and measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from clearhead.runs.files import plain, write_text
+
+CHECK = "check"
+"""The field of a line's checksum."""
+
+
+class SampleLog:
+    """The records so far; `add` writes one through to the disk. Without a folder they are kept in memory only."""
+
+    def __init__(self, path: Path | None, keys: tuple[str, ...], about: dict[str, Any]) -> None:
+        self.path = path
+        self.keys = keys
+        self.records: list[dict[str, Any]] = []
+        self.known: set[tuple[Any, ...]] = set()
+        self.head: dict[str, Any] = {}
+        self.file: TextIO | None = None
+        if path is None:
+            return
+        # What JSON makes of it is what an earlier run has left.
+        head = json.loads(_text(about))
+        lines = _lines(path)
+        if lines and lines[0] == head:
+            for record in lines[1:]:
+                if all(isinstance(record.get(name), str | int | float) for name in keys):
+                    self._keep(record)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.head = head
+        write_text(path, "".join(_checked(line) for line in (head, *self.records)))
+        self.file = path.open("a", encoding="utf-8")
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path | None,
+        name: str,
+        about: dict[str, Any],
+        keys: tuple[str, ...] = ("needles", "asked", "length", "depth", "index"),
+    ) -> SampleLog:
+        """The log of evaluation `name` in `folder`; earlier records count only if `about` is the same.
+
+        keys: the fields of a record that tell it from the others.
+        """
+        return cls(None if folder is None else folder / f"{name}.partial.jsonl", keys, about)
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        key = tuple(record[name] for name in self.keys)
+        if key not in self.known:
+            self.known.add(key)
+            self.records.append(record)
+
+    def has(self, key: tuple[Any, ...]) -> bool:
+        return key in self.known
+
+    def add(self, record: dict[str, Any]) -> None:
+        self._keep(record)
+        if self.file is not None:
+            self.file.write(_checked(record))
+            self.file.flush()
+
+    def __enter__(self) -> SampleLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.file is None or self.path is None:
+            return
+        self.file.close()
+        if kind is None:
+            whole = self.path.with_name(self.path.name.replace(".partial.", "."))
+            write_text(whole, "".join(f"{_text(line)}\n" for line in (self.head, *self.records)))
+            self.path.unlink()
+
+
+def _text(record: dict[str, Any]) -> str:
+    return json.dumps(plain(record), ensure_ascii=False, allow_nan=False)
+
+
+def _sum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def _checked(record: dict[str, Any]) -> str:
+    """A line: the record with a checksum of the rest of it as its last field."""
+    text = _text(record)
+    return f"{_text({**record, CHECK: _sum(text)})}\n"
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file without those that are not whole; none where the first one is not."""
+    found: list[dict[str, Any]] = []
+    if not path.exists():
+        return found
+    for number, raw in enumerate(path.read_bytes().split(b"\n")):
+        try:
+            record = json.loads(raw.decode())
+            if not isinstance(record, dict):
+                raise ValueError("a line is no record")
+            # A finished file has no checksums, and may be gone on with.
+            told = record.pop(CHECK, None)
+            if told is not None and told != _sum(_text(record)):
+                raise ValueError("a line is damaged")
+        except (ValueError, RecursionError):
+            if number == 0:
+                return found
+            continue
+        found.append(record)
+    return found

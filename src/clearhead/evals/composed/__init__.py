@@ -1,0 +1,1 @@
+"""Evaluations made of others; they may import any wing."""

@@ -1,0 +1,221 @@
+"""How much does it matter which factor a rotary scaling is given? Perplexity and passkeys of one model over factors.
+
+A trained model is read as it is (factor 1: no scaling) and under scalings of one type with factors 2, 4 and 8, none of
+which it was trained with. An earlier version of the CoCA paper (arXiv 2309.08646) shows that a rotary Transformer's
+results swing with the factor and CoCA's hardly do. The swing of a document is the largest minus the smallest of its
+losses in nats per token over the factors above 1, at the longest length; each arm's mean over documents has a bootstrap
+interval and the arms are paired by document.
+
+Both measurements are those of `text.perplexity` and `retrieval.passkey`, with their options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from clearhead.analysis.by_length import Values, every_length, first_values, left_out, shared_lengths, times
+from clearhead.analysis.comparison import compare
+from clearhead.analysis.published import FACTORS
+from clearhead.analysis.sections import LineChart, Section, Series, Table
+from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.retrieval.passkey.evaluation import Passkey, PasskeyConfig
+from clearhead.evals.retrieval.passkey.section import accuracy
+from clearhead.evals.subject import Subject
+from clearhead.evals.text.perplexity.evaluation import Perplexity, PerplexityConfig
+from clearhead.evals.text.perplexity.section import perplexity_text
+from clearhead.runs.results import RunResults
+
+ScalingName = Literal["dynamic", "linear", "ntk", "yarn"]
+
+
+class ScalingFactorsConfig(EvaluationConfig):
+    """factors: 1 reads the model without any scaling. scaling: the type of the others.
+
+    perplexity, passkey: options of those evaluations (passkey = null leaves it out).
+    """
+
+    factors: list[float] = Field(default=[1.0, 2.0, 4.0, 8.0], min_length=1)
+    scaling: ScalingName = "dynamic"
+    perplexity: PerplexityConfig = PerplexityConfig(segment=0)
+    passkey: PasskeyConfig | None = PasskeyConfig()
+
+
+class ScalingFactors(Evaluation[ScalingFactorsConfig]):
+    name = "scaling_factors"
+    Config = ScalingFactorsConfig
+
+    def run(self, subject: Subject, config: ScalingFactorsConfig) -> dict[str, Any]:
+        by_factor: dict[str, dict[str, Any]] = {}
+        skipped: dict[str, str] = {}
+        for factor in sorted(set(config.factors)):
+            if factor < 1:
+                return {"skipped": f"factors has {factor:g}; a scaling stretches, so at least 1"}
+            scaling = parameters(config.scaling, factor)
+            found = {
+                "perplexity": Perplexity().run(
+                    subject, config.perplexity.model_copy(update={"rope_parameters": scaling})
+                )
+            }
+            if config.passkey is not None:
+                found["passkey"] = Passkey().run(
+                    subject, config.passkey.model_copy(update={"rope_parameters": scaling})
+                )
+            for name, value in found.items():
+                if "skipped" in value:
+                    skipped[f"{name}, factor {factor:g}"] = value["skipped"]
+            by_factor[f"{factor:g}"] = {k: v for k, v in found.items() if "skipped" not in v}
+        if not any(by_factor.values()):
+            return {"skipped": "; ".join(dict.fromkeys(skipped.values()))}
+        return {
+            "scaling": config.scaling,
+            "factors": by_factor,
+            "skipped_cells": skipped,
+            "training_length": subject.training_length,
+        }
+
+    def section(self, run: RunResults) -> Section:
+        title, question = "Scaling factors", "How much does the choice of a rotary scaling factor matter?"
+        values = run.values(self.name)
+        if not values:
+            return self.missing(run, title, question)
+        first = first_values(values)
+        trained = first["training_length"]
+        lengths = shared_lengths(values, _perplexity_lengths)
+        result, answer, at = None, "Perplexity was not measured for all arms.", ""
+        if lengths:
+            at = f"{times(lengths[-1], trained)}"
+            # An arm without rotary positions has no factors, and a swing needs two.
+            swings = {
+                arm: {seed: swing(v, lengths[-1]) for seed, v in seeds.items()}
+                for arm, seeds in values.items()
+                if all(swing(v, lengths[-1]) for v in seeds.values())
+            }
+            answer = "No arm was read under two factors above 1."
+            if swings:
+                result = compare(swings, "lower", digits=3)
+                answer = f"Swing of the loss over factors above 1 at {at}: {result.sentence()}"
+        return Section(
+            self.name,
+            title,
+            question,
+            answer,
+            measure="" if result is None else "swing over factors (nats per token) ↓",
+            digits=3,
+            headlines=[] if result is None else result.headlines(),
+            charts=_charts(values),
+            tables=[*_tables(values), FACTORS],
+            notes=[
+                f"Scaling {first['scaling']!r}, without any training; factor 1 is the model as it is. Options, "
+                "intervals and chance levels: as in the sections on perplexity and passkeys.",
+                *left_out(values),
+                *run.skipped(self.name),
+            ],
+        )
+
+
+def parameters(scaling: str, factor: float) -> dict[str, Any] | None:
+    """`rope_parameters` of one factor; None for 1, the model as it is."""
+    return None if factor == 1 else {"rope_type": scaling, "factor": float(factor)}
+
+
+def swing(value: Mapping[str, Any], length: int) -> list[float]:
+    """Largest minus smallest loss in nats per token over the factors above 1, for each document."""
+    losses = [
+        np.array(cell["nats"]) / np.array(cell["tokens"])
+        for factor, found in value["factors"].items()
+        if float(factor) > 1 and "perplexity" in found
+        for cell in found["perplexity"]["cells"]
+        if cell["length"] == length
+    ]
+    return np.ptp(np.stack(losses), axis=0).tolist() if len(losses) > 1 else []  # type: ignore[no-any-return]
+
+
+def _perplexity_lengths(value: Mapping[str, Any]) -> set[int]:
+    """The lengths that every factor has."""
+    found = [
+        {cell["length"] for cell in by["perplexity"]["cells"]}
+        for by in value["factors"].values()
+        if "perplexity" in by
+    ]
+    return set.intersection(*found) if found else set()
+
+
+def _of(values: Values, factor: str, name: str) -> Values:
+    """The values of one measurement under one factor, in the form of that evaluation alone."""
+    found = {
+        arm: {
+            seed: v["factors"][factor][name]
+            for seed, v in seeds.items()
+            if name in v["factors"].get(factor, {})
+        }
+        for arm, seeds in values.items()
+    }
+    return {arm: seeds for arm, seeds in found.items() if seeds}
+
+
+def _all_factors(values: Values) -> list[str]:
+    return sorted({f for seeds in values.values() for v in seeds.values() for f in v["factors"]}, key=float)
+
+
+def _tables(values: Values) -> list[Table]:
+    """Perplexity and accuracy, a row for each length and factor."""
+    arms = list(values)
+    rows: dict[str, list[list[str | None]]] = {"perplexity": [], "passkey": []}
+    for factor in _all_factors(values):
+        perplexities, passkeys = (_of(values, factor, name) for name in rows)
+        if perplexities:
+            average = first_values(perplexities)["average"]
+            for length in every_length(perplexities, lambda v: {cell["length"] for cell in v["cells"]}):
+                rows["perplexity"].append(
+                    [
+                        f"factor {factor}, {length:,} tokens",
+                        *(
+                            perplexity_text(perplexities, arm, length, average)
+                            if arm in perplexities
+                            else None
+                            for arm in arms
+                        ),
+                    ]
+                )
+        for form, length in _asked(passkeys):
+            cells = [accuracy(passkeys, arm, form, length) if arm in passkeys else None for arm in arms]
+            rows["passkey"].append(
+                [
+                    f"factor {factor}, {form}, {length:,} tokens",
+                    *(None if e is None else f"{e.value:.2f} ({e.interval()}, n={e.n})" for e in cells),
+                ]
+            )
+    titles = {"perplexity": "Perplexity by factor", "passkey": "Passkeys found by factor"}
+    return [Table(titles[name], ["factor and length", *arms], found) for name, found in rows.items() if found]
+
+
+def _asked(values: Values) -> list[tuple[str, int]]:
+    """(form, length) of every passkey cell."""
+    return sorted({(c["form"], c["length"]) for s in values.values() for v in s.values() for c in v["cells"]})
+
+
+def _charts(values: Values) -> list[LineChart]:
+    """Bits per byte by length, one chart an arm and a line a factor: lines close together are what is hoped for."""
+    charts: list[LineChart] = []
+    for arm, seeds in values.items():
+        series = []
+        for factor in _all_factors(values):
+            cells: dict[int, list[float]] = {}
+            for v in seeds.values():
+                for cell in v["factors"].get(factor, {}).get("perplexity", {}).get("cells", []):
+                    cells.setdefault(cell["length"], []).append(cell["bits_per_byte"])
+            if cells:
+                mean = [float(np.mean(cells[length])) for length in sorted(cells)]
+                series.append(Series(f"factor {factor}", sorted(cells), mean))
+        if series:
+            charts.append(
+                LineChart(
+                    f"factors-{len(charts)}", f"{arm}: bits per byte by factor", "length (tokens)", "bits per byte",
+                    series, "Mean over seeds.", log_x=True, markers=True,
+                )
+            )  # fmt: skip
+    return charts

@@ -1,0 +1,199 @@
+"""Standard benchmarks by lm-evaluation-harness, in the same report: `clearhead evaluate MODEL --lm-eval hellaswag`.
+
+Prompts, few-shot examples and scores are the harness's own (Gao et al., lm-evaluation-harness); nothing is changed but
+the model that it is handed. Its tasks load their data from the Hugging Face hub; one that cannot be run is left out
+with the reason. The retrieval tasks of this library are among them (`clearhead.lm_eval_tasks`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from clearhead.analysis.by_length import Values
+from clearhead.analysis.comparison import compare
+from clearhead.analysis.sections import Section, Table
+from clearhead.analysis.statistics import decimal
+from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.external.harness import harness_model
+from clearhead.evals.reasons import reason_of
+from clearhead.evals.subject import Subject
+from clearhead.runs.results import RunResults
+
+INCLUDE_PATH = Path(__file__).parents[2] / "lm_eval_tasks"
+MAIN = ("acc_norm", "acc", "exact", "exact_match", "f1")
+"""What decides where a task has several numbers, first one first."""
+LOWER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+
+
+class LmEvalConfig(EvaluationConfig):
+    """tasks: names of tasks or groups of the harness. num_fewshot: examples before a question (default: the task's).
+
+    limit: questions of each task (default: all). metadata: for tasks that take it, as the harness's `--metadata`.
+    """
+
+    tasks: list[str] = Field(min_length=1)
+    num_fewshot: int | None = Field(default=None, ge=0)
+    limit: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    metadata: dict[str, Any] = Field(default={})
+
+
+class LmEval(Evaluation[LmEvalConfig]):
+    name = "lm_eval"
+    Config = LmEvalConfig
+
+    def run(self, subject: Subject, config: LmEvalConfig) -> dict[str, Any]:
+        """Raises ValueError without lm-eval: that is no property of the model."""
+        if importlib.util.find_spec("lm_eval") is None:
+            raise ValueError("the standard benchmarks need lm-eval: pip install 'clearhead[lm-eval]'")
+        from lm_eval.tasks import TaskManager
+
+        tokenizer: Any = subject.tokenizer
+        metadata = {"pretrained": tokenizer.name_or_path or None, **config.metadata}
+        manager = TaskManager(include_path=str(INCLUDE_PATH), metadata=metadata)
+        model = harness_model(subject.model, tokenizer, config.batch_size)
+        tasks: dict[str, Any] = {}
+        skipped: dict[str, str] = {}
+        for name in dict.fromkeys(config.tasks):
+            # Whatever goes wrong with one task (no network, no such name) must not lose the others.
+            try:
+                found, odd = measured(model, name, manager, config)
+                tasks |= found
+                skipped |= odd
+            except Exception as error:
+                skipped[name] = reason_of(error)
+        if not tasks:
+            return {"skipped": "; ".join(f"{name}: {why}" for name, why in skipped.items())}
+        return {"tasks": tasks, "skipped_tasks": skipped, "n": sum(task["n"] for task in tasks.values())}
+
+    def section(self, run: RunResults) -> Section:
+        title, question = "Standard benchmarks", "How does it do on standard benchmarks?"
+        values = run.values(self.name)
+        if not values:
+            return self.missing(run, title, question)
+        return lm_eval_section(self.name, title, question, run, values)
+
+
+def measured(
+    model: Any, name: str, manager: Any, config: LmEvalConfig
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tasks that `name` stands for: their numbers, and what each question counts of the main one.
+
+    Beside them what is left out, with the reason: numbers that are NaN or infinite, and tasks that have no other.
+    """
+    from lm_eval import simple_evaluate
+
+    done = simple_evaluate(
+        model=model,
+        tasks=[name],
+        num_fewshot=config.num_fewshot,
+        limit=config.limit,
+        task_manager=manager,
+        log_samples=True,
+        bootstrap_iters=1000,
+    )
+    found: dict[str, Any] = {}
+    odd: dict[str, str] = {}
+    for task, rows in done["samples"].items():
+        metrics: dict[str, dict[str, float | None]] = {}
+        for key, value in done["results"][task].items():
+            metric, comma, kind = key.partition(",")
+            if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+                error = done["results"][task].get(f"{metric}_stderr,{kind}")
+                shown = metric if kind == "none" else f"{metric}, {kind}"
+                if not math.isfinite(value):
+                    odd[f"{task}, {shown}"] = f"it is {value}"
+                    continue
+                known = isinstance(error, float) and math.isfinite(error)
+                metrics[shown] = {"value": float(value), "stderr": error if known else None}
+        if not metrics:
+            odd.setdefault(task, "the harness gave no number for it")
+            continue
+        main = next((metric for metric in MAIN if metric in metrics), next(iter(metrics)))
+        marks = [row[main] for row in sorted(rows, key=lambda row: int(row["doc_id"])) if main in row]
+        found[task] = {
+            "metrics": metrics,
+            "main": main,
+            # Of some numbers (a perplexity over all documents) a question has no part.
+            "samples": [float(mark) for mark in marks]
+            if all(isinstance(m, int | float) and math.isfinite(m) for m in marks)
+            else [],
+            "n": len(rows),
+            "version": str(done["versions"].get(task)),
+            "num_fewshot": done["n-shot"].get(task),
+        }
+    return found, odd
+
+
+def lm_eval_section(name: str, title: str, question: str, run: RunResults, values: Values) -> Section:
+    """A row a task and number; every task compared question by question."""
+    every = [value for seeds in values.values() for value in seeds.values()]
+    tasks = list(dict.fromkeys(task for value in every for task in value["tasks"]))
+    sentences = []
+    result = None
+    rows: list[list[str | None]] = []
+    for task in tasks:
+        known = [task_of(value, task) for value in every if task in value["tasks"]]
+        if samples := samples_of(values, task):
+            main = known[0]["main"]
+            result = compare(samples, "lower" if main in LOWER else "higher")
+            sentences.append(f"{task} ({main}): {result.sentence()}")
+        for metric in dict.fromkeys(metric for one in known for metric in one["metrics"]):
+            cells = [shown(list(seeds.values()), task, metric) for seeds in values.values()]
+            rows.append([f"{task}, {metric}", *cells])
+    one = len(sentences) == 1 and result is not None
+    skipped = [f"{task}: {why}." for value in every for task, why in value["skipped_tasks"].items()]
+    return Section(
+        name,
+        title,
+        question,
+        " ".join(sentences) or "Measured; see the table.",
+        measure=f"{tasks[0]}" if one else "",
+        headlines=result.headlines() if one and result is not None else [],
+        tables=[Table("Numbers of lm-evaluation-harness", ["task and number", *values], rows)],
+        notes=[
+            "Value ± the harness's standard error, mean over seeds; n questions. Sentences: bootstrap over questions "
+            "or Student's t over seeds, the wider; differences are paired by question. Prompts and rules are the "
+            "harness's.",
+            *dict.fromkeys(skipped),
+            *run.skipped(name),
+        ],
+    )
+
+
+def task_of(value: Mapping[str, Any], task: str) -> Mapping[str, Any]:
+    """One task's numbers, empty where it was not measured."""
+    found: Mapping[str, Any] = value["tasks"].get(task, {})
+    return found
+
+
+def samples_of(values: Values, task: str) -> dict[str, dict[int, list[float]]]:
+    """Arm -> seed -> what each question counts, of those models that answered all of them."""
+    found = {
+        arm: {
+            seed: list(task_of(v, task)["samples"])
+            for seed, v in seeds.items()
+            if task_of(v, task).get("samples")
+        }
+        for arm, seeds in values.items()
+    }
+    sizes = {len(row) for seeds in found.values() for row in seeds.values()}
+    return {arm: seeds for arm, seeds in found.items() if seeds} if len(sizes) == 1 else {}
+
+
+def shown(seeds: Sequence[Mapping[str, Any]], task: str, metric: str) -> str | None:
+    """`0.412 ± 0.010 (n=500)`, or None where it is missing."""
+    parts = [task_of(v, task) for v in seeds if metric in task_of(v, task).get("metrics", {})]
+    if not parts:
+        return None
+    numbers = [part["metrics"][metric] for part in parts]
+    value = sum(number["value"] for number in numbers) / len(numbers)
+    error = numbers[0]["stderr"]
+    spread = "" if error is None else f" ± {decimal(error, 3)}"
+    return f"{decimal(value, 3)}{spread} (n={parts[0]['n']})"

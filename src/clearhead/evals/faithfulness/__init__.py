@@ -1,0 +1,1 @@
+"""Evaluations of answers that keep to their document."""

@@ -1,0 +1,1 @@
+"""Answers that a judge reads for what the source does not say."""

@@ -1,0 +1,1 @@
+"""Documents that contradict what a model knows."""

@@ -1,0 +1,1 @@
+"""Evaluations of learning from examples in the prompt."""

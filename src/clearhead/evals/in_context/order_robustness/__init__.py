@@ -1,0 +1,1 @@
+"""Accuracy under other orders of the same examples."""

@@ -1,0 +1,1 @@
+"""Evaluations of what happens inside: attention, activations, angles, rounding."""

@@ -1,1 +1,0 @@
-"""Judges of the evaluation `hallucination`: one file each, chosen by name (``registry.JUDGES``)."""

@@ -1,0 +1,1 @@
+"""Looking into a model: its attention, its logits, its rotary scaling, its rounding."""

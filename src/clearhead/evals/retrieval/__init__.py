@@ -1,0 +1,1 @@
+"""Evaluations of retrieval: facts hidden in long text."""

@@ -1,0 +1,1 @@
+"""Several needles in natural language."""

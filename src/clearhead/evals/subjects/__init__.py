@@ -1,0 +1,1 @@
+"""Opening what is evaluated: models from elsewhere, GGUF files, adapters."""

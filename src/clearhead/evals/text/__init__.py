@@ -1,0 +1,1 @@
+"""Evaluations of plain text: losses and perplexity."""

@@ -1,0 +1,1 @@
+"""Clearhead's kernels in other people's models."""

@@ -1,0 +1,1 @@
+"""The run directory and its files: what training, evaluation, the report and the command line share."""

@@ -1,0 +1,191 @@
+"""The run directory: who may write to it, whether it belongs to this recipe, and whether it will fit on the disk."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from clearhead.data.began import check_sets, check_text, check_tokens
+from clearhead.runs.environment import environment
+from clearhead.runs.files import read_object, write_json, write_text
+from clearhead.runs.recipe import Recipe, RecipeError
+from clearhead.runs.recipe_io import differences, dump_toml, parse_recipe, read_toml
+
+# Changing these does not change what a trained model is, so they may differ between calls on one run directory.
+DATA = "data.json"
+FREE_KEYS = ("description", "seeds", "evaluate")
+FREE_TRAIN_KEYS = ("workers", "threads", "save_every")
+
+
+class RunError(ValueError):
+    """A run directory that cannot be used. The message is one sentence that says what to do instead."""
+
+
+@contextmanager
+def exclusive(directory: Path, what: str, wait: float = 0.0) -> Iterator[None]:
+    """Hold `directory` for this process; RunError when another one does, after `wait` seconds of trying.
+
+    The lock is the operating system's, so it ends with its holder however that ends.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / ".lock"
+    ours = not path.exists()
+    with ExitStack() as held:
+        file = held.enter_context(path.open("a+", encoding="utf-8"))
+        deadline = time.monotonic() + wait
+        while not _locked(file, path):
+            if not _is(file, path):
+                # Its holder removed it: there may be another one by now.
+                file = held.enter_context(path.open("a+", encoding="utf-8"))
+            elif time.monotonic() >= deadline:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise RunError(
+                    f"{what} is in use by another clearhead process (pid {holder}); wait for it or stop it"
+                ) from None
+            else:
+                time.sleep(0.1)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        except BaseException:
+            # Whoever refuses a directory leaves nothing of ours in it.
+            if ours and _is(file, path):
+                path.unlink()
+            raise
+        finally:
+            file.truncate(0)
+
+
+def _locked(file: IO[str], path: Path) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return _is(file, path)
+
+
+def _is(file: IO[str], path: Path) -> bool:
+    """Whether the open file is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def check_writable(directory: Path) -> None:
+    """Create `directory` and prove that files can be written in it; RunError otherwise."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe-") as file:
+            file.write(b"0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise RunError(
+            f"cannot write to {str(directory)!r} ({error.strerror or error}); choose another directory with --out"
+        ) from None
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """RunError when the disk of `directory` has less than `needed` bytes left."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise RunError(
+            f"the run needs about {_size(needed)} of disk but only {_size(free)} are free in {str(directory)!r}; "
+            "make room or choose another directory with --out"
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def open_run(directory: Path, recipe: Recipe) -> None:
+    """Make `directory` the run directory of `recipe`: refuse one made by a different recipe, write recipe and env.
+
+    Seeds, arms and evaluations may be added to a run; RunError names any other key that differs.
+    """
+    written = directory / "recipe.toml"
+    if written.exists():
+        changed = _changes(written, recipe)
+        if changed:
+            raise RunError(
+                f"{str(directory)!r} was made by a different recipe ({'; '.join(changed[:5])}"
+                f"{f'; and {len(changed) - 5} more' if len(changed) > 5 else ''}); "
+                "choose another --out, or --fresh to set the old run aside and begin again"
+            )
+    elif any(not entry.name.startswith(".") for entry in directory.iterdir()):
+        raise RunError(f"{str(directory)!r} is not empty and not a run directory; choose another --out")
+    write_text(written, dump_toml(recipe))
+    if not (directory / "env.json").exists():
+        write_json(directory / "env.json", environment())
+
+
+def kept_data(directory: Path) -> dict[str, Any] | None:
+    """What the run or the job in `directory` began with; None where nothing says so: it was made before that was kept.
+
+    A job made before jobs kept it is held to what its run says.
+    """
+    places = [directory]
+    if (directory / "job.json").exists():
+        places += [parent for parent in directory.absolute().parents[:4] if (parent / "recipe.toml").exists()]
+    return next((read_object(place / DATA) for place in places if (place / DATA).exists()), None)
+
+
+def keep_data(directory: Path, identity: Mapping[str, Any], sets: Mapping[str, str] | None = None) -> None:
+    """Record in `data.json` what the run, or a job of it, trains on and is evaluated on.
+
+    sets: the fingerprints of the files that its evaluations read. RunError when it began with something else.
+    """
+    before = read_object(directory / DATA) if (directory / DATA).exists() else {}
+    known = before.get("evaluation_sets", {})
+    try:
+        check_text(before, identity, ({}, {}))
+        check_tokens(before, identity, directory)
+        check_sets(known, sets or {})
+    except ValueError as error:
+        raise RunError(f"{str(directory)!r}: {error}") from None
+    found = {**identity, "evaluation_sets": {**known, **(sets or {})}}
+    if found != before:
+        write_json(directory / DATA, found)
+
+
+def set_aside(directory: Path, say: Callable[[str], None]) -> None:
+    """Rename an existing run directory to the first free `NAME.old-N`; RunError while another process uses it."""
+    if not directory.exists() or not any(directory.iterdir()):
+        return
+    with exclusive(directory, f"the run {str(directory)!r}"):
+        number = 1
+        while (target := directory.with_name(f"{directory.name}.old-{number}")).exists():
+            number += 1
+        directory.rename(target)
+    say(f"the earlier run is now in {target}")
+
+
+def _changes(written: Path, recipe: Recipe) -> list[str]:
+    try:
+        old = parse_recipe(read_toml(written), source=str(written))
+    except RecipeError as error:
+        return [f"its recipe is not one of this version: {error}"]
+    before, after = _fixed(old), _fixed(recipe)
+    shared = {arm["name"] for arm in before["arms"]} & {arm["name"] for arm in after["arms"]}
+    for plain in (before, after):
+        plain["arms"] = {arm["name"]: arm for arm in plain["arms"] if arm["name"] in shared}
+    return differences(before, after)
+
+
+def _fixed(recipe: Recipe) -> dict[str, Any]:
+    plain = recipe.model_dump(mode="json")
+    for key in FREE_KEYS:
+        del plain[key]
+    for key in FREE_TRAIN_KEYS:
+        del plain["train"][key]
+    return plain

@@ -1,0 +1,87 @@
+"""What a job trains on: the same rows in the same order for every arm with the same seed."""
+
+from clearhead.data.needles import Split, needle_document, sentences, vocabulary
+from clearhead.data.packing import pack_text
+from clearhead.data.prepare import DataSpec, PreparedData
+from clearhead.data.retrieval import Mixture, NeedleRange, pair_document
+from clearhead.runs.recipe import Job, Recipe
+
+# Evaluations that write needles with the tokenizer's own words.
+NEED_WORDS = {"needles", "allocation"}
+KINDS_WITHIN = 1000
+
+
+def data_spec(source: Recipe | Job) -> DataSpec:
+    """What `clearhead.data.prepare` has to make ready; it does not depend on arm and seed."""
+    return DataSpec(
+        source=source.corpus.source,
+        text_field=source.corpus.text_field,
+        max_bytes=source.corpus.max_bytes,
+        validation_fraction=source.corpus.validation_fraction,
+        tokenizer=source.tokenizer.source,
+        vocab_size=source.tokenizer.vocab_size,
+        seed=source.corpus.seed,
+    )
+
+
+def training_rows(job: Job, data: PreparedData) -> Mixture:
+    """The rows of the whole budget; row i is a pure function of the job's seed and i."""
+    length = job.data.length
+    return Mixture(
+        text=pack_text(data.train, length, job.seed, document_masks=job.data.document_masks),
+        haystack=data.train,
+        tokenizer=data.tokenizer,
+        length=length,
+        rows=job.train.steps * (job.train.batch_tokens // length),
+        seed=job.seed,
+        needle_share=job.data.needle_share,
+        pair_share=job.data.pair_share,
+        pairs_first=job.data.pairs_first,
+        needles=needle_range(job),
+        document_masks=job.data.document_masks,
+    )
+
+
+def needle_range(job: Job) -> NeedleRange:
+    """The retrieval documents of the job's mixture."""
+    return NeedleRange(**job.data.needles.model_dump())
+
+
+def check_rows(job: Job, data: PreparedData) -> None:
+    """Raise ValueError, which names the key, for what would end a training at some row or an evaluation after it."""
+    rows = training_rows(job, data)
+    mixed = job.data.needle_share + job.data.pair_share + job.data.pairs_first > 0
+    if not (mixed or job.train.probe_every or set(job.evaluate.suites) & NEED_WORDS):
+        return
+    vocabulary(data.tokenizer)
+    needles = needle_range(job)
+    length = min(job.data.length, job.data.needles.lengths[1])
+    seen: tuple[Split, ...] = ("train", "validation") if job.train.probe_every else ("train",)
+    if job.data.needle_share > 0 or job.train.probe_every:
+        largest = needles.fitting(length, job.data.needles.needles[1], data.tokenizer)
+        for split in seen:
+            needle_document(
+                largest, seed=job.seed, index=0, haystack=data.train, split=split, tokenizer=data.tokenizer
+            )
+    found: set[str] = set()
+    for index in range(min(len(rows), KINDS_WITHIN)):
+        kind = rows.kind(index)
+        if kind != "text" and kind not in found:
+            found.add(kind)
+            rows[index]
+    if job.data.pair_share + job.data.pairs_first > 0:
+        most = needles.spec(job.data.length, job.data.needles.pairs[1], job.data.needles.pairs[1])
+        sentence, question = sentences(most, data.tokenizer)
+        room = (job.data.length - 1) // (sentence.size(most) + question.size(most))
+        if room < 1:
+            raise ValueError(
+                f"data.length: a row of {job.data.length} tokens has no room for one pair; lengthen it"
+            )
+        fitting = min(room, job.data.needles.pairs[1])
+        pair_document(
+            needles.spec(job.data.length, fitting, fitting),
+            seed=job.seed,
+            index=0,
+            split="train",
+            tokenizer=data.tokenizer,
+        )

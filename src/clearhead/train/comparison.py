@@ -1,0 +1,165 @@
+"""The comparison: check, prepare the data once, sweep if asked, train and evaluate every arm with every seed."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clearhead.data.began import set_stamps
+from clearhead.registry import did_you_mean, resolve
+from clearhead.runs.directory import (
+    check_space,
+    check_writable,
+    exclusive,
+    keep_data,
+    kept_data,
+    open_run,
+    set_aside,
+)
+from clearhead.runs.recipe import RESERVED_MODEL_KEYS, Evaluate, Recipe, RecipeError
+from clearhead.train.model_table import model_fault, option_fault
+from clearhead.train.pool import Row, Task, Watcher, is_trained, parallelism, run_tasks
+
+FLOAT_BYTES = 4
+# Weights and two Adam moments in each checkpoint of a running job: two kept and the one being written.
+NUMBERS_PER_PARAMETER = 3 * 3
+# Logs, TensorBoard events and results of one job, and the tokenizer.
+BYTES_PER_JOB = 10_000_000
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a comparison ended with; `failed` is empty when every job is complete."""
+
+    rows: list[Row]
+
+    @property
+    def failed(self) -> list[Row]:
+        return [row for row in self.rows if row.status.state != "evaluated"]
+
+
+def run_comparison(
+    recipe: Recipe, run_dir: Path, *, watcher: Watcher, say: Say, fresh: bool = False
+) -> Outcome:
+    """Bring the run directory to completion: whatever is finished there stays, everything else is run.
+
+    Args:
+        fresh: set an existing run directory aside first and begin again.
+
+    Raises RunError or RecipeError before anything is trained; a job that fails later is in the outcome.
+    """
+    # A recipe that cannot be run leaves everything as it was.
+    parameters = check_models(recipe)
+    if fresh:
+        set_aside(run_dir, say)
+    check_writable(run_dir)
+    with exclusive(run_dir, f"the run {str(run_dir)!r}"):
+        open_run(run_dir, recipe)
+        tasks = arm_tasks(recipe, run_dir)
+        sweep = _sweep_tasks(recipe, run_dir)
+        check_space(run_dir, bytes_needed([*sweep, *tasks], parameters))
+        began = prepare_rows(recipe, run_dir, say)
+        if sweep:
+            say(f"choosing learning rates: {len(sweep)} runs")
+            swept = Outcome(run_tasks(sweep, watcher, began=began))
+            if swept.failed:
+                return swept
+            from clearhead.train.sweep import choose
+
+            rates = choose(recipe, sweep, run_dir)
+            say("chosen: " + ", ".join(f"{arm} {rate:g}" for arm, rate in rates.items()))
+            tasks = arm_tasks(recipe, run_dir, rates)
+        return Outcome(run_tasks(tasks, watcher, began=began))
+
+
+def prepare_rows(recipe: Recipe, run_dir: Path, say: Say) -> dict[str, Any]:
+    """Make the corpus ready for all jobs and check the mixture of rows, before anything runs.
+
+    Returns what the run began with, which every job is held to: the identity of its text, tokens and tokenizer and the
+    fingerprints of its evaluation sets. Raises ValueError that names the file when the run began with something else,
+    or the key when rows cannot be made.
+    """
+    from clearhead.data.prepare import prepare
+    from clearhead.runs.rows import check_rows, data_spec
+
+    data = prepare(data_spec(recipe), progress=say, began=kept_data(run_dir))
+    keep_data(run_dir, data.identity, evaluation_sets(recipe.evaluate))
+    check_rows(recipe.for_arm(recipe.arms[0].name, recipe.seeds[0]), data)
+    return kept_data(run_dir) or {}
+
+
+def evaluation_sets(evaluate: Evaluate) -> dict[str, str]:
+    """The fingerprint of every file that the evaluations of a recipe read, by its path."""
+    found: dict[str, str] = {}
+    for suite in evaluate.suites:
+        found |= set_stamps(evaluate.options(suite))
+    return found
+
+
+def bytes_needed(tasks: Sequence[Task], parameters: Mapping[str, int]) -> int:
+    """Disk that the unfinished tasks will take, from the parameters of each arm by name."""
+    missing = [task for task in tasks if not is_trained(task.directory)]
+    if not missing:
+        return 0
+    models = sum(FLOAT_BYTES * parameters[task.job.arm] + BYTES_PER_JOB for task in missing)
+    largest = max(parameters[task.job.arm] for task in missing)
+    return models + parallelism(missing)[0] * FLOAT_BYTES * NUMBERS_PER_PARAMETER * largest
+
+
+def arm_tasks(recipe: Recipe, run_dir: Path, rates: Mapping[str, float] | None = None) -> list[Task]:
+    """Every arm with every seed; all arms of a seed before the next seed, so that a part of a run can be compared."""
+    tasks = []
+    for seed in recipe.seeds:
+        for arm in recipe.arms:
+            job = recipe.for_arm(arm.name, seed, learning_rate=rates[arm.name] if rates else None)
+            tasks.append(Task(job, job_directory(run_dir, arm.slug, seed), arm.name))
+    return tasks
+
+
+def job_directory(run_dir: Path, slug: str, seed: int) -> Path:
+    """Where one arm with one seed lives."""
+    return run_dir / "arms" / slug / f"seed-{seed}"
+
+
+def _sweep_tasks(recipe: Recipe, run_dir: Path) -> list[Task]:
+    if recipe.sweep is None:
+        return []
+    from clearhead.train.sweep import sweep_tasks
+
+    return sweep_tasks(recipe, run_dir)
+
+
+def check_models(recipe: Recipe) -> dict[str, int]:
+    """Build every arm's model without memory, so that a wrong key or option is found before anything runs.
+
+    Returns the parameters of each arm by name. Raises RecipeError that names the arm.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    from clearhead.models import ClearheadConfig
+    from clearhead.models.cost import parameters
+
+    # Only its own keys: what its base class would take besides, and anything else, is a mistake in a recipe.
+    known = [key for key in inspect.get_annotations(ClearheadConfig) if key not in RESERVED_MODEL_KEYS]
+    counts = {}
+    for index, arm in enumerate(recipe.arms):
+        here = f"recipe {recipe.name!r}: arms.{index} ({arm.name})"
+        for key in (*recipe.model, *arm.model):
+            if key not in known:
+                raise RecipeError(f"{here}: unknown key 'model.{key}'; {did_you_mean(key, known)}")
+        fault = model_fault(recipe.model_of(arm)) or option_fault(
+            resolve("variants", arm.attention), arm.attention_options
+        )
+        if fault is not None:
+            raise RecipeError(f"{here}: {fault}")
+        try:
+            config = ClearheadConfig(vocab_size=recipe.tokenizer.vocab_size, **recipe.model_of(arm))
+            counts[arm.name] = parameters(config)
+        except (ValueError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
+            # The configuration's own check wraps what it found; the cause is the sentence.
+            reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+            raise RecipeError(f"{here}: {' '.join(str(reason).split())}") from error
+    return counts
