@@ -1,11 +1,14 @@
 """`clearhead evaluate`: run evaluations on the models of a run, on one of them, or on any causal language model."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clearhead.cli.console import fail, interruptible, say
+from clearhead.cli.console import interruptible, say
+
+if TYPE_CHECKING:
+    from clearhead.cli.evaluation_plan import ExternalPlan, TrainedPlan
 
 
 def _show_include_path(asked: bool) -> None:
@@ -77,44 +80,33 @@ def command(
     ] = False,
 ) -> None:
     """Evaluate what was trained; results that are there already are measured again only when their options changed."""
-    from clearhead.evals.subjects.external import DEFAULT_SUITES, ExternalSpec, is_external, reopened
-    from clearhead.evals.suite import Suite, load_suite
-    from clearhead.registry import resolve
+    from clearhead.cli.evaluation_plan import Asked, ExternalPlan, plan_evaluation
 
-    if lm_eval is not None:
-        tasks = [task.strip() for task in lm_eval.split(",") if task.strip()]
-        suite, set_ = [*(suite or ()), "lm_eval"], [*(set_ or ()), f"lm_eval.tasks={tasks}"]
-    for name in suite or ():
-        resolve("evaluations", name)
-    earlier = reopened(Path(subject)) if Path(subject).is_dir() else None
-    planned = Suite() if config is None else load_suite(config, sets)
-    text = ExternalSpec(subject, corpus or planned.corpus.source, planned.corpus.text_field)
-    external = earlier or (text if is_external(subject) else None)
-    if config is not None and external is None:
-        fail(f"--config is for models not trained here; {subject!r} has a recipe of its own", code=2)
+    plan = plan_evaluation(Asked(subject, suite or (), set_ or (), config, sets, corpus, out, lm_eval))
+    # What follows is slow to import; a wrong argument has been answered by now.
     from transformers.utils.logging import disable_progress_bar
-
-    from clearhead.evals.runner import evaluate_external, evaluate_job, parse_options
 
     disable_progress_bar()
     with interruptible("interrupted; the same command goes on with what is not measured yet"):
-        if external is not None:
-            directory = Path(subject) if earlier else out or Path("runs") / external.name
-            chosen = suite or planned.evaluate.suites or list(DEFAULT_SUITES)
-            given = parse_options(set_ or (), chosen)
-            options = {name: {**planned.evaluate.options(name), **given.get(name, {})} for name in chosen}
-            for name, why in planned.left_out.items():
-                if name in chosen:
-                    say(f"{name} is left out: {why}")
-            wanted = [name for name in chosen if name not in planned.left_out or name in given]
-            if not wanted:
-                fail("no evaluation is left to run", code=2)
-            evaluate_external(external, directory, wanted, options=options, progress=say)
-            say(f"results: {directory}; clearhead report {directory} draws them")
-            return
-        from clearhead.runs.recipe_io import load_job
-        from clearhead.train.single import find_jobs
+        if isinstance(plan, ExternalPlan):
+            _evaluate_external(plan)
+        else:
+            _evaluate_trained(plan)
 
-        for job_dir in find_jobs(Path(subject)):
-            suites = suite or load_job(job_dir / "job.json").evaluate.suites
-            evaluate_job(job_dir, suite, options=parse_options(set_ or (), suites), progress=say)
+
+def _evaluate_external(plan: "ExternalPlan") -> None:
+    from clearhead.evals.runner import evaluate_external
+
+    for name, why in plan.left_out.items():
+        say(f"{name} is left out: {why}")
+    evaluate_external(plan.spec, plan.directory, list(plan.options), options=plan.options, progress=say)
+    say(f"results: {plan.directory}; clearhead report {plan.directory} draws them")
+
+
+def _evaluate_trained(plan: "TrainedPlan") -> None:
+    from clearhead.evals.runner import evaluate_job, parse_options
+    from clearhead.runs.recipe_io import load_job
+
+    for job in plan.jobs:
+        suites = plan.suites or load_job(job / "job.json").evaluate.suites
+        evaluate_job(job, plan.suites or None, options=parse_options(plan.settings, suites), progress=say)
