@@ -17,6 +17,7 @@ LAYERS = (
     {"models"},
     {"evals"},
     {"train", "convert", "lm_eval_tasks"},
+    {"look"},
     {"report"},
     {"bench"},
     {"cli"},

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from clearhead.cli import bench, card, compare, convert, evaluate, explain, generate, report, train
+from clearhead.cli import bench, card, compare, convert, evaluate, explain, generate, look, report, train
 from clearhead.cli.console import Interrupted, fail
 
 app = typer.Typer(
@@ -16,13 +16,24 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (compare, train, evaluate, report, generate, explain, bench, convert, card):
+for verb in (compare, train, evaluate, report, look, generate, explain, bench, convert, card):
     app.command(verb.__name__.rpartition(".")[2])(verb.command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"clearhead {version('clearhead')}, torch {version('torch')}")
+        raise typer.Exit()
 
 
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Train attention twins on real text and see which one attends better."""
 

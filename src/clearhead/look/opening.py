@@ -1,0 +1,70 @@
+"""Opening what is looked at: a model trained here or elsewhere, and a text in its tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clearhead.evals.subjects.external import ExternalLoader, ExternalSpec, is_external
+from clearhead.look.view import Mark, Text, depth_of, heads_of
+from clearhead.runs.directory import RunError
+from clearhead.train.single import find_jobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+def open_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, str]:
+    """Model, tokenizer and a name to show.
+
+    A source is what `clearhead evaluate` takes: a job or its model in a run directory, a directory with a Hugging Face
+    model, a GGUF file or a hub id. Raises RunError for a run with several models, which it names, and ValueError for
+    what cannot be loaded.
+    """
+    folder, name = source, ""
+    if not is_external(source):
+        jobs = find_jobs(Path(source))
+        if len(jobs) > 1:
+            shown = ", ".join(str(job) for job in jobs[:12])
+            raise RunError(f"{source!r} has {len(jobs)} trained models; name one of them: {shown}")
+        folder, name = str(jobs[0] / "model"), f"{jobs[0].parent.name}, {jobs[0].name.replace('-', ' ')}"
+    loader = ExternalLoader(ExternalSpec(folder))
+    subject = loader.subject
+    tokenizer: Any = subject.tokenizer
+    return subject.model, tokenizer, name or loader.spec.name
+
+
+def kind_of(model: PreTrainedModel) -> str:
+    """The model in a few words: its attention, layers and heads."""
+    config = model.config.get_text_config()
+    attention = getattr(config, "attention", None) or model.config.model_type
+    return f"{attention}, {depth_of(model)} layers of {heads_of(model)} heads"
+
+
+def read_text(tokenizer: Any, text: str) -> Text:
+    """The text in tokens, with the token that the tokenizer begins a text with.
+
+    Raises ValueError for a tokenizer that does not know where its tokens lie in a text.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            "the tokenizer has no tokenizer.json, so it does not know where its tokens lie in a text"
+        )
+    found = tokenizer(text, return_offsets_mapping=True, add_special_tokens=True)
+    ids, spans = list(found["input_ids"]), [tuple(span) for span in found["offset_mapping"]]
+    bos = tokenizer.bos_token_id
+    if bos is not None and (not ids or ids[0] != bos):
+        ids, spans = [int(bos), *ids], [(0, 0), *spans]
+    return Text(text, ids, spans)
+
+
+def find_marks(text: Text, wanted: list[str]) -> list[Mark]:
+    """The first place of each of `wanted` in the text; ValueError for what is not in it."""
+    marks = []
+    for one in wanted:
+        at = text.text.find(one)
+        if not one or at < 0:
+            raise ValueError(f"--mark {one!r} is not in the text")
+        start, end = text.tokens_of(at, at + len(one))
+        marks.append(Mark(one if len(one) <= 24 else f"{one[:23]}…", start, end))
+    return marks
