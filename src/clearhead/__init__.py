@@ -1,17 +1,20 @@
 """clearhead: attention that ignores noise and keeps working past its training length.
 
-`clearhead.nn` has the layers, `clearhead.functional` the operations, `clearhead.models` the Hugging Face models. The
-submodules are imported when they are first named, so `import clearhead` costs next to nothing.
+`clearhead.nn` has the layers, `clearhead.functional` the operations, `clearhead.models` the Hugging Face models;
+`clearhead.show` displays a model's attention in a notebook. All are imported when they are first named, so
+`import clearhead` costs next to nothing.
 """
 
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
-__all__ = ["functional", "models", "nn"]
+__all__ = ["functional", "models", "nn", "show"]
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    if name == "show":
+        return import_module("clearhead.look.notebook").show
     if name in __all__:
         return import_module(f"clearhead.{name}")
     raise AttributeError(f"module 'clearhead' has no attribute {name!r}")

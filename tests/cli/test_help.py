@@ -36,6 +36,9 @@ def test_every_option_says_its_default() -> None:
             if isinstance(option, typer.core.TyperArgument) or option.is_flag or option.multiple:
                 continue
             line = next(line for line in lines if f" {option.opts[0]} " in line)
+            if option.required:
+                assert "[required]" in line, f"{verb} {option.opts[0]}"
+                continue
             shown = option.show_default
             default = f"({shown})" if isinstance(shown, str) else str(option.default)
             assert option.default is not None or isinstance(shown, str), f"{verb} {option.opts[0]}"

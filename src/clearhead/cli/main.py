@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from clearhead.cli import bench, card, compare, convert, evaluate, explain, generate, look, report, train
+from clearhead.cli import (
+    bench,
+    card,
+    compare,
+    convert,
+    doctor,
+    evaluate,
+    explain,
+    generate,
+    look,
+    report,
+    train,
+)
 from clearhead.cli.console import Interrupted, fail
 
 app = typer.Typer(
@@ -16,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (compare, train, evaluate, report, look, generate, explain, bench, convert, card):
+for verb in (compare, train, evaluate, report, look, generate, explain, bench, convert, card, doctor):
     app.command(verb.__name__.rpartition(".")[2])(verb.command)
 
 
