@@ -4,6 +4,7 @@ Legend: B batch, H output heads, L queries, S keys, V vocabulary.
 """
 
 import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -24,6 +25,7 @@ from clearhead.core.masks import MaskSpec
 from clearhead.core.modes import active_modes
 from clearhead.core.norm import RMSNorm
 from clearhead.models.arguments import check_keywords, packed_numbers
+from clearhead.models.autoload import is_own
 from clearhead.models.config import AUTOMATIC, ClearheadConfig
 from clearhead.models.generation import ClearheadGeneration
 from clearhead.models.inputs import (
@@ -80,6 +82,18 @@ class ClearheadPreTrainedModel(PreTrainedModel):
         if requested_attention in (AUTOMATIC, *names("kernels"), *names("engines")):
             return str(requested_attention)
         return str(super().get_correct_attn_implementation(requested_attention, is_init_check))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """Nothing to do here: what is saved names its classes already. Subclasses are saved with their source."""
+        if not is_own(cls):
+            super().register_for_auto_class(auto_class)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As Hugging Face's; every tool of theirs can load it with trust_remote_code=True (`autoload`)."""
+        if self.is_remote_code():
+            self.config.auto_map = dict(self.config.auto_map)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,12 +1,15 @@
 """The configuration of a clearhead model."""
 
 import inspect
+import json
+import os
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from clearhead.core.heads import HeadShape
+from clearhead.models.autoload import AUTO_MAP, AutoMap, is_own, tell_peft, without_own, write_module
 from clearhead.positions.base import Position
 from clearhead.registry import did_you_mean, resolve
 from clearhead.variants.base import Variant
@@ -45,6 +48,7 @@ class ClearheadConfig(PreTrainedConfig):
 
     model_type = "clearhead"
     keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    auto_map = AutoMap()
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -114,8 +118,40 @@ class ClearheadConfig(PreTrainedConfig):
             raise ValueError(
                 f"this is the configuration of a {found!r} model, not of a {cls.model_type!r} one"
             )
+        config_dict = dict(config_dict)
+        if others := without_own(config_dict.pop("auto_map", None)):
+            config_dict["auto_map"] = others
         made: ClearheadConfig = super().from_dict(config_dict, **kwargs)
         return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """As Hugging Face's. PEFT reads it before it looks for the default target modules of a model's type."""
+        tell_peft(self.model_type)
+        found: dict[str, Any] = super().to_dict()
+        return found
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Write it with the `auto_map` that lets tools without this library's import load what it belongs to."""
+        values = json.loads(self.to_json_string(use_diff=use_diff))
+        values["auto_map"] = AUTO_MAP | values.get("auto_map", {})
+        with open(json_file_path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As Hugging Face's, with the module that `auto_map` names beside it."""
+        if not os.path.isfile(save_directory):
+            write_module(save_directory)
+        if self._auto_class is not None:
+            self.auto_map = dict(self.auto_map)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing to do here: what is saved names its classes already. Subclasses are saved with their source."""
+        if not is_own(cls):
+            super().register_for_auto_class(auto_class)
 
     def validate_rope(self) -> None:
         """Part of the strict validation that `make_positions` does here: it knows more keys and is stricter."""
