@@ -42,7 +42,7 @@ AutoConfig.register(ClearheadConfig.model_type, ClearheadConfig)
 for _auto, _table in _NAMES.items():
     getattr(transformers, _auto).register(ClearheadConfig, globals()[CLASSES[_auto]])
     _table[ClearheadConfig.model_type] = CLASSES[_auto]
-# transformers makes its top module anew when it loads its processors and a client may hold either: it goes on their class.
+# transformers makes its top module anew when it loads its processors and a client holds either: their class has both.
 _namespace = transformers if type(transformers) is ModuleType else type(transformers)
 for _name in CLASSES.values():
     setattr(_namespace, _name, globals()[_name])
