@@ -89,7 +89,8 @@ class CommonTests(
         base, causal = self.named("Model"), self.named("ForCausalLM")
         self.model_tester = Tester(config, base, causal, heads, **self.settings)
         self.all_model_classes = (base, causal, *(self.named(head) for head in HEADS))
-        self.config_tester = ConfigTester(self, config_class=config, **SIZES)
+        sizes = {name: size for name, size in SIZES.items() if name != "num_labels"}
+        self.config_tester = ConfigTester(self, config_class=config, **sizes)
 
     def test_config(self) -> None:
         self.config_tester.run_common_tests()

@@ -42,6 +42,7 @@ from clearhead.positions.length import warn_of_unknown_lengths
 from clearhead.registry import names
 from clearhead.variants.base import Variant
 
+_LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 # Hugging Face's names for what this library runs itself.
 _OWN_ENGINES = {"eager": "eager", "sdpa": "sdpa", "flex_attention": "flex"}
 
@@ -71,7 +72,6 @@ class ClearheadPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = ["lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"]  # noqa: RUF012
 
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
@@ -135,6 +135,8 @@ class ClearheadModel(ClearheadPreTrainedModel):
         self.positions = nn.ModuleDict(config.make_positions())
         self.layer_positions = config.positions_by_layer
         self.gradient_checkpointing = False
+        # Kept in float32 when loaded in 16 bits; Hugging Face wants no names here that a model has not.
+        self._keep_in_fp32_modules_strict = [name for name in _LAMBDAS if hasattr(self._variant(), name)]
         self.post_init()
 
     @can_return_tuple  # type: ignore[untyped-decorator]

@@ -1,8 +1,10 @@
 """The configuration of a clearhead model."""
 
+import copy
 import inspect
 import json
 import os
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -205,6 +207,31 @@ class ClearheadConfig(PreTrainedConfig):
                 f"attention {self.attention!r} is defined by rotary angles: {key} must give every layer a rotary "
                 f"position, not {name!r}"
             )
+
+    @property
+    def per_layer_config(self) -> Sequence[PreTrainedConfig]:
+        """A configuration for each layer, whose num_key_value_heads and head_dim are what the layer's cache holds.
+
+        Hugging Face's tools that make a cache before the first call read them here (static caches for export, chunked
+        prefill). V1 holds half of the twin's heads, twice as wide. Where keys and values differ in width (compact
+        caches) they are qk_head_dim and v_head_dim, as for models with latent attention.
+        """
+        sizes = resolve("variants", self.attention).widths(self.head_shape(0))
+        keys = sizes.key_streams * sizes.key_width // (2 if self.compact_cache else 1)
+        made = self
+        if (sizes.kv_heads, keys, sizes.value_width) != (self.num_key_value_heads, *[self.head_dim] * 2):
+            made = copy.copy(self)
+            held = {"num_key_value_heads": sizes.kv_heads, "head_dim": keys}
+            if keys != sizes.value_width:
+                held |= {"qk_head_dim": keys, "v_head_dim": sizes.value_width}
+            # Past the validation: this describes a cache, not a model.
+            made.__dict__.update(held)
+        return [made] * self.num_hidden_layers
+
+    @per_layer_config.setter
+    def per_layer_config(self, value: dict[int | str, dict[str, Any]] | None) -> None:
+        if value is not None:
+            raise ValueError("layers differ in their positions only: give layer_positions, not per_layer_config")
 
     @property
     def positions_by_layer(self) -> tuple[str, ...]:
