@@ -61,9 +61,7 @@ class Tester:
         return self.get_config(), {"input_ids": ids, "attention_mask": torch.tril(torch.ones_like(ids))}
 
 
-class CommonTests(
-    ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, TensorParallelTesterMixin
-):
+class CommonTests(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, TensorParallelTesterMixin):
     """One class of tests; subclasses say which model."""
 
     family = transformers
@@ -125,4 +123,6 @@ CASES: dict[str, dict[str, Any]] = {
     "DifferentialV2Nope": {"attention": "differential_v2", "position": "nope"},
 }
 for _name, _settings in CASES.items():
-    globals()[f"Test{_name}"] = type(f"Test{_name}", (Ours, unittest.TestCase), {"settings": _settings})
+    _skipped = Ours.skipped | (skips.WITHOUT_ANGLES if _settings.get("position") in ("alibi", "nope") else {})
+    _members = {"settings": _settings, "skipped": _skipped}
+    globals()[f"Test{_name}"] = type(f"Test{_name}", (Ours, unittest.TestCase), _members)

@@ -90,6 +90,8 @@ class ClearheadConfig(PreTrainedConfig):
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
         if self.attention_options is None:
             self.attention_options = {}
+        if others := without_own(kwargs.pop("auto_map", None)):
+            kwargs["auto_map"] = others
         super().__post_init__(**kwargs)
 
     # Hugging Face allows maps with "eager" only; a model that chooses by itself finds the engine that has them.
@@ -120,9 +122,6 @@ class ClearheadConfig(PreTrainedConfig):
             raise ValueError(
                 f"this is the configuration of a {found!r} model, not of a {cls.model_type!r} one"
             )
-        config_dict = dict(config_dict)
-        if others := without_own(config_dict.pop("auto_map", None)):
-            config_dict["auto_map"] = others
         made: ClearheadConfig = super().from_dict(config_dict, **kwargs)
         return made
 
@@ -231,7 +230,9 @@ class ClearheadConfig(PreTrainedConfig):
     @per_layer_config.setter
     def per_layer_config(self, value: dict[int | str, dict[str, Any]] | None) -> None:
         if value is not None:
-            raise ValueError("layers differ in their positions only: give layer_positions, not per_layer_config")
+            raise ValueError(
+                "layers differ in their positions only: give layer_positions, not per_layer_config"
+            )
 
     @property
     def positions_by_layer(self) -> tuple[str, ...]:
