@@ -45,7 +45,7 @@ class ClearheadGeneration(GenerationMixin, ABC):
         """As Hugging Face's, which also hands the tokenizers on that stop strings need and no forward pass does."""
         for name in ("tokenizer", "assistant_tokenizer"):
             kwargs.pop(name, None)
-        return super().prepare_inputs_for_generation(*args, **kwargs)
+        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
