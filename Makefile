@@ -82,7 +82,7 @@ PEERS := $(VENV)/peers-$(shell cksum < tests/peers/requirements.txt | cut -d' ' 
 K ?=
 test-peers: install $(PEERS)
 	PYTHONPATH="$(PEERS)" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2 \
-		-o addopts=--import-mode=importlib -W ignore -p no:cacheprovider tests/peers/common.py $(if $(K),-k "$(K)")
+		-o addopts=--import-mode=importlib -W ignore -p no:cacheprovider tests/peers/clients.py tests/peers/common.py $(if $(K),-k "$(K)")
 
 $(PEERS): | install
 	@rm -rf "$(PEERS).part" && mkdir -p "$(PEERS).part/get"
