@@ -4,6 +4,7 @@
 # For whoever changes kernels or bounds:
 #   make test-processors   the numbers again as on other processors: older instruction sets and libraries, one and two threads
 #   make fuzz              random calls against float64 oracles, SECONDS=600 of them; every finding with its seed (SEED=0)
+#   make test-peers        the common model tests of transformers on every variant, LLaMA and DiffLlama beside them (downloads 11 MB, once)
 # And, when there is an hour to spend (it downloads 93 MB, once):
 #   make evaluate-smollm2   every evaluation on SmolLM2-135M-Instruct, runs/smollm2/report.html; on English prose with
 #                           TEXTS=novels.jsonl, with the evaluations that need data with SETS=DIRECTORY
@@ -22,7 +23,7 @@ KERNEL_STAMP := $(VENV)/.kernel
 KERNEL_SUM := $(shell cat hatch_build.py $(KERNEL)/src/* | cksum | tr ' ' '-')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evaluate-smollm2 test test-processors fuzz install lint types pytest format clean
+.PHONY: help demo evaluate-smollm2 test test-processors test-peers fuzz install lint types pytest format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -75,6 +76,23 @@ test-processors: install
 	$(call AS_ON,1,ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE) portable
 	$(call AS_ON,2,ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2) avx2
 	$(call AS_ON,2,ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI) avx512
+
+# Of the source distribution the tests alone are unpacked, as a package of another name; K=... takes some of them (pytest -k).
+PEERS := $(VENV)/peers-$(shell cksum < tests/peers/requirements.txt | cut -d' ' -f1)
+K ?=
+test-peers: install $(PEERS)
+	PYTHONPATH="$(PEERS)" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2 \
+		-o addopts=--import-mode=importlib -W ignore -p no:cacheprovider tests/peers/clients.py tests/peers/common.py $(if $(K),-k "$(K)")
+
+$(PEERS): | install
+	@rm -rf "$(PEERS).part" && mkdir -p "$(PEERS).part/get"
+	@$(BIN)/python -m pip download --disable-pip-version-check --quiet --no-deps --require-hashes --no-binary transformers \
+		-r tests/peers/requirements.txt -d "$(PEERS).part/get"
+	@tar -xzf "$(PEERS).part"/get/transformers-*.tar.gz -C "$(PEERS).part/get"
+	@mv "$(PEERS).part"/get/transformers-*/tests "$(PEERS).part/transformers_tests"
+	@touch "$(PEERS).part/transformers_tests/__init__.py"
+	@$(BIN)/python -m zipfile -e "$(PEERS).part"/get/parameterized-*.whl "$(PEERS).part"
+	@rm -r "$(PEERS).part/get" && mv "$(PEERS).part" "$(PEERS)"
 
 SECONDS ?= 600
 SEED ?= 0

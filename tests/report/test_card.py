@@ -43,7 +43,7 @@ def test_a_model_of_a_run(model: Path) -> None:
         "in rows of 256 tokens: 75% text, 25% texts with facts to look up",
         "5,000,000 tokens in batches of 4,096; AdamW, learning rate 0.001 (cosine",
         "seed 1.",
-        "import clearhead.models",
+        "trust_remote_code=True",
         "apache-2.0.",
     ):
         assert words in found.text, words

@@ -142,6 +142,10 @@ class Converter(ABC):
         """Their configuration of one of our models; ConversionError, naming the key, where there is none."""
         raise NotImplementedError
 
+    def beside(self) -> dict[str, str]:
+        """Text files of this format beside weights and configuration, by name."""
+        return {}
+
     def outgoing(self, config: ClearheadConfig, weights: Weights) -> dict[str, Recipe]:
         """How each of their tensors is made of ours."""
         return self.table(config).outgoing()

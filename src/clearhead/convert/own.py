@@ -8,6 +8,7 @@ import torch
 from clearhead.convert.base import INVALID, Computation, Converter, Line, Source, Table
 from clearhead.convert.computing import ModelComputation
 from clearhead.convert.weights import ConversionError, Weights, reason
+from clearhead.models.autoload import AUTO_MAP, MODULE_FILE, MODULE_TEXT
 from clearhead.models.config import ClearheadConfig
 
 
@@ -38,7 +39,10 @@ class Clearhead(Converter):
         return ModelComputation(ClearheadForCausalLM, ClearheadConfig.from_dict(dict(config)), dtype)
 
     def written(self, config: ClearheadConfig) -> dict[str, Any]:
-        return {**config.to_diff_dict(), "architectures": ["ClearheadForCausalLM"]}
+        return {**config.to_diff_dict(), "architectures": ["ClearheadForCausalLM"], "auto_map": AUTO_MAP}
+
+    def beside(self) -> dict[str, str]:
+        return {MODULE_FILE: MODULE_TEXT}
 
     def shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         from clearhead.models.causal import ClearheadForCausalLM

@@ -219,6 +219,8 @@ def _dtype_name(sheets: tuple[Sheet, ...]) -> str:
 def _write(part: Path, plan: Plan, shard_bytes: int) -> dict[str, str]:
     config = {**plan.config, "transformers_version": importlib.metadata.version("transformers")}
     (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for name, text in plan.writer.beside().items():
+        (part / name).write_text(text, encoding="utf-8")
     files = list(write_weights(part, plan.sheets, plan.weights.blocks, shard_bytes))
     return {file.name: _sha256(file) for file in files}
 

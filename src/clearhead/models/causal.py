@@ -4,6 +4,7 @@ Legend: B batch, H output heads, L queries, S keys, V vocabulary.
 """
 
 import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -24,6 +25,7 @@ from clearhead.core.masks import MaskSpec
 from clearhead.core.modes import active_modes
 from clearhead.core.norm import RMSNorm
 from clearhead.models.arguments import check_keywords, packed_numbers
+from clearhead.models.autoload import is_own
 from clearhead.models.config import AUTOMATIC, ClearheadConfig
 from clearhead.models.generation import ClearheadGeneration
 from clearhead.models.inputs import (
@@ -40,6 +42,7 @@ from clearhead.positions.length import warn_of_unknown_lengths
 from clearhead.registry import names
 from clearhead.variants.base import Variant
 
+_LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 # Hugging Face's names for what this library runs itself.
 _OWN_ENGINES = {"eager": "eager", "sdpa": "sdpa", "flex_attention": "flex"}
 
@@ -69,7 +72,6 @@ class ClearheadPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = ["lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"]  # noqa: RUF012
 
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
@@ -80,6 +82,18 @@ class ClearheadPreTrainedModel(PreTrainedModel):
         if requested_attention in (AUTOMATIC, *names("kernels"), *names("engines")):
             return str(requested_attention)
         return str(super().get_correct_attn_implementation(requested_attention, is_init_check))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """Nothing to do here: what is saved names its classes already. Subclasses are saved with their source."""
+        if not is_own(cls):
+            super().register_for_auto_class(auto_class)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As Hugging Face's; every tool of theirs can load it with trust_remote_code=True (`autoload`)."""
+        if self.is_remote_code():
+            self.config.auto_map = dict(self.config.auto_map)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -121,6 +135,8 @@ class ClearheadModel(ClearheadPreTrainedModel):
         self.positions = nn.ModuleDict(config.make_positions())
         self.layer_positions = config.positions_by_layer
         self.gradient_checkpointing = False
+        # Kept in float32 when loaded in 16 bits; Hugging Face wants no names here that a model has not.
+        self._keep_in_fp32_modules_strict = [name for name in _LAMBDAS if hasattr(self._variant(), name)]
         self.post_init()
 
     @can_return_tuple  # type: ignore[untyped-decorator]

@@ -1,12 +1,17 @@
 """The configuration of a clearhead model."""
 
+import copy
 import inspect
+import json
+import os
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from clearhead.core.heads import HeadShape
+from clearhead.models.autoload import AUTO_MAP, AutoMap, is_own, tell_peft, without_own, write_module
 from clearhead.positions.base import Position
 from clearhead.registry import did_you_mean, resolve
 from clearhead.variants.base import Variant
@@ -45,6 +50,7 @@ class ClearheadConfig(PreTrainedConfig):
 
     model_type = "clearhead"
     keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    auto_map = AutoMap()
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -84,6 +90,8 @@ class ClearheadConfig(PreTrainedConfig):
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
         if self.attention_options is None:
             self.attention_options = {}
+        if others := without_own(kwargs.pop("auto_map", None)):
+            kwargs["auto_map"] = others
         super().__post_init__(**kwargs)
 
     # Hugging Face allows maps with "eager" only; a model that chooses by itself finds the engine that has them.
@@ -116,6 +124,35 @@ class ClearheadConfig(PreTrainedConfig):
             )
         made: ClearheadConfig = super().from_dict(config_dict, **kwargs)
         return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """As Hugging Face's. PEFT reads it before it looks for the default target modules of a model's type."""
+        tell_peft(self.model_type)
+        found: dict[str, Any] = super().to_dict()
+        return found
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Write it with the `auto_map` that lets tools without this library's import load what it belongs to."""
+        values = json.loads(self.to_json_string(use_diff=use_diff))
+        values["auto_map"] = AUTO_MAP | values.get("auto_map", {})
+        with open(json_file_path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As Hugging Face's, with the module that `auto_map` names beside it."""
+        if not os.path.isfile(save_directory):
+            write_module(save_directory)
+        if self._auto_class is not None:
+            self.auto_map = dict(self.auto_map)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing to do here: what is saved names its classes already. Subclasses are saved with their source."""
+        if not is_own(cls):
+            super().register_for_auto_class(auto_class)
 
     def validate_rope(self) -> None:
         """Part of the strict validation that `make_positions` does here: it knows more keys and is stricter."""
@@ -168,6 +205,33 @@ class ClearheadConfig(PreTrainedConfig):
             raise ValueError(
                 f"attention {self.attention!r} is defined by rotary angles: {key} must give every layer a rotary "
                 f"position, not {name!r}"
+            )
+
+    @property
+    def per_layer_config(self) -> Sequence[PreTrainedConfig]:
+        """A configuration for each layer, whose num_key_value_heads and head_dim are what the layer's cache holds.
+
+        Hugging Face's tools that make a cache before the first call read them here (static caches for export, chunked
+        prefill). V1 holds half of the twin's heads, twice as wide. Where keys and values differ in width (compact
+        caches) they are qk_head_dim and v_head_dim, as for models with latent attention.
+        """
+        sizes = resolve("variants", self.attention).widths(self.head_shape(0))
+        keys = sizes.key_streams * sizes.key_width // (2 if self.compact_cache else 1)
+        made = self
+        if (sizes.kv_heads, keys, sizes.value_width) != (self.num_key_value_heads, *[self.head_dim] * 2):
+            made = copy.copy(self)
+            held = {"num_key_value_heads": sizes.kv_heads, "head_dim": keys}
+            if keys != sizes.value_width:
+                held |= {"qk_head_dim": keys, "v_head_dim": sizes.value_width}
+            # Past the validation: this describes a cache, not a model.
+            made.__dict__.update(held)
+        return [made] * self.num_hidden_layers
+
+    @per_layer_config.setter
+    def per_layer_config(self, value: dict[int | str, dict[str, Any]] | None) -> None:
+        if value is not None:
+            raise ValueError(
+                "layers differ in their positions only: give layer_positions, not per_layer_config"
             )
 
     @property

@@ -41,6 +41,12 @@ class ClearheadGeneration(GenerationMixin, ABC):
         missing = past_key_values.get_mask_sizes(1, 0)[0] - attention_mask.shape[1]
         return F.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """As Hugging Face's, which also hands the tokenizers on that stop strings need and no forward pass does."""
+        for name in ("tokenizer", "assistant_tokenizer"):
+            kwargs.pop(name, None)
+        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
     ) -> Tensor:

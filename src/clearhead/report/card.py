@@ -227,12 +227,17 @@ def _run(folder: Path) -> RunResults | None:
 def _loading(config: Mapping[str, Any]) -> str:
     ours = config.get("model_type") == OURS
     note = "`pip install clearhead`, then:" if ours else "With transformers alone:"
-    first = "import clearhead.models  # registers the family\n" if ours else ""
-    first += "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    trust = ", trust_remote_code=True" if ours else ""
+    after = (
+        "\n`trust_remote_code=True` imports the installed package and nothing else; after `import clearhead.models` it "
+        "is not needed.\n"
+        if ours
+        else ""
+    )
     return (
-        f"## How to load it\n\n{note}\n\n```python\n{first}\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH_OR_HUB_ID")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_HUB_ID")\n```\n'
+        f"## How to load it\n\n{note}\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("PATH_OR_HUB_ID"{trust})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_HUB_ID")\n```\n{after}'
     )
 
 

@@ -124,7 +124,8 @@ def build_model(job: Job, data: PreparedData) -> ClearheadForCausalLM:
     """The untrained model of a job; the seed of torch's generator decides its weights."""
     tokenizer = data.tokenizer
     config = ClearheadConfig(
-        **job.model,
+        # The trained length, which scalings count from.
+        **{"max_position_embeddings": job.data.length, **job.model},
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,

@@ -19,7 +19,8 @@ class Linear(RopeScaling):
 
     factor: float
 
-    keys = ("factor",)
+    # The trained length may be there and says nothing, as in transformers.
+    keys = ("factor", "original_max_position_embeddings")
 
     @classmethod
     def from_parameters(
