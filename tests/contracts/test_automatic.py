@@ -171,6 +171,6 @@ def test_a_gradient_for_the_input_alone_is_a_gradient(monkeypatch: pytest.Monkey
 
 
 def test_nothing_that_can_run_it_is_said_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clearhead.models.causal.automatic_backends", lambda: (Picky(),))
+    monkeypatch.setattr("clearhead.models.pretrained.automatic_backends", lambda: (Picky(),))
     with pytest.raises(ValueError, match=r"no backend can run this attention.*it is picky"):
         make_model("softmax")(tokens(1, 4), output_attentions=True)

@@ -18,6 +18,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from clearhead.convert.base import ConversionError
 from clearhead.convert.run import convert
 from clearhead.models import ClearheadForCausalLM
 from tests.convert.support import IDS, SIZES, ours, same_bits, save, tensors
@@ -75,6 +76,17 @@ def test_mistral_without_a_window_is_the_softmax_twin(tmp_path: Path) -> None:
     # And so it is a LLaMA too.
     convert(str(theirs), tmp_path / "llama", to="llama")
     assert same_bits(theirs, tmp_path / "llama") and difference(theirs, tmp_path / "llama") <= 1e-5
+
+
+def test_mistral_keeps_its_window(tmp_path: Path) -> None:
+    config = MistralConfig(num_key_value_heads=4, sliding_window=5, **SIZES)
+    theirs = save(tmp_path / "theirs", MistralForCausalLM(config))
+    assert convert(str(theirs), tmp_path / "ours").difference <= 1e-10
+    assert ClearheadForCausalLM.from_pretrained(tmp_path / "ours").config.sliding_window == 5
+    assert difference(theirs, tmp_path / "ours") <= 1e-5
+    with pytest.raises(ConversionError, match="sliding_window is 5: LlamaForCausalLM has one kind of layer"):
+        convert(str(tmp_path / "ours"), tmp_path / "llama", to="llama")
+    assert not (tmp_path / "llama").exists()
 
 
 @pytest.mark.parametrize("kind", SCALINGS)

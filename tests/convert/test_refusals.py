@@ -20,8 +20,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
-    MistralConfig,
-    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -88,10 +86,6 @@ def test_a_configuration_that_does_not_fit(
 
 WITHOUT_WIDTH = {key: value for key, value in SIZES.items() if key != "head_dim"}
 OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
-    "window": (
-        lambda: MistralForCausalLM(MistralConfig(num_key_value_heads=4, sliding_window=16, **SIZES)),
-        "sliding_window is 16: clearhead models see all tokens",
-    ),
     "biases": (
         lambda: Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=4, **WITHOUT_WIDTH)),
         "model_type is 'qwen2': Qwen 2 has biases",

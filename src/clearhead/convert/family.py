@@ -95,6 +95,7 @@ class LlamaFamily(Converter):
             attention=attention,
             attention_options=options,
             rope_parameters=rope,
+            **windows(theirs),
         )
 
     def table(self, config: ClearheadConfig) -> Table:
@@ -142,21 +143,21 @@ class LlamaFamily(Converter):
                 raise refuse(key, True, "clearhead models have no biases")
         if dropout := getattr(theirs, "attention_dropout", 0.0):
             raise refuse("attention_dropout", dropout, "clearhead has no dropout on maps; set it to 0.0")
-        self._check_window(theirs)
         self.check(theirs)
 
-    def _check_window(self, theirs: Any) -> None:
-        window = getattr(theirs, "sliding_window", None)
-        kinds = set(getattr(theirs, "layer_types", None) or ())
-        if window is None or (kinds and kinds == {"full_attention"}):
-            return
-        if window < theirs.max_position_embeddings:
-            raise refuse(
-                "sliding_window",
-                window,
-                "clearhead models see all tokens, so it must be null or reach as far as max_position_embeddings "
-                f"({theirs.max_position_embeddings})",
-            )
+
+def windows(theirs: Any) -> dict[str, Any]:
+    """The keys of our configuration that say which layers have a sliding window; none where no layer's is in use."""
+    window = getattr(theirs, "sliding_window", None)
+    # Beyond the trained length it hides nothing that the model was made for.
+    if window is None or window >= theirs.max_position_embeddings:
+        return {}
+    kinds = list(getattr(theirs, "layer_types", None) or ["sliding_attention"] * theirs.num_hidden_layers)
+    if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
+        raise refuse("layer_types", sorted(unknown)[0], "clearhead layers see all tokens or a window of them")
+    if len(set(kinds)) == 1:
+        return {"sliding_window": window} if kinds[0] == "sliding_attention" else {}
+    return {"layers": [{"sliding_window": window} if kind == "sliding_attention" else {} for kind in kinds]}
 
 
 def rope_for(config: ClearheadConfig, what: str) -> tuple[dict[str, Any], int]:
@@ -164,6 +165,9 @@ def rope_for(config: ClearheadConfig, what: str) -> tuple[dict[str, Any], int]:
 
     ConversionError, naming the key, where no model of transformers has its positions.
     """
+    for name in ("layers", "sliding_window"):
+        if getattr(config, name) is not None:
+            raise refuse(name, getattr(config, name), f"{what} has one kind of layer, which sees all tokens")
     mixed = set(config.positions_by_layer)
     if mixed != {"rope"}:
         key = next(

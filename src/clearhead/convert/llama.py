@@ -33,7 +33,7 @@ class Llama(LlamaFamily):
 
 
 class Mistral(LlamaFamily):
-    """`MistralForCausalLM`; its sliding window must not be in use."""
+    """`MistralForCausalLM`, with its sliding window."""
 
     model_type = "mistral"
     class_name = "MistralForCausalLM"

@@ -107,7 +107,8 @@ def _softmax(q: Tensor, k: Tensor, found: Recorded, rows: slice) -> Tensor:
     logits = q @ k.mT * found.scale
     if found.slopes is not None:
         logits = logits - found.slopes.to(logits)[:, None, None] * back
-    return logits.masked_fill(back < 0, float("-inf")).softmax(-1)
+    hidden = back < 0 if found.window is None else (back < 0) | (back >= found.window)
+    return logits.masked_fill(hidden, float("-inf")).softmax(-1)
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
 from clearhead.models.autoload import CLASSES
-from clearhead.models.causal import ClearheadForCausalLM, ClearheadModel
+from clearhead.models.causal import ClearheadForCausalLM
 from clearhead.models.config import ClearheadConfig
+from clearhead.models.decoder import ClearheadModel
 from clearhead.models.heads import (
     ClearheadForQuestionAnswering,
     ClearheadForSequenceClassification,

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from clearhead.core.heads import HeadShape
 from clearhead.models.autoload import AUTO_MAP, AutoMap, is_own, tell_peft, without_own, write_module
+from clearhead.models.kinds import LayerKind, check_layers, check_window, make_kinds
 from clearhead.positions.base import Position
 from clearhead.registry import did_you_mean, resolve
 from clearhead.variants.base import Variant
@@ -38,6 +39,12 @@ class ClearheadConfig(PreTrainedConfig):
     layer_positions:    a position for each layer, in place of one `position` for all.
     nope_interval:      n ≥ 2: every n-th layer, n−1, 2n−1, ... counted from 0, has "nope" in place of `position`, as
         SmolLM3's no_rope_layer_interval does.
+    sliding_window:     a query sees the last so many keys, its own among them, in every layer; by default all. Caches
+        of such layers do not grow past it.
+    layers:             what differs from layer to layer: a list of tables with the keys attention, attention_options,
+        position and sliding_window, repeated over the depth. What a table does not say is as above. [{"sliding_window":
+        512}] * 3 + [{}] gives every fourth layer all keys and the others a window; a list of num_hidden_layers tables
+        says each layer for itself.
     intermediate_size:  by default 8/3 · hidden_size rounded up to a multiple of 64.
     initializer_range:  standard deviation of all matrices at the start; embedding_initializer_range: of the token
         embedding, by default the same. A small model learns to look things up far sooner when its (untied) embedding
@@ -65,6 +72,8 @@ class ClearheadConfig(PreTrainedConfig):
     rope_parameters: dict[str, Any] | None = None
     layer_positions: list[str] | None = None
     nope_interval: int | None = None
+    sliding_window: int | None = None
+    layers: list[dict[str, Any]] | None = None
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
@@ -164,20 +173,30 @@ class ClearheadConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if not self.rms_norm_eps > 0:
             raise ValueError(f"rms_norm_eps must be positive, not {self.rms_norm_eps}")
+        check_window(self.sliding_window, "sliding_window")
         self._check_layer_positions()
-        try:
-            variant = self.make_variant(0)
-        except ValueError as error:
-            raise ValueError(_in_our_terms(str(error))) from None
-        if self.compact_cache and variant.placement is None:
-            raise ValueError(
-                f"compact_cache is for collinear variants, whose keys are half redundant: "
-                f"attention is {self.attention!r}"
-            )
+        kinds = self.layer_kinds
+        for layer in (kinds.index(kind) for kind in dict.fromkeys(kinds)):
+            try:
+                variant = self.make_variant(layer)
+            except ValueError as error:
+                where = "" if self.layers is None else f"layer {layer}: "
+                raise ValueError(where + _in_our_terms(str(error))) from None
+            if self.compact_cache and variant.placement is None:
+                raise ValueError(
+                    f"compact_cache is for collinear variants, whose keys are half redundant: "
+                    f"attention is {kinds[layer].attention!r}"
+                )
         self._check_rotation()
         self.make_positions()
 
     def _check_layer_positions(self) -> None:
+        if self.layers is not None:
+            check_layers(self.layers, self.num_hidden_layers)
+            if any("position" in entry for entry in self.layers):
+                for key in ("layer_positions", "nope_interval"):
+                    if getattr(self, key) is not None:
+                        raise ValueError(f"give positions in layers or {key}, not both")
         if self.layer_positions is not None and self.nope_interval is not None:
             raise ValueError("give layer_positions or nope_interval, not both")
         if self.layer_positions is not None and len(self.layer_positions) != self.num_hidden_layers:
@@ -192,19 +211,21 @@ class ClearheadConfig(PreTrainedConfig):
 
     def _check_rotation(self) -> None:
         """Collinear variants are functions of rotary angles; without any they are another mechanism."""
-        if not resolve("variants", self.attention).needs_rotation:
-            return
-        for layer, name in enumerate(self.positions_by_layer):
-            if resolve("positions", name).rotates:
+        for layer, kind in enumerate(self.layer_kinds):
+            if not resolve("variants", kind.attention).needs_rotation:
+                continue
+            if resolve("positions", kind.position).rotates:
                 continue
             key = "position"
-            if self.layer_positions is not None:
+            if self.layers is not None:
+                key = f"layers (layer {layer})"
+            elif self.layer_positions is not None:
                 key = f"layer_positions[{layer}]"
             elif self.nope_interval is not None:
                 key = f"nope_interval ({self.nope_interval})"
             raise ValueError(
-                f"attention {self.attention!r} is defined by rotary angles: {key} must give every layer a rotary "
-                f"position, not {name!r}"
+                f"attention {kind.attention!r} is defined by rotary angles: {key} must give every layer a rotary "
+                f"position, not {kind.position!r}"
             )
 
     @property
@@ -215,28 +236,46 @@ class ClearheadConfig(PreTrainedConfig):
         prefill). V1 holds half of the twin's heads, twice as wide. Where keys and values differ in width (compact
         caches) they are qk_head_dim and v_head_dim, as for models with latent attention.
         """
-        sizes = resolve("variants", self.attention).widths(self.head_shape(0))
-        keys = sizes.key_streams * sizes.key_width // (2 if self.compact_cache else 1)
-        made = self
-        if (sizes.kv_heads, keys, sizes.value_width) != (self.num_key_value_heads, *[self.head_dim] * 2):
-            made = copy.copy(self)
-            held = {"num_key_value_heads": sizes.kv_heads, "head_dim": keys}
-            if keys != sizes.value_width:
-                held |= {"qk_head_dim": keys, "v_head_dim": sizes.value_width}
-            # Past the validation: this describes a cache, not a model.
-            made.__dict__.update(held)
-        return [made] * self.num_hidden_layers
+        made: dict[LayerKind, PreTrainedConfig] = {}
+        return [made.setdefault(kind, self._of_cache(kind)) for kind in self.layer_kinds]
 
     @per_layer_config.setter
     def per_layer_config(self, value: dict[int | str, dict[str, Any]] | None) -> None:
         if value is not None:
             raise ValueError(
-                "layers differ in their positions only: give layer_positions, not per_layer_config"
+                "give layers, which may differ in attention, position and sliding_window, not per_layer_config"
             )
+
+    def _of_cache(self, kind: LayerKind) -> PreTrainedConfig:
+        sizes = resolve("variants", kind.attention).widths(self.head_shape(0))
+        keys = sizes.key_streams * sizes.key_width // (2 if self.compact_cache else 1)
+        held: dict[str, Any] = {}
+        if (sizes.kv_heads, keys, sizes.value_width) != (self.num_key_value_heads, *[self.head_dim] * 2):
+            held = {"num_key_value_heads": sizes.kv_heads, "head_dim": keys}
+            if keys != sizes.value_width:
+                held |= {"qk_head_dim": keys, "v_head_dim": sizes.value_width}
+        if kind.window != self.sliding_window:
+            held["sliding_window"] = kind.window
+        if not held:
+            return self
+        made = copy.copy(self)
+        # Past the validation: this describes a cache, not a model.
+        made.__dict__.update(held)
+        return made
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """What each layer is."""
+        own = self._own_positions()
+        return make_kinds(self.layers, self.attention, self.attention_options or {}, own, self.sliding_window)
 
     @property
     def positions_by_layer(self) -> tuple[str, ...]:
         """The name of each layer's position."""
+        return tuple(kind.position for kind in self.layer_kinds)
+
+    def _own_positions(self) -> tuple[str, ...]:
+        """Those of layers that `layers` says nothing of."""
         if self.layer_positions is not None:
             return tuple(self.layer_positions)
         interval = self.nope_interval
@@ -254,13 +293,14 @@ class ClearheadConfig(PreTrainedConfig):
 
     def make_variant(self, layer_idx: int) -> Variant:
         """The variant of one layer; ValueError if the options are not its own."""
-        variant = resolve("variants", self.attention)
-        options = dict(self.attention_options or {})
+        kind = self.layer_kinds[layer_idx]
+        variant = resolve("variants", kind.attention)
+        options = dict(kind.options)
         known = [name for name in inspect.signature(variant).parameters if name != "shape"]
         for name in options:
             if name not in known:
                 raise ValueError(
-                    f"attention {self.attention!r} has no option {name!r}: {did_you_mean(name, known)}"
+                    f"attention {kind.attention!r} has no option {name!r}: {did_you_mean(name, known)}"
                 )
         made: Variant = variant(self.head_shape(layer_idx), **options)
         return made

@@ -23,15 +23,14 @@ def forward_flops_per_token(config: ClearheadConfig, context: int) -> int:
     """Floating-point operations of a forward pass per token, averaged over the tokens of one row of `context` tokens.
 
     Two for every weight of a matrix product, the variant's own (V2's λ projection) among them, and 2·D + 2·E for every
-    head, stream and visible key; token i sees i + 1 keys. Norms, rotations and activations are left out. This is the
-    cost of the mechanism: a lowering that computes scores more than once (FlashDiffAttn_2) pays more. Training costs
-    three times a forward pass.
+    head, stream and visible key; token i sees i + 1 keys, or its layer's window. Norms, rotations and activations are
+    left out. This is the cost of the mechanism: a lowering that computes scores more than once (FlashDiffAttn_2) pays
+    more. Training costs three times a forward pass.
     """
     assert config.intermediate_size is not None
-    mean_keys = (context + 1) / 2
     total = 2.0 * config.hidden_size * config.vocab_size
-    for layer in range(config.num_hidden_layers):
-        sizes = _widths(config, layer)
+    for layer, kind in enumerate(config.layer_kinds):
+        sizes, mean_keys = _widths(config, layer), mean_visible(context, kind.window)
         projections = config.hidden_size * (sizes.q + sizes.k + sizes.v + sizes.o) + _own_products(
             config, layer
         )
@@ -41,13 +40,28 @@ def forward_flops_per_token(config: ClearheadConfig, context: int) -> int:
     return round(total)
 
 
+def mean_visible(context: int, window: int | None) -> float:
+    """Keys that a token sees under a causal mask, averaged over a row of `context` tokens."""
+    seen = context if window is None else min(window, context)
+    return (seen * (seen + 1) / 2 + (context - seen) * seen) / context
+
+
 def kv_bytes_per_token(config: ClearheadConfig, dtype: torch.dtype) -> int:
-    """Bytes that one token adds to the key-value cache: (K·D + E)·G numbers in every layer, K·D/2 in a compact one."""
+    """Bytes that one token adds to the key-value cache: (K·D + E)·G numbers in every layer, K·D/2 in a compact one.
+
+    In a layer with a sliding window only until it is full: see `kv_bytes`.
+    """
+    return kv_bytes(config, 1, dtype)
+
+
+def kv_bytes(config: ClearheadConfig, context: int, dtype: torch.dtype) -> int:
+    """Bytes of a key-value cache of `context` tokens, one row; a layer with a window w keeps w − 1 of them at most."""
     numbers = 0
-    for layer in range(config.num_hidden_layers):
+    for layer, kind in enumerate(config.layer_kinds):
         sizes = _widths(config, layer)
         keys = sizes.key_streams * sizes.key_width // (2 if config.compact_cache else 1)
-        numbers += sizes.kv_heads * (keys + sizes.value_width)
+        kept = context if kind.window is None else min(context, kind.window - 1)
+        numbers += kept * sizes.kv_heads * (keys + sizes.value_width)
     return numbers * dtype.itemsize
 
 

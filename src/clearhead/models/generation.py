@@ -38,7 +38,9 @@ class ClearheadGeneration(GenerationMixin, ABC):
             or not getattr(past_key_values, "is_compileable", False)
         ):
             return attention_mask
-        missing = past_key_values.get_mask_sizes(1, 0)[0] - attention_mask.shape[1]
+        # Layers with a window hold the fewest keys; what one holds begins behind what it dropped.
+        keys = max(sum(past_key_values.get_mask_sizes(1, i)) for i in range(len(past_key_values.layers)))
+        missing = keys - attention_mask.shape[1]
         return F.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:

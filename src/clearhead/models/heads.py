@@ -9,7 +9,7 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 
-from clearhead.models.causal import ClearheadPreTrainedModel
+from clearhead.models.pretrained import ClearheadPreTrainedModel
 
 
 class ClearheadForSequenceClassification(GenericForSequenceClassification, ClearheadPreTrainedModel):

@@ -3,8 +3,9 @@
 Legend: B batch, L queries, S keys.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,22 @@ class Placed:
     places: tuple[Tensor, Tensor] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a forward pass was given beside its tokens, as it was given."""
+
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    rope_length: int | Tensor | None
+    cache: Cache | None
+    kwargs: Mapping[str, Any]
+
+    @property
+    def told(self) -> bool:
+        """Whether anything says how long the rows are."""
+        return any(x is not None for x in (self.attention_mask, self.position_ids, self.rope_length))
+
+
 def place(
     inputs_embeds: Tensor,
     attention_mask: Tensor | None,
@@ -51,11 +68,13 @@ def place(
     cache: Cache | None,
     packed: Tensor | None = None,
     distances: bool = False,
+    layer: int = 0,
 ) -> Placed:
     """What `ClearheadModel.forward` says about its arguments, in one value.
 
     packed:    (B or 1, L) document numbers that were given as such.
     distances: whether a layer asks for `Placed.places`.
+    layer:     whose cache has every key, where one has. Windows are left to the layers that have them.
     On an accelerator at most one value is waited for: whether anything is padded, or packed.
     """
     batch, queries = inputs_embeds.shape[:2]
@@ -63,7 +82,7 @@ def place(
     known = None if cache is None else written(cache.get_seq_length())
     past = 0 if known is None else known
     fresh = isinstance(past, int) and past == 0
-    keys = queries if cache is None else cache.get_mask_sizes(queries, 0)[0]
+    keys = queries if cache is None else sum(cache.get_mask_sizes(queries, layer))
     check_position_ids(position_ids, batch, queries)
     slots = (torch.arange(queries, device=device) + past)[None]
     if packed is not None:

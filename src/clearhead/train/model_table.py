@@ -30,6 +30,8 @@ class ModelTable(BaseModel):
     rope_parameters: dict[str, Any] | None = None
     layer_positions: list[str] | None = None
     nope_interval: Annotated[int, Field(ge=2, le=10_000)] | None = None
+    sliding_window: Annotated[int, Field(ge=2, le=2**40)] | None = None
+    layers: list[dict[str, Any]] | None = None
     max_position_embeddings: Annotated[int, Field(ge=1, le=2**40)] = 2048
     rms_norm_eps: Annotated[float, Field(gt=0, le=1)] = 1e-5
     initializer_range: Deviation = 0.02

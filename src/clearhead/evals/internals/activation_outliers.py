@@ -138,6 +138,8 @@ def narrow_window(model: Any, length: int) -> str | None:
     """Why logits of `length` tokens would be counted that no softmax takes, or None."""
     known = model.config.to_dict()
     window = known.get("sliding_window") if known.get("use_sliding_window", True) else None
+    own = [kind.window for kind in getattr(model.config, "layer_kinds", ()) if kind.window is not None]
+    window = min(own) if own else window
     if window is not None and window < length:
         return f"the model attends within a window of {window} tokens; give a length of at most {window}"
     return None

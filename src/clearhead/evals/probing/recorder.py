@@ -39,6 +39,7 @@ class Recorded:
         None without rotation. It may leave out components that are not turned.
     before: the heads as the projections gave them, where that is known: in this library's models.
     placement: what makes them collinear, if something does.
+    window: the keys that a query sees, its own among them; None for all. Not known of other models.
     """
 
     layer: int
@@ -49,6 +50,7 @@ class Recorded:
     pairs: Pairs | None = None
     before: Heads | None = None
     placement: CollinearPlacement | None = None
+    window: int | None = None
 
 
 Record = Callable[[Recorded], None]
@@ -72,13 +74,16 @@ def _ours(model: Any, record: Record) -> Iterator[None]:
     decoder = model.model
     with ExitStack() as stack:
         for index, layer in enumerate(decoder.layers):
-            position = decoder.position_methods()[decoder.layer_positions[index]]
-            stack.enter_context(_listening(layer.self_attn, index, position, record))
+            position = decoder.position_methods()[decoder.kinds[index].position]
+            window = decoder.kinds[index].window
+            stack.enter_context(_listening(layer.self_attn, index, position, window, record))
         yield
 
 
 @contextmanager
-def _listening(attention: Any, index: int, position: Position, record: Record) -> Iterator[None]:
+def _listening(
+    attention: Any, index: int, position: Position, window: int | None, record: Record
+) -> Iterator[None]:
     variant: Any = attention.variant
     plain = variant.place
 
@@ -95,6 +100,7 @@ def _listening(attention: Any, index: int, position: Position, record: Record) -
                 rotation.pairs if position.rotates else None,
                 heads,
                 variant.placement,
+                window,
             )
         )
         return placed  # type: ignore[no-any-return]

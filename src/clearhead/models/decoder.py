@@ -1,0 +1,263 @@
+"""The decoder: token embedding, layers and a final norm.
+
+Legend: B batch, H output heads, L queries, S keys.
+"""
+
+import inspect
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from clearhead.core.attend import mixing_of
+from clearhead.core.dispatch import Problem
+from clearhead.core.masks import MaskSpec
+from clearhead.core.modes import active_modes
+from clearhead.core.norm import RMSNorm
+from clearhead.models.arguments import check_keywords, packed_numbers
+from clearhead.models.config import AUTOMATIC, ClearheadConfig
+from clearhead.models.inputs import (
+    Given,
+    key_positions,
+    place,
+    request_lengths,
+    shortest_trained_length,
+)
+from clearhead.models.kinds import CacheSizes, Present, present
+from clearhead.models.layers import ClearheadDecoderLayer
+from clearhead.models.pretrained import ClearheadPreTrainedModel, backends_for
+from clearhead.models.shared import Plans, Shared
+from clearhead.positions.base import Position, Rotation
+from clearhead.positions.length import warn_of_unknown_lengths
+from clearhead.variants.base import Variant
+
+_LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+
+
+class ClearheadModel(ClearheadPreTrainedModel):
+    """Token embedding, decoder layers and a final norm."""
+
+    def __init__(self, config: ClearheadConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(ClearheadDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # One instance for each distinct method; `layer_positions` says which layer has which.
+        self.positions = nn.ModuleDict(config.make_positions())
+        self.kinds = config.layer_kinds
+        # For every layer the first one of its kind, which stands for the kind in a forward pass.
+        self._alike = tuple(self.kinds.index(kind) for kind in self.kinds)
+        self._caches = CacheSizes(config)
+        # A layer that sees every key, whose cache has them all; the first one where all have windows.
+        self._widest = next((layer for layer, kind in enumerate(self.kinds) if kind.window is None), 0)
+        self.gradient_checkpointing = False
+        # Kept in float32 when loaded in 16 bits; Hugging Face wants no names here that a model has not.
+        self._keep_in_fp32_modules_strict = [
+            name for name in _LAMBDAS if any(hasattr(self._variant(i), name) for i in range(len(self.layers)))
+        ]
+        self.post_init()
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        rope_length: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Token ids (B, L) to hidden states (B, L, hidden_size).
+
+        attention_mask: (B, S) with 1 for real tokens and 0 for padding, or (B, 1 or H, L, S) bool or additive, which
+            then says everything, windows too.
+        position_ids:   integers (B or 1, L). Without them they count real tokens. In a call that extends no cache,
+            positions that restart among real tokens mean packed documents that cannot see each other. Without a mask
+            one that does not follow its neighbour is a restart, as in transformers; beside one only one that goes back.
+        rope_length:    the length of the whole request in tokens, or (B,) of each row's, for rope scalings that depend
+            on it; others do not look at it. By default the longest position + 1 of the row, or of each packed document:
+            no neighbour changes a row. Calls that extend a cache past the trained length must all be given the same
+            one (`generate` does); one that is missing, or shorter than the request, is an error. A cache of fixed size
+            counts as full, because asking how full it is would stall its device.
+        output_attentions: effective maps (B, H, L, S) a layer, A1 − λ A2 for the differential variants, from the
+            engine that has maps: chosen by itself under "clearhead", to be named otherwise ("eager"). What follows is
+            computed from them, so they have gradients.
+        kwargs: what transformers' tools hand to any model. cu_seq_lens_q and seq_idx mean packed documents too; another
+            name that transformers' models do not have either is a TypeError.
+        """
+        check_keywords(kwargs, _ARGUMENTS)
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise ValueError(
+                "torch.jit.trace keeps what it sees of its example (nothing is padded, say) for every input after it; "
+                "export with torch.export"
+            )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError("the input has no tokens")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        use_cache = use_cache and not (self.gradient_checkpointing and self.training)
+        output_attentions = bool(
+            self.config.output_attentions if output_attentions is None else output_attentions
+        )
+        output_hidden_states = bool(
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+
+        if past_key_values is not None:
+            self._check_cache(past_key_values)
+        elif use_cache:
+            past_key_values = DynamicCache(config=self._caches)  # type: ignore[arg-type]
+        given = Given(attention_mask, position_ids, rope_length, past_key_values, kwargs)
+        shared = self._share(inputs_embeds, given, output_attentions)
+
+        hidden_states = inputs_embeds
+        states: tuple[Tensor, ...] = ()
+        maps: tuple[Tensor, ...] = ()
+        for layer, alike in zip(self.layers, self._alike, strict=True):
+            if output_hidden_states:
+                states = (*states, hidden_states)
+            hidden_states, layer_map = layer(
+                hidden_states,
+                shared[alike],
+                past_key_values=past_key_values,
+                output_attentions=output_attentions,
+            )
+            if layer_map is not None:
+                maps = (*maps, layer_map)
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=(*states, hidden_states) if output_hidden_states else None,
+            attentions=maps if output_attentions else None,
+        )
+
+    def _share(self, inputs_embeds: Tensor, given: Given, output_attentions: bool) -> dict[int, Shared]:
+        """What the layers of a kind are handed, by the first layer of the kind: made once a pass."""
+        methods, (batch, queries) = self.position_methods(), inputs_embeds.shape[:2]
+        kinds = {layer: self.kinds[layer] for layer in dict.fromkeys(self._alike)}
+        slopes = {
+            layer: methods[kind.position].slopes(self._variant(layer).sizes.heads)
+            for layer, kind in kinds.items()
+        }
+        placed = place(
+            inputs_embeds,
+            given.attention_mask,
+            given.position_ids,
+            given.cache,
+            packed_numbers(given.kwargs, batch, queries),
+            distances=any(found is not None for found in slopes.values()),
+            layer=self._widest,
+        )
+        length = request_lengths(methods.values(), given.rope_length, placed, batch, given.cache)
+        if length is not None and not given.told and not self.training:
+            warn_of_unknown_lengths(shortest_trained_length(methods.values()), batch, placed.keys)
+        compact = self.config.compact_cache and given.cache is not None
+        keys = key_positions(placed) if compact else None
+        rotations: dict[Any, Rotation] = {}
+        plans: dict[Any, Plans] = {}
+        shared = {}
+        for layer, kind in kinds.items():
+            seen = Present(0, placed.keys)
+            if kind.window is not None:
+                seen = present(given.cache, queries, layer, placed.keys)
+            turned = (kind.position, seen.first, seen.count)
+            if turned not in rotations:
+                here = None if keys is None else keys[:, seen.first : seen.first + seen.count]
+                rotations[turned] = methods[kind.position](
+                    placed.positions, here, length, inputs_embeds.dtype
+                )
+            # Kinds that differ in what a plan does not ask share theirs: a position without slopes is no part of it.
+            own = slopes[layer]
+            asked = (kind.attention, str(kind.options), kind.window, None if own is None else kind.position)
+            if asked not in plans:
+                mask = placed.mask
+                if own is not None:
+                    mask = replace(mask, slopes=own, offset=placed.past, places=placed.places)
+                if kind.window is not None:
+                    mask = seen.of(mask, 0 if placed.past is None else placed.past, kind.window)
+                plans[asked] = self._plan(inputs_embeds, layer, mask, seen.count, output_attentions)
+            table = self._table(layer, rotations[turned], inputs_embeds) if compact else None
+            shared[layer] = Shared(inputs_embeds.device, rotations[turned], plans[asked], table)
+        return shared
+
+    def _table(self, layer: int, rotation: Rotation, inputs_embeds: Tensor) -> Tensor:
+        """What turns held keys into keys; in float64 for float64 models."""
+        placement = self._variant(layer).placement
+        assert placement is not None
+        wide = torch.promote_types(torch.float32, inputs_embeds.dtype)
+        return placement.table(rotation, inputs_embeds.device, wide)
+
+    def position_methods(self) -> dict[str, Position]:
+        """The position methods in use, by name."""
+        return {name: cast(Position, method) for name, method in self.positions.items()}
+
+    def _plan(
+        self, inputs_embeds: Tensor, layer: int, mask: MaskSpec, keys: int, output_attentions: bool
+    ) -> Plans:
+        variant = self._variant(layer)
+        sizes = variant.sizes
+        problem = Problem(
+            streams=sizes.query_streams,
+            shares_keys=sizes.key_streams == 1,
+            heads=sizes.heads,
+            kv_heads=sizes.kv_heads,
+            queries=inputs_embeds.shape[1],
+            keys=keys,
+            key_width=sizes.key_width,
+            value_width=sizes.value_width,
+            dtype=self._compute_dtype(inputs_embeds),
+            device=inputs_embeds.device.type,
+            mask=mask.features,
+            ends_aligned=mask.ends_aligned(inputs_embeds.shape[1], keys),
+            mixing=mixing_of(variant.mix),
+            needs_grad=torch.is_grad_enabled()
+            and (inputs_embeds.requires_grad or any(p.requires_grad for p in self.parameters())),
+            needs_maps=output_attentions,
+            modes=active_modes(),
+        )
+        implementation = self.config._attn_implementation or AUTOMATIC
+        return Plans.make(problem, mask, backends_for(implementation), implementation == AUTOMATIC)
+
+    def _check_cache(self, cache: Cache) -> None:
+        """ValueError for keys and values that no layer here has written."""
+        layers = getattr(cache, "layers", None)
+        held = getattr(layers[0], "keys", None) if layers else None
+        if not isinstance(held, Tensor) or held.ndim != 4:
+            return
+        sizes = self._variant(0).sizes
+        width = sizes.key_streams * sizes.key_width // (2 if self.config.compact_cache else 1)
+        if (held.shape[1], held.shape[3]) != (sizes.kv_heads, width):
+            compact = " with compact_cache" if self.config.compact_cache else ""
+            raise ValueError(
+                f"past_key_values hold keys of {held.shape[1]} heads, {held.shape[3]} wide; attention "
+                f"{self.kinds[0].attention!r}{compact} has {sizes.kv_heads} heads, {width} wide. PEFT's prefix tuning "
+                "makes keys for the Transformer twin and cannot be used here; prompt tuning and LoRA can"
+            )
+
+    def _variant(self, layer: int) -> Variant:
+        return self._decoder_layers()[layer].self_attn.variant
+
+    def _decoder_layers(self) -> list[ClearheadDecoderLayer]:
+        return [layer for layer in self.layers if isinstance(layer, ClearheadDecoderLayer)]
+
+    def _compute_dtype(self, inputs_embeds: Tensor) -> torch.dtype:
+        device = inputs_embeds.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return inputs_embeds.dtype
+
+
+_ARGUMENTS = inspect.signature(ClearheadModel.forward).parameters
