@@ -196,7 +196,8 @@ class ClearheadModel(ClearheadPreTrainedModel):
         if past_key_values is not None:
             self._check_cache(past_key_values)
         elif use_cache:
-            past_key_values = DynamicCache(config=self.config)
+            # Without the configuration, which says no more: reading `per_layer_config` is nothing for a compiled graph.
+            past_key_values = DynamicCache()
         methods, batch = self.position_methods(), inputs_embeds.shape[0]
         slopes = self._slopes()
         placed = place(
