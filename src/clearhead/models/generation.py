@@ -4,6 +4,7 @@ Legend: B batch, S keys.
 """
 
 from abc import ABC, abstractmethod
+from functools import wraps
 from typing import Any
 
 import torch.nn.functional as F
@@ -41,6 +42,8 @@ class ClearheadGeneration(GenerationMixin, ABC):
         missing = past_key_values.get_mask_sizes(1, 0)[0] - attention_mask.shape[1]
         return F.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
 
+    # Hugging Face looks at its arguments for what a model takes.
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # type: ignore[override]
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """As Hugging Face's, which also hands the tokenizers on that stop strings need and no forward pass does."""
         for name in ("tokenizer", "assistant_tokenizer"):
