@@ -43,8 +43,8 @@ class ClearheadGeneration(GenerationMixin, ABC):
         return F.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
 
     # Hugging Face looks at its arguments for what a model takes.
-    @wraps(GenerationMixin.prepare_inputs_for_generation)  # type: ignore[override]
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As Hugging Face's, which also hands the tokenizers on that stop strings need and no forward pass does."""
         for name in ("tokenizer", "assistant_tokenizer"):
             kwargs.pop(name, None)
