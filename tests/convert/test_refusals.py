@@ -255,7 +255,8 @@ def test_an_interruption_leaves_nothing_and_the_same_command_works(
     convert(str(llama), tmp_path / "out")
     assert not part.exists()
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names == {"config.json", "conversion.json", "generation_config.json", "model.safetensors"}
+    weights = {"config.json", "generation_config.json", "model.safetensors", "modeling_clearhead.py"}
+    assert names == {"conversion.json", *weights}
 
 
 def test_the_command_says_it_in_one_line(

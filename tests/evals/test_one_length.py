@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from clearhead.evals.external.harness import harness_model, in_groups
+from clearhead.evals.in_context import shared as in_context
 from clearhead.evals.in_context.many_shot.evaluation import ManyShot, ManyShotConfig
-from clearhead.evals.in_context.shared import shared as in_context
 from clearhead.evals.probing.rescaling import growing, grows, rescaled
 from clearhead.evals.retrieval.multi_needle.evaluation import MultiNeedle, MultiNeedleConfig
 from clearhead.evals.text.ar_hit import ArHit, ArHitConfig

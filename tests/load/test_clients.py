@@ -23,6 +23,9 @@ def test_generate_is_handed_a_tokenizer() -> None:
     ids = words("The grass", return_tensors="pt")["input_ids"]
     plain = model.generate(ids, max_new_tokens=6, do_sample=False)
     assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False, tokenizer=words), plain)
+    embedded = model.get_input_embeddings()(ids)
+    found = model.generate(inputs_embeds=embedded, max_new_tokens=6, do_sample=False)
+    assert torch.equal(found, plain[:, ids.shape[1] :])
     new = plain[0, ids.shape[1] :].tolist()
     place = next(index for index, token in enumerate(new) if words.decode([token]).isalpha() and token < 128)
     stop = {"tokenizer": words, "stop_strings": [words.decode([new[place]])]}

@@ -4,6 +4,7 @@ Legend: B batch, S keys.
 """
 
 from abc import ABC, abstractmethod
+from functools import wraps
 from typing import Any
 
 import torch.nn.functional as F
@@ -43,7 +44,9 @@ class ClearheadGeneration(GenerationMixin, ABC):
         missing = keys - attention_mask.shape[1]
         return F.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+    # Hugging Face looks at its arguments for what a model takes.
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As Hugging Face's, which also hands the tokenizers on that stop strings need and no forward pass does."""
         for name in ("tokenizer", "assistant_tokenizer"):
             kwargs.pop(name, None)
