@@ -1,4 +1,4 @@
-"""A comparison small enough to be killed often: started by fork, so that a call costs no imports, and read at its end."""
+"""A comparison small enough to be killed often: started by fork, which costs no imports, and read at its end."""
 
 import contextlib
 import io
@@ -87,17 +87,8 @@ def make_project(base: Path) -> Path:
 
 def load_all() -> None:
     """Import whatever a call needs, once for all calls, and hear their events."""
-    import matplotlib.backends.backend_pdf
-    import matplotlib.backends.backend_svg
     import torch.utils.tensorboard  # noqa: F401
 
-    import clearhead.cli.main
-    import clearhead.cli.progress
-    import clearhead.cli.results
-    import clearhead.models
-    import clearhead.report.build
-    import clearhead.train.sweep
-    import clearhead.train.worker
     from clearhead.registry import names, resolve
 
     for kind in ("variants", "evaluations", "positions"):
@@ -107,7 +98,9 @@ def load_all() -> None:
     subprocess.Popen = Forking  # type: ignore[misc]
 
 
-def call(base: Path, interrupt: Interrupt | None = None, *, back: bool = False, record: bool = False) -> Ended:
+def call(
+    base: Path, interrupt: Interrupt | None = None, *, back: bool = False, record: bool = False
+) -> Ended:
     """`clearhead compare` in `base` to its end; `interrupt` happens to it, and its clock may have gone `back`."""
     out, end = os.pipe()
     log = base / "events.txt"

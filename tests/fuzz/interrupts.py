@@ -23,8 +23,7 @@ from typing import Any
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 HOUR = 3600.0
 # Names that differ from call to call.
-PASSING = ((re.compile(r"events\.out\S*"), "events"), (re.compile(r"\.probe-\w+"), ".probe"))
-PASSING += ((re.compile(r"\.\d+\.[0-9a-f]{8}$"), ".unique"),)
+PASSING = re.compile(r"events\.out\S*")
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,9 @@ class Interrupt:
 class Inside:
     """The state of one process of a call."""
 
-    def __init__(self, role: str, base: Path, interrupt: Interrupt | None, log: Path, *, record: bool) -> None:
+    def __init__(
+        self, role: str, base: Path, interrupt: Interrupt | None, log: Path, *, record: bool
+    ) -> None:
         self.role = role
         self.base = str(base)
         self.interrupt = interrupt
@@ -66,9 +67,7 @@ class Inside:
         """An event of this process; whatever is planned for it happens before it goes on."""
         if self.busy:
             return
-        name = f"{self.role}: {what}"
-        for pattern, stand_in in PASSING:
-            name = pattern.sub(stand_in, name)
+        name = PASSING.sub("events", f"{self.role}: {what}")
         self.seen[name] += 1
         if self.record:
             self.note(name)

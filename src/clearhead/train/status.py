@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from clearhead.data.writing import writing
+
 State = Literal["queued", "training", "trained", "evaluated", "failed"]
 STATES = get_args(State)
 MEND = "restore it, or delete it to have it made again"
@@ -132,10 +134,11 @@ def plain(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` so that after a crash the file is either the old or the new one."""
+    """Write `text` so that after a crash the file is either the old or the new one. Raises Unwritten on a full disk."""
     part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    with writing(path):
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
