@@ -3,21 +3,23 @@
 A trial starts `clearhead compare`, interrupts it once or a few times, each time at an event or a moment drawn from its
 seed, and calls the same command again until it ends. Weights, metrics, results and the list of files must then be, bit
 for bit, those of a reference that nothing happened to; every call must have ended with a code and a sentence that a
-person can use, and no process may be left. The first interrupts of 80 seeds in a row are all different in kind.
+person can use, and no process may be left. 100 seeds in a row have one interrupt of every kind, and a few more.
 """
 
 import contextlib
 import ctypes
+import json
 import os
 import random
 import re
+import shlex
 import shutil
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -70,13 +72,24 @@ class Trial:
     # For each call whether the clock has gone back before it, and whether what the call before left is waited for.
     back: list[bool]
     wait: list[bool]
+    workers: int
 
     def __str__(self) -> str:
         calls = [
             f"{'clock back, ' if back else ''}{one}"
             for one, back in zip(self.planned, self.back, strict=False)
         ]
-        return "; ".join([*calls, "clock back" if self.back[-1] else "nothing"])
+        return "; ".join([*calls, "clock back" if self.back[-1] else "nothing"]) + f"; {self.workers} at once"
+
+    def plan(self) -> str:
+        """The trial in a line. What a seed gives depends on the events of the reference, and a few of them on time."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def of(cls, plan: str) -> "Trial":
+        """The trial of a seed's `plan`."""
+        given = json.loads(plan)
+        return cls(**{**given, "planned": [Interrupt(**one) for one in given["planned"]]})
 
 
 @dataclass
@@ -140,7 +153,7 @@ def draw(seed: int, reference: Reference) -> Trial:
     planned.sort(key=lambda pair: pair[0])
     chosen = [one for _, one in planned]
     back = [False, *(at.chance(0.3) for _ in chosen)]
-    return Trial(seed, moment, chosen, back, [at.chance(0.5) for _ in chosen])
+    return Trial(seed, moment, chosen, back, [at.chance(0.5) for _ in chosen], at.one(1, 2))
 
 
 def _interrupt(
@@ -164,7 +177,7 @@ def attempt(trial: Trial, reference: Reference, base: Path, told: Told) -> list[
     for planned, back, wait in zip(trial.planned, trial.back, trial.wait, strict=False):
         if back:
             interrupts.age(base)
-        ended = comparison.call(base, planned, back=back)
+        ended = comparison.call(base, planned, back=back, workers=trial.workers)
         name = f"{planned.action} of {_target(planned)}"
         told.kinds[name if ended.interrupted else "not reached"] += 1
         told.kinds["clock back"] += back
@@ -177,7 +190,7 @@ def attempt(trial: Trial, reference: Reference, base: Path, told: Told) -> list[
     if trial.back[-1]:
         interrupts.age(base)
         told.kinds["clock back"] += 1
-    ended = comparison.call(base, back=trial.back[-1])
+    ended = comparison.call(base, back=trial.back[-1], workers=trial.workers)
     wrong += orphans()
     if ended.code != 0 or "Traceback" in ended.said:
         return [*wrong, f"called again it ended with {ended.code}: {_tail(ended)}{_logs(base)}"]
@@ -255,6 +268,8 @@ def _logs(base: Path) -> str:
 @contextmanager
 def prepared() -> Iterator[tuple[Reference, Path]]:
     """The reference and a folder for trials, in a process that adopts what its calls leave behind."""
+    if comparison.others():
+        raise RuntimeError("this process has threads, and one that has cannot be forked safely")
     ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
     comparison.load_all()
     folder = Path(tempfile.mkdtemp(prefix="clearhead-kills-"))
@@ -264,24 +279,24 @@ def prepared() -> Iterator[tuple[Reference, Path]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def run(seeds: Sequence[int], *, keep: bool = False, verbose: bool = False) -> int:
-    """The trials of these seeds; prints each finding with the command that repeats it. 0 when there is none."""
+def run(seeds: Sequence[int | str], *, keep: bool = False, verbose: bool = False) -> int:
+    """The trials of these seeds or plans; prints each finding with the command that repeats it. 0 if there is none."""
     told = Told()
     started = time.monotonic()
     with prepared() as (reference, folder):
         print(f"{len(reference.events)} events in a comparison of {reference.seconds:.1f} s", flush=True)
         for seed in seeds:
-            trial = draw(seed, reference)
-            base = folder / f"seed-{seed}"
+            trial = draw(seed, reference) if isinstance(seed, int) else Trial.of(seed)
+            base = folder / f"seed-{trial.seed}"
             wrong = attempt(trial, reference, base, told)
             told.trials += 1
             told.equal += not wrong
             if verbose or wrong:
-                print(f"seed {seed}, {trial.phase}: {trial}", flush=True)
+                print(f"seed {trial.seed}, {trial.phase}: {trial}", flush=True)
             for one in wrong:
                 print(f"  {one}")
             if wrong:
-                print(f"  again: python -m tests.fuzz --only-kill {seed}", flush=True)
+                print(f"  again: python -m tests.fuzz --only-kill {shlex.quote(trial.plan())}", flush=True)
             if keep:
                 print(f"  files: {shutil.copytree(base, Path(tempfile.mkdtemp()) / 'kept')}")
             shutil.rmtree(base, ignore_errors=True)
