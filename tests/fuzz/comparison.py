@@ -51,11 +51,20 @@ probe_every = 8
 threads = 1
 workers = 1
 [evaluate]
-suites = ["language_modelling", "needles"]
+suites = ["language_modelling", "needles", "multi_needle"]
 [evaluate.needles]
 lengths = [32]
 needles = [1]
 samples = 2
+[evaluate.multi_needle]
+pairs = [[1, 1], [2, 1]]
+length = 240
+grid = [1, 1]
+lengths = [240]
+depths = [0.0, 1.0]
+samples = 2
+haystacks = 1
+max_new_tokens = 2
 [[arms]]
 name = "Transformer"
 [[arms]]
@@ -297,7 +306,7 @@ def _first(expected: Any, found: Any) -> str:
 
 def _short(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
+    return text if len(text) <= 120 else f"{text[:120]}…"
 
 
 def others() -> list[threading.Thread]:

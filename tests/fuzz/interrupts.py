@@ -155,7 +155,7 @@ def install() -> None:
     """Hear all events of this process and of those forked from it. An audit hook stays, so this is called once."""
     import safetensors.torch
 
-    from clearhead.evals import job
+    from clearhead.evals import job, samples
     from clearhead.train import trainer
 
     sys.addaudithook(heard)
@@ -176,6 +176,7 @@ def install() -> None:
     safetensors.torch.serialize_file = written
     before(trainer.ComparisonTrainer, "compute_loss", "step")
     before(job, "measured", "evaluation")
+    before(samples.SampleLog, "add", "sample")
     before(trainer, "build_model", "model")
 
 

@@ -27,7 +27,7 @@ from typing import Any
 from tests.fuzz import comparison, interrupts
 from tests.fuzz.comparison import Ended
 from tests.fuzz.draw import Draw
-from tests.fuzz.interrupts import Interrupt, alive, children
+from tests.fuzz.interrupts import Interrupt, children
 
 ACTIONS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "disk")
 PHASES = (
@@ -49,6 +49,8 @@ ROOMS = (0, 60, 1000, 20_000)
 # Seconds in which a worker whose parent is gone must end.
 GRACE = 5.0
 SUBREAPER = 36
+# Children of this process from before its first call.
+EARLIER: set[int] = set()
 FULL = re.compile(r"No space left on device|File too large")
 
 
@@ -117,7 +119,7 @@ def phases(events: Sequence[tuple[str, int]]) -> dict[str, list[int]]:
             phase = "report" if late else "between arms" if started else "preparation"
         elif "checkpoint-" in what:
             phase = "checkpoint"
-        elif what == "evaluation" or "results/" in what:
+        elif what in ("evaluation", "sample") or "results/" in what:
             phase = "evaluation"
         elif role not in stepped:
             phase = "before the first step"
@@ -234,7 +236,7 @@ def unlike(planned: Interrupt, ended: Ended, base: Path) -> list[str]:
 def orphans() -> list[str]:
     """Workers that outlive their parent."""
     end = time.monotonic() + GRACE
-    while (left := [pid for pid in children(os.getpid()) if alive(pid)]) and time.monotonic() < end:
+    while (left := set(children(os.getpid())) - EARLIER) and time.monotonic() < end:
         reap()
         time.sleep(0.05)
     reap()
@@ -271,6 +273,8 @@ def prepared() -> Iterator[tuple[Reference, Path]]:
     if comparison.others():
         raise RuntimeError("this process has threads, and one that has cannot be forked safely")
     ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+    # multiprocessing leaves one behind for as long as this process lives.
+    EARLIER.update(children(os.getpid()))
     comparison.load_all()
     folder = Path(tempfile.mkdtemp(prefix="clearhead-kills-"))
     try:

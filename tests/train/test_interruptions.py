@@ -20,6 +20,7 @@ from clearhead.cli import main
 from clearhead.cli.console import Interrupted, interruptible
 from clearhead.data.cache import write_atomic
 from clearhead.data.writing import Unwritten, writing
+from clearhead.evals.samples import SampleLog
 from clearhead.evals.sections import LineChart
 from clearhead.report import charts
 from clearhead.train import trainer, worker
@@ -45,10 +46,16 @@ def _in_rust(path: Path) -> None:
         save_file({"a": torch.zeros(1000)}, path)
 
 
+def _sample(path: Path) -> None:
+    with SampleLog(path, ("index",), {}) as log:
+        log.add({"index": 0, "text": "x" * 1000})
+
+
 WRITERS: dict[str, Callable[[Path], object]] = {
     "status.json": lambda path: write_text(path, "x" * 1000),
     "metrics.jsonl": lambda path: Journal(path, 0).write({"step": 1, "text": "x" * 1000}),
     "model.safetensors": _in_rust,
+    "multi_needle.partial.jsonl": _sample,
     "tokenizer.json": lambda path: write_atomic(path, b"x" * 1000),
 }
 
