@@ -14,6 +14,7 @@ import random
 import re
 import shlex
 import shutil
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -295,6 +296,8 @@ def run(seeds: Sequence[int | str], *, keep: bool = False, verbose: bool = False
             wrong = attempt(trial, reference, base, told)
             told.trials += 1
             told.equal += not wrong
+            if sys.stderr.isatty():
+                print(f"\r{told.trials} of {len(seeds)} kills, {told.equal} equal ", end="", file=sys.stderr)
             if verbose or wrong:
                 print(f"seed {trial.seed}, {trial.phase}: {trial}", flush=True)
             for one in wrong:
