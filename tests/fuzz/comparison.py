@@ -152,12 +152,6 @@ def leave(run: Callable[[], Any]) -> NoReturn:
 def _begin(inside: Inside, workers: int, back: bool) -> None:
     from clearhead.cli import main
 
-    for number, handler in (
-        (signal.SIGINT, signal.default_int_handler),
-        (signal.SIGTERM, signal.SIG_DFL),
-        (signal.SIGHUP, signal.SIG_DFL),
-    ):
-        signal.signal(number, handler)
     os.chdir(inside.base)
     os.environ |= {"CLEARHEAD_CACHE": os.path.join(inside.base, "cache"), "OMP_NUM_THREADS": "1"}
     if back:
@@ -165,6 +159,12 @@ def _begin(inside: Inside, workers: int, back: bool) -> None:
     inside.parent = os.getpid()
     interrupts.inside = inside
     sys.argv = ["clearhead", "compare", "small.toml", f"train.workers={workers}", "--out", "run"]
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGTERM, signal.SIG_DFL),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        signal.signal(number, handler)
     main.main()
 
 

@@ -14,6 +14,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -214,6 +215,9 @@ def unlike(planned: Interrupt, ended: Ended, base: Path) -> list[str]:
     if not planned.event:
         # Whom it found is the machine's doing.
         codes = {1, 2, 130, -9}
+        if not ended.said:
+            # Before the command could listen to signals.
+            codes |= {-signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM}
     if ended.code not in codes | {0}:
         wrong.append(f"the call ended with {ended.code}, expected {sorted(codes)}: {_tail(ended)}")
     if "Traceback" in ended.said:
