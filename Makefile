@@ -3,8 +3,9 @@
 #   make test   lint, types and tests
 # For whoever changes kernels or bounds:
 #   make test-processors   the numbers again as on other processors: older instruction sets and libraries, one and two threads
-#   make fuzz              random calls against float64 oracles, SECONDS=600 of them; every finding with its seed (SEED=0)
 #   make test-peers        the common model tests of transformers on every variant, LLaMA and DiffLlama beside them (downloads 11 MB, once)
+#   make fuzz              random calls against float64 oracles for SECONDS=600, then KILLS=40 comparisons killed on their way;
+#                          every finding with its seed (SEED=0)
 # And, when there is an hour to spend (it downloads 93 MB, once):
 #   make evaluate-smollm2   every evaluation on SmolLM2-135M-Instruct, runs/smollm2/report.html; on English prose with
 #                           TEXTS=novels.jsonl, with the evaluations that need data with SETS=DIRECTORY
@@ -96,8 +97,10 @@ $(PEERS): | install
 
 SECONDS ?= 600
 SEED ?= 0
+KILLS ?= 40
 fuzz: install
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m tests.fuzz \
+		--seconds $(SECONDS) --seed $(SEED) --kills $(KILLS)
 
 format: install
 	$(BIN)/ruff check --fix .

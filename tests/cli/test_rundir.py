@@ -78,6 +78,7 @@ def test_set_aside_keeps_everything(tmp_path: Path) -> None:
     assert said == []
     for number in (1, 2):
         run.mkdir()
+        (run / "recipe.toml").touch()
         (run / "file").write_text(str(number))
         set_aside(run, said.append)
         assert said[-1].endswith(f"run.old-{number}")

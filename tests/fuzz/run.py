@@ -1,7 +1,10 @@
-"""`make fuzz`: random calls against float64 oracles for a while; every finding with the seed that repeats it.
+"""`make fuzz`: random calls against float64 oracles for a while, then random kills of a small comparison.
 
-python -m tests.fuzz --seconds 600 --seed 0 --processes 2          a run
-python -m tests.fuzz --only Layer:123                              one call again
+Every finding is printed with the seed that repeats it.
+
+python -m tests.fuzz --seconds 600 --seed 0 --processes 2 --kills 40     a run
+python -m tests.fuzz --only Layer:123                                    one call again
+python -m tests.fuzz --only-kill PLAN                                    one kill again
 """
 
 import argparse
@@ -17,6 +20,7 @@ from typing import Any
 
 import torch
 
+from tests.fuzz import kills
 from tests.fuzz.caches import Cached
 from tests.fuzz.draw import Draw
 from tests.fuzz.generation import Generation
@@ -111,8 +115,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--kills", type=int, default=40, help="kills of a small comparison, after the calls")
     parser.add_argument("--only", metavar="AREA:SEED", help="one call again")
+    parser.add_argument("--only-kill", metavar="SEED|PLAN", help="one kill again, told in full")
     given = parser.parse_args()
+    if given.only_kill is not None:
+        one = given.only_kill
+        return kills.run([int(one) if one.isdecimal() else one], verbose=True)
     found = Found()
     start = time.monotonic()
     if given.only is not None:
@@ -129,4 +138,7 @@ def main() -> int:
         ]
         for task in tasks:
             found.add(task.get())
-    return report(found, time.monotonic() - start)
+    code = report(found, time.monotonic() - start)
+    if given.kills:
+        code |= kills.run(range(given.seed, given.seed + given.kills))
+    return code

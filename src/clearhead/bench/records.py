@@ -11,6 +11,7 @@ from typing import Any
 from clearhead.bench.machine import facts, versions
 from clearhead.bench.measure import Spread
 from clearhead.bench.run import Outcome
+from clearhead.data.writing import writing
 from clearhead.runs.files import plain
 
 CHARTS = (".png", ".svg")
@@ -51,7 +52,7 @@ def append(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
-    with path.open("a", encoding="utf-8") as out:
+    with writing(path), path.open("a", encoding="utf-8") as out:
         for entry in entries:
             out.write(json.dumps(plain(entry), ensure_ascii=False, allow_nan=False) + "\n")
 

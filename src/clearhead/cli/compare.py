@@ -26,15 +26,21 @@ def command(
 
     Interrupted at any moment, the same command goes on where it was; what is finished is not run again.
     """
+    with interruptible("interrupted: the same command goes on from the last checkpoints"):
+        compare(recipe, overrides or [], out, fresh=fresh)
+
+
+def compare(recipe: Path, overrides: list[str], out: Path | None, *, fresh: bool) -> None:
+    """The command without its interruption."""
     from clearhead.cli.progress import watcher
     from clearhead.cli.results import print_results
     from clearhead.runs.recipe_io import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load_recipe(recipe, overrides)
     run_dir = out or Path("runs") / loaded.name
     from clearhead.train.comparison import run_comparison
 
-    with interruptible("interrupted: the same command goes on from the last checkpoints"), watcher() as watch:
+    with watcher() as watch:
         outcome = run_comparison(loaded, run_dir, watcher=watch, say=say, fresh=fresh)
     for row in outcome.rows:
         if row.status.note:

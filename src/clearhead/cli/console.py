@@ -29,20 +29,27 @@ def fail(text: str, *, code: int) -> NoReturn:
 
 @contextmanager
 def interruptible(message: str) -> Iterator[None]:
-    """Turn Ctrl-C and SIGTERM inside the block into `Interrupted(message)`, after everything was stopped in order."""
+    """Turn Ctrl-C, SIGTERM and SIGHUP inside the block into `Interrupted(message)`, all stopped in order first.
+
+    A SIGHUP that is ignored, as under nohup, stays so.
+    """
     import signal
     from types import FrameType
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    earlier = signal.signal(signal.SIGTERM, stop)
+    earlier = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in earlier.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, stop)
     try:
         yield
     except KeyboardInterrupt:
         raise Interrupted(message) from None
     finally:
-        signal.signal(signal.SIGTERM, earlier)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def duration(seconds: float | None) -> str:

@@ -19,8 +19,9 @@ from clearhead.cli import (
     report,
     train,
 )
-from clearhead.cli.console import Interrupted, fail
+from clearhead.cli.console import Interrupted, fail, interruptible
 
+INTERRUPTED = 130
 app = typer.Typer(
     help="Train attention twins on real text and see which one attends better.",
     no_args_is_help=True,
@@ -57,11 +58,17 @@ def main() -> None:
     # Taken wherever it stands in the line: whoever adds it does so at the end.
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        app(arguments, prog_name="clearhead")
+        with interruptible("interrupted"):
+            app(arguments, prog_name="clearhead")
+    except SystemExit as ended:
+        # Typer's own word for Ctrl-C, which it says nothing of.
+        if ended.code == INTERRUPTED:
+            fail("interrupted", code=INTERRUPTED)
+        raise
     except Interrupted as interruption:
-        fail(str(interruption), code=130)
+        fail(str(interruption), code=INTERRUPTED)
     except KeyboardInterrupt:
-        fail("interrupted", code=130)
+        fail("interrupted", code=INTERRUPTED)
     except (ValueError, OSError) as error:
         if debug:
             raise

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
+
+from clearhead.data.writing import writing
 
 WHOLE_FILE_LIMIT = 64 * 2**20
 SAMPLE_BLOCK = 2**20
@@ -44,14 +47,16 @@ def fingerprint(path: Path) -> str:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write `content` so that `path` holds all of it or is left as it was."""
+    """Write `content` so that `path` holds all of it or is left as it was. One process does so at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Always the same name: what a killed process leaves goes with the next.
+    part = path.with_name(f".{path.name}.part")
+    with FileLock(path.with_suffix(".lock")), writing(path):
+        try:
+            with part.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)

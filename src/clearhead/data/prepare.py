@@ -20,6 +20,7 @@ from clearhead.data.corpora import Corpus, open_corpus
 from clearhead.data.readers import CorpusError
 from clearhead.data.store import DamagedStore, TokenStore, TokenWriter
 from clearhead.data.tokenizer import check_vocab_size, encode_texts, get_tokenizer, load_pretrained
+from clearhead.data.writing import writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -147,7 +148,8 @@ def stored(
             work = folder.with_suffix(".part")
             shutil.rmtree(work, ignore_errors=True)
             try:
-                build(corpus, spec, made_from, work, say)
+                with writing(work):
+                    build(corpus, spec, made_from, work, say)
                 again = open_corpus(spec.source, text_field=spec.text_field, max_bytes=spec.max_bytes)
                 now = again.sources()
                 check_text(made_from, {"corpus": again.identity(now)}, (sources, now))

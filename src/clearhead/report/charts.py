@@ -34,6 +34,7 @@ from clearhead.analysis.sections import (
     Reference,
     Values,
 )
+from clearhead.data.writing import writing
 from clearhead.report.palette import ARMS, HEAT, MARKERS, MUTED, PAPER, PARTS, RULE, TEXT, Ink, all_inks
 
 WIDTH = 4.7
@@ -98,8 +99,12 @@ def render(chart: Chart, arms: Arms, folder: Path) -> str:
         figure.set_layout_engine("none")
         folder.mkdir(parents=True, exist_ok=True)
         # No dates in the files: the same results give the same bytes.
-        figure.savefig(folder / f"{chart.slug}.pdf", facecolor=PAPER.light, metadata={"CreationDate": None})
-        figure.savefig(folder / f"{chart.slug}.png", facecolor=PAPER.light)
+        for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
+            # To memory first: on a full disk matplotlib's own writers fail with something else.
+            drawn = io.BytesIO()
+            figure.savefig(drawn, format=kind, facecolor=PAPER.light, metadata=metadata)
+            with writing(folder / f"{chart.slug}.{kind}"):
+                (folder / f"{chart.slug}.{kind}").write_bytes(drawn.getvalue())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return to_page(buffer.getvalue(), chart.slug, f"{chart.title}. {chart.caption}".strip())

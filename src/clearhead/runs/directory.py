@@ -3,7 +3,6 @@
 import fcntl
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clearhead.data.began import check_sets, check_text, check_tokens
+from clearhead.data.writing import writing
 from clearhead.runs.environment import environment
 from clearhead.runs.files import read_object, write_json, write_text
 from clearhead.runs.recipe import Recipe, RecipeError
@@ -50,9 +50,10 @@ def exclusive(directory: Path, what: str, wait: float = 0.0) -> Iterator[None]:
                 ) from None
             else:
                 time.sleep(0.1)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with writing(path):
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         try:
             yield
         except BaseException:
@@ -84,10 +85,15 @@ def check_writable(directory: Path) -> None:
     """Create `directory` and prove that files can be written in it; RunError otherwise."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe-") as file:
-            file.write(b"0" * 4096)
-            file.flush()
-            os.fsync(file.fileno())
+        # Always the same name: what a killed process leaves goes with the next.
+        probe = directory / ".probe"
+        try:
+            with probe.open("wb") as file:
+                file.write(b"0" * 4096)
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise RunError(
             f"cannot write to {str(directory)!r} ({error.strerror or error}); choose another directory with --out"
@@ -159,10 +165,20 @@ def keep_data(directory: Path, identity: Mapping[str, Any], sets: Mapping[str, s
 
 
 def set_aside(directory: Path, say: Callable[[str], None]) -> None:
-    """Rename an existing run directory to the first free `NAME.old-N`; RunError while another process uses it."""
+    """Rename an existing run directory to the first free `NAME.old-N`.
+
+    RunError while another process uses it, and for what is not a run: nobody asked for that to be moved.
+    """
     if not directory.exists() or not any(directory.iterdir()):
         return
     with exclusive(directory, f"the run {str(directory)!r}"):
+        if all(entry.name.startswith(".") for entry in directory.iterdir()):
+            return
+        if not (directory / "recipe.toml").is_file():
+            raise RunError(
+                f"{str(directory)!r} is not a run directory (it has no recipe.toml), so --fresh leaves it alone; "
+                "choose another --out"
+            )
         number = 1
         while (target := directory.with_name(f"{directory.name}.old-{number}")).exists():
             number += 1

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from clearhead.data.writing import writing
 from clearhead.runs.files import plain, read_lines, write_text
 from clearhead.runs.status import read_status, write_status
 
@@ -27,6 +28,7 @@ class Journal:
         self.path = path
         kept = [record for record in read_lines(path) if record["step"] <= resumed_step]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self.loss: float | None = next((r["loss"] for r in reversed(kept) if "loss" in r), None)
         self._before = max((record.get("seconds", 0.0) for record in kept), default=0.0)
         self._started = time.monotonic()
 
@@ -37,18 +39,18 @@ class Journal:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain(record), allow_nan=False) + "\n")
 
 
 class Progress(TrainerCallback):
-    """Keeps status.json fresh and stops a run whose loss is no longer a number."""
+    """Keeps status.json fresh and stops a run whose loss is no longer a number; `loss` is the last before it began."""
 
-    def __init__(self, job_dir: Path, batch_tokens: int, steps: int) -> None:
+    def __init__(self, job_dir: Path, batch_tokens: int, steps: int, loss: float | None = None) -> None:
         self.job_dir = job_dir
         self.batch_tokens = batch_tokens
         self.steps = steps
-        self.loss: float | None = None
+        self.loss = loss
         self._first_step = 0
         self._started = 0.0
         self._written = 0.0

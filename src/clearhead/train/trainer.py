@@ -5,7 +5,7 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from clearhead.data.cache import digest_json
 from clearhead.data.prepare import PreparedData, prepare
 from clearhead.data.retrieval import Mixture
+from clearhead.data.writing import writing
 from clearhead.models.causal import ClearheadForCausalLM
 from clearhead.models.config import ClearheadConfig
 from clearhead.models.cost import forward_flops_per_token, kv_bytes_per_token
@@ -42,6 +43,7 @@ from clearhead.train.checkpoint import (
     save_optimizer,
     save_random,
 )
+from clearhead.train.optimiser import adamw, course
 from clearhead.train.probe import make_probe
 
 IGNORE = -100
@@ -55,10 +57,13 @@ def train_job(job: Job, job_dir: Path) -> None:
     the same number of threads. Under torchrun every process calls this; each sees its share of every batch. Raises
     TrainingError for a batch that cannot be shared and for a loss that is not a number.
     """
-    if (job_dir / "model" / "config.json").exists():
-        return
     world = int(os.environ.get("WORLD_SIZE", "1"))
     first = int(os.environ.get("RANK", "0")) == 0
+    if (job_dir / "model" / "config.json").exists():
+        if first:
+            # Killed while it removed them.
+            shutil.rmtree(job_dir / "checkpoints", ignore_errors=True)
+        return
     rows_per_step = job.train.batch_tokens // job.data.length
     if rows_per_step % world:
         raise TrainingError(
@@ -73,7 +78,8 @@ def train_job(job: Job, job_dir: Path) -> None:
     resume = newest_complete(job_dir / "checkpoints", partial(_note, job_dir, first), first=first)
     resumed_step = 0 if resume is None else int(resume.name.rpartition("-")[2])
     journal = Journal(job_dir / "metrics.jsonl", resumed_step) if first else None
-    progress = Progress(job_dir, job.train.batch_tokens, job.train.steps)
+    last = None if journal is None else journal.loss
+    progress = Progress(job_dir, job.train.batch_tokens, job.train.steps, last)
     trainer = ComparisonTrainer(
         model,
         _arguments(job, job_dir, rows_per_step // world),
@@ -99,7 +105,9 @@ def train_job(job: Job, job_dir: Path) -> None:
                 stop_at_mastery=job.train.stop_at_mastery,
             )
         )
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    # Whatever has no better name for what it could not write, TensorBoard's events say.
+    with writing(job_dir):
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if first and journal is not None:
         _finish(job, job_dir, model, data, journal, trainer.state.global_step)
 
@@ -153,13 +161,13 @@ class ComparisonTrainer(Trainer):
         train: Train,
     ) -> None:
         self.rows = _Rows(rows)
-        optimizer = _optimizer(model, train)
+        optimizer = adamw(model, train)
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=self.rows,
             data_collator=_collate,
-            optimizers=(optimizer, LambdaLR(optimizer, _schedule(train))),
+            optimizers=(optimizer, LambdaLR(optimizer, course(train))),
         )
         self.folder = Path(str(arguments.output_dir))
         self.bytes_per_token = bytes_per_token
@@ -238,14 +246,16 @@ class ComparisonTrainer(Trainer):
         return {str(layer): round(value, 6) for layer, value in found.items()}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        # Every process has its own file in it.
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            if self.journal is not None and self.journal.path.exists():
-                sync(self.journal.path)
-            mark_complete(self.folder / f"checkpoint-{self.state.global_step}")
-            drop_old(self.folder, KEEP_CHECKPOINTS)
+        folder = self.folder / f"checkpoint-{self.state.global_step}"
+        with writing(folder):
+            super()._save_checkpoint(model, trial)
+            # Every process has its own file in it.
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if self.journal is not None and self.journal.path.exists():
+                    sync(self.journal.path)
+                mark_complete(folder)
+                drop_old(self.folder, KEEP_CHECKPOINTS)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save and isinstance(self.model, PreTrainedModel):
@@ -306,31 +316,6 @@ def _bare(wrapped: Any) -> Any:
     return wrapped.scheduler if isinstance(wrapped, AcceleratedScheduler) else wrapped
 
 
-def _optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": train.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=True)
-
-
-def _schedule(train: Train) -> Callable[[int], float]:
-    warmup = max(1, round(train.warmup * train.steps))
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        if train.schedule == "constant":
-            return 1.0
-        done = min(1.0, (step - warmup) / max(1, train.steps - warmup))
-        shape = 1.0 - done if train.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-        return train.min_lr_ratio + (1.0 - train.min_lr_ratio) * shape
-
-    return factor
-
-
 def _arguments(job: Job, job_dir: Path, rows_per_device: int) -> TrainingArguments:
     cuda = torch.cuda.is_available()
     # On CPU bfloat16 autocast took 1.25 times float32's time at width 64 and 0.63 at width 256 (AVX-512 with BF16);
@@ -387,11 +372,12 @@ def _finish(
     )
     part = job_dir / ".model.part"
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    data.tokenizer.save_pretrained(part)
-    seal(part, CHECKSUMS)
-    part.replace(job_dir / "model")
-    sync(job_dir)
+    with writing(job_dir / "model"):
+        model.save_pretrained(part)
+        data.tokenizer.save_pretrained(part)
+        seal(part, CHECKSUMS)
+        part.replace(job_dir / "model")
+        sync(job_dir)
     shutil.rmtree(job_dir / "checkpoints", ignore_errors=True)
 
 

@@ -4,7 +4,9 @@ Progress goes to `status.json`, everything printed to the caller's log. The exit
 """
 
 import argparse
+import contextlib
 import os
+import signal
 import threading
 import time
 import traceback
@@ -63,6 +65,8 @@ def main() -> int:
     parser.add_argument("--parent", type=int, required=True, help="process id without which this one ends")
     arguments = parser.parse_args()
     _end_with(arguments.parent)
+    # As every other signal: the parent says what happened, and the log needs no traceback of it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     job_dir: Path = arguments.job_dir
     try:
         with exclusive(job_dir, f"the job {str(job_dir)!r}", wait=HANDOVER_SECONDS):
@@ -71,8 +75,11 @@ def main() -> int:
             torch.set_num_threads(arguments.threads)
             run_job(load_job(job_dir / "job.json"), job_dir)
     except Exception as error:
-        traceback.print_exc()
-        write_status(job_dir, replace(read_status(job_dir), state="failed", error=sentence(error)))
+        # A full disk takes neither of them; the parent finds that out for itself.
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+        with contextlib.suppress(OSError):
+            write_status(job_dir, replace(read_status(job_dir), state="failed", error=sentence(error)))
         return 1
     return 0
 

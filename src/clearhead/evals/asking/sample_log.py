@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from clearhead.data.writing import writing
 from clearhead.runs.files import plain, write_text
 
 CHECK = "check"
@@ -68,9 +69,10 @@ class SampleLog:
 
     def add(self, record: dict[str, Any]) -> None:
         self._keep(record)
-        if self.file is not None:
-            self.file.write(_checked(record))
-            self.file.flush()
+        if self.file is not None and self.path is not None:
+            with writing(self.path):
+                self.file.write(_checked(record))
+                self.file.flush()
 
     def __enter__(self) -> SampleLog:
         return self
@@ -80,7 +82,8 @@ class SampleLog:
     ) -> None:
         if self.file is None or self.path is None:
             return
-        self.file.close()
+        with writing(self.path):
+            self.file.close()
         if kind is None:
             whole = self.path.with_name(self.path.name.replace(".partial.", "."))
             write_text(whole, "".join(f"{_text(line)}\n" for line in (self.head, *self.records)))

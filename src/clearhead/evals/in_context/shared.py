@@ -40,7 +40,7 @@ class InContextConfig(EvaluationConfig):
     items: texts asked of each set. length: tokens of a prompt and its answer (default: the training length).
     text_template, label_template: the lines of a demonstration (default: the published ones of a named set, else
         "Text: {text}" and "Label: {label}"). separator: between two, beginning with a line's end.
-    score: greedy or likelihood, see `clearhead.evals.in_context.shared.shared.scoring`.
+    score: greedy or likelihood, see `clearhead.evals.in_context.scoring`.
     share_prefix: read what prompts begin with only once where that is exact. It changes no answer but by rounding.
     rope_parameters: see `clearhead.evals.probing.rescaling`.
     """

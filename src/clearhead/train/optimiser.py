@@ -1,0 +1,36 @@
+"""What the recipe says of the optimiser: AdamW and the course of its learning rate."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from clearhead.runs.recipe import Train
+
+
+def adamw(model: nn.Module, train: Train) -> torch.optim.AdamW:
+    """AdamW whose weight decay falls on matrices only: norms and the λ vectors are left out."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": train.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=True)
+
+
+def course(train: Train) -> Callable[[int], float]:
+    """Step -> the factor of the learning rate: a linear rise, then what `train.schedule` says down to its floor."""
+    warmup = max(1, round(train.warmup * train.steps))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if train.schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - warmup) / max(1, train.steps - warmup))
+        shape = 1.0 - done if train.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return train.min_lr_ratio + (1.0 - train.min_lr_ratio) * shape
+
+    return factor
