@@ -113,7 +113,7 @@ def test_who_says_nothing_has_none() -> None:
     chosen: list[str] = []
 
     def function(q: Tensor) -> Tensor:
-        problem = problem_of(Heads((q,), (X,), X), MaskSpec(), single)
+        problem = problem_of(Heads((q,), (X,), X), MaskSpec(), "single")
         chosen.append(choose((Careless(), load_backend("eager")), problem, automatic=True).backend.name)
         with pytest.raises(ValueError, match="it has no "):
             choose((Careless(),), problem, automatic=False)

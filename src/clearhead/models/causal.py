@@ -18,10 +18,8 @@ from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from clearhead.core.attend import mixing_of
 from clearhead.core.dispatch import Backend, Problem, automatic_backends, load_backend
 from clearhead.core.masks import MaskSpec
-from clearhead.core.modes import active_modes
 from clearhead.core.norm import RMSNorm
 from clearhead.models.arguments import check_keywords, packed_numbers
 from clearhead.models.config import AUTOMATIC, ClearheadConfig
@@ -69,7 +67,6 @@ class ClearheadPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = ["lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"]  # noqa: RUF012
 
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
@@ -121,6 +118,8 @@ class ClearheadModel(ClearheadPreTrainedModel):
         self.positions = nn.ModuleDict(config.make_positions())
         self.layer_positions = config.positions_by_layer
         self.gradient_checkpointing = False
+        declared = {n for layer in self._decoder_layers() for n in layer.self_attn.variant.float32_parameters}
+        self._keep_in_fp32_modules_strict = [f"self_attn.variant.{name}" for name in sorted(declared)]
         self.post_init()
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -264,25 +263,17 @@ class ClearheadModel(ClearheadPreTrainedModel):
 
     def _plan(self, inputs_embeds: Tensor, mask: MaskSpec, keys: int, output_attentions: bool) -> Plans:
         variant = self._variant()
-        sizes = variant.sizes
-        problem = Problem(
-            streams=sizes.query_streams,
-            shares_keys=sizes.key_streams == 1,
-            heads=sizes.heads,
-            kv_heads=sizes.kv_heads,
+        problem = Problem.of_widths(
+            variant.sizes,
             queries=inputs_embeds.shape[1],
             keys=keys,
-            key_width=sizes.key_width,
-            value_width=sizes.value_width,
+            mask=mask,
+            mixing=variant.mixing,
             dtype=self._compute_dtype(inputs_embeds),
-            device=inputs_embeds.device.type,
-            mask=mask.features,
-            ends_aligned=mask.ends_aligned(inputs_embeds.shape[1], keys),
-            mixing=mixing_of(variant.mix),
+            device=inputs_embeds.device,
             needs_grad=torch.is_grad_enabled()
             and (inputs_embeds.requires_grad or any(p.requires_grad for p in self.parameters())),
             needs_maps=output_attentions,
-            modes=active_modes(),
         )
         implementation = self.config._attn_implementation or AUTOMATIC
         return Plans.make(problem, mask, backends_for(implementation), implementation == AUTOMATIC)
@@ -394,24 +385,26 @@ class ClearheadForCausalLM(ClearheadPreTrainedModel, ClearheadGeneration, Genera
             attentions=outputs.attentions,
         )
 
-    @torch.no_grad()
     def lambdas(self, input_ids: Tensor | None = None) -> dict[int, float]:
         """Mean λ of each differential layer: for V2 over heads and tokens of `input_ids` (B, L).
 
         Layers without λ, and V2 layers when no tokens are given, are left out.
         """
+        return self.diagnostics(input_ids).get("lambda", {})
+
+    @torch.no_grad()
+    def diagnostics(self, input_ids: Tensor | None = None) -> dict[str, dict[int, float]]:
+        """What the layers' variants have for a log (`Variant.diagnostics`), by name, then by layer.
+
+        What depends on the input is of the tokens `input_ids` (B, L), and left out without them.
+        """
         layers = self.model._decoder_layers()
-        fixed = {index: layer.self_attn.variant.mean_lambda() for index, layer in enumerate(layers)}
-        found = {index: value for index, value in fixed.items() if value is not None}
-        if (
-            input_ids is None
-            or mixing_of(layers[0].self_attn.variant.mix) == "single"
-            or len(found) == len(layers)
-        ):
-            return found
-        states = self.model(input_ids=input_ids, use_cache=False, output_hidden_states=True).hidden_states
+        states: tuple[Tensor, ...] | None = None
+        if input_ids is not None and any(layer.self_attn.variant.diagnostics_need_input for layer in layers):
+            states = self.model(input_ids=input_ids, use_cache=False, output_hidden_states=True).hidden_states
+        found: dict[str, dict[int, float]] = {}
         for index, layer in enumerate(layers):
-            gate = layer.self_attn.variant(layer.input_layernorm(states[index]))
-            if index not in found and gate is not None:
-                found[index] = float(gate.mean())
+            seen = None if states is None else layer.input_layernorm(states[index])
+            for name, value in layer.self_attn.variant.diagnostics(seen).items():
+                found.setdefault(name, {})[index] = value
         return found

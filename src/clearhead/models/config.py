@@ -1,6 +1,5 @@
 """The configuration of a clearhead model."""
 
-import inspect
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -8,8 +7,8 @@ from transformers import PreTrainedConfig
 
 from clearhead.core.heads import HeadShape
 from clearhead.positions.base import Position
-from clearhead.registry import did_you_mean, resolve
-from clearhead.variants.base import Variant
+from clearhead.registry import resolve
+from clearhead.variants.base import Variant, make_variant
 
 # The attn_implementation of models that chooses a backend for each forward pass, as `backend="auto"` does for a layer.
 AUTOMATIC = "clearhead"
@@ -190,16 +189,7 @@ class ClearheadConfig(PreTrainedConfig):
 
     def make_variant(self, layer_idx: int) -> Variant:
         """The variant of one layer; ValueError if the options are not its own."""
-        variant = resolve("variants", self.attention)
-        options = dict(self.attention_options or {})
-        known = [name for name in inspect.signature(variant).parameters if name != "shape"]
-        for name in options:
-            if name not in known:
-                raise ValueError(
-                    f"attention {self.attention!r} has no option {name!r}: {did_you_mean(name, known)}"
-                )
-        made: Variant = variant(self.head_shape(layer_idx), **options)
-        return made
+        return make_variant(self.attention, self.head_shape(layer_idx), self.attention_options or {})
 
     def make_positions(self) -> dict[str, Position]:
         """The position methods that the layers use, by name: one instance for all layers of a name."""
