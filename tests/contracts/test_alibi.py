@@ -11,7 +11,7 @@ from torch import Tensor
 import clearhead.engines.flex as flex
 import clearhead.engines.hf  # noqa: F401  (registers flash_attention_2)
 import clearhead.engines.sdpa as sdpa
-from clearhead.core.attend import difference, prepare, problem_of
+from clearhead.core.attend import prepare, problem_of
 from clearhead.core.dispatch import Caps, Engine, load_backend, plan
 from clearhead.core.legalise import Lowering
 from clearhead.core.masks import MaskSpec

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad, hessian, jvp, vmap
 
 import clearhead.nn as nn
-from clearhead.core.attend import problem_of, single
+from clearhead.core.attend import problem_of
 from clearhead.core.dispatch import Caps, Kernel, choose, load_backend
 from clearhead.core.heads import Heads
 from clearhead.core.masks import MaskSpec

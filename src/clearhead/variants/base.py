@@ -44,10 +44,11 @@ class Variant(nn.Module, ABC):
         if "mix" in vars(cls) and "mixing" not in vars(cls):
             cls.mixing = "other"
 
-    def __init__(self, shape: HeadShape) -> None:
+    def __init__(self, shape: HeadShape, sizes: Widths | None = None) -> None:
+        """sizes: what `widths` says, where it depends on options."""
         super().__init__()
         self.shape = shape
-        self.sizes = self.widths(shape)
+        self.sizes = self.widths(shape) if sizes is None else sizes
         streams = {"single": 1, "difference": 2}.get(self.mixing, self.sizes.query_streams)
         if self.mixing not in get_args(Mixing) or streams != self.sizes.query_streams:
             raise ValueError(
