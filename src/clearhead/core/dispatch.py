@@ -226,6 +226,7 @@ class Kernel(Backend):
     unequal_heads: it takes streams with different numbers of heads; the choice refuses them to the others.
     """
 
+    passed_over: ClassVar[str] = "measured slower than what follows at this shape"
     takes_tables: ClassVar[bool] = False
     modes: ClassVar[frozenset[str]] = frozenset()
     unequal_heads: ClassVar[bool] = False
