@@ -1,4 +1,4 @@
-"""Grouped differential attention, as somebody who adds a variant would write it: several signal heads, one noise head."""
+"""Grouped differential attention, as somebody who adds a variant would write it: signal heads share a noise head."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""What the choice of a backend rests on: one description of a problem, preferences from measurements, refusals asked for."""
+"""What the choice of a backend rests on: one description of a problem, preferences, and refusals that are asked for."""
 
 import ast
 from collections.abc import Callable

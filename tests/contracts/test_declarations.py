@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+import clearhead.train.diagnostics as log
 from clearhead.core.heads import HeadShape
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
 from clearhead.registry import VARIANTS, resolve
@@ -74,3 +75,18 @@ def test_another_diagnostic_has_a_section_of_the_report() -> None:
     assert section.question == "What became of spread?"
     assert section.answer == "Mean by layer, from the first layer on: A 0.25, 0.75."
     assert sections(run_with([{"step": 1, "lambda": {"0": 0.1}}])) == []
+
+
+def test_a_log_keeps_lambda_where_it_was() -> None:
+    """`metrics.jsonl` of earlier runs has "lambda" at the top, and "lambda/layer_0" is a curve of TensorBoard."""
+    lam, spread = {"0": 0.2, "1": 0.3}, {"1": 0.5}
+    assert log.as_record({"lambda": lam}) == {"lambda": lam}
+    assert log.as_record({}) == {"lambda": {}}
+    assert log.as_record({"spread": spread, "lambda": lam}) == {
+        "lambda": lam,
+        "diagnostics": {"spread": spread},
+    }
+    assert log.as_scalars({"lambda": lam}) == {"lambda/layer_0": 0.2, "lambda/layer_1": 0.3}
+    model = make("differential")
+    expected = {str(layer): round(value, 6) for layer, value in model.lambdas().items()}
+    assert log.measure(model, torch.arange(4)[None]) == {"lambda": expected}

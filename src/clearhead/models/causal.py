@@ -23,6 +23,7 @@ from clearhead.core.masks import MaskSpec
 from clearhead.core.norm import RMSNorm
 from clearhead.models.arguments import check_keywords, packed_numbers
 from clearhead.models.config import AUTOMATIC, ClearheadConfig
+from clearhead.models.diagnostics import diagnostics_of
 from clearhead.models.generation import ClearheadGeneration
 from clearhead.models.inputs import (
     Placed,
@@ -392,19 +393,14 @@ class ClearheadForCausalLM(ClearheadPreTrainedModel, ClearheadGeneration, Genera
         """
         return self.diagnostics(input_ids).get("lambda", {})
 
-    @torch.no_grad()
     def diagnostics(self, input_ids: Tensor | None = None) -> dict[str, dict[int, float]]:
         """What the layers' variants have for a log (`Variant.diagnostics`), by name, then by layer.
 
         What depends on the input is of the tokens `input_ids` (B, L), and left out without them.
         """
-        layers = self.model._decoder_layers()
-        states: tuple[Tensor, ...] | None = None
-        if input_ids is not None and any(layer.self_attn.variant.diagnostics_need_input for layer in layers):
-            states = self.model(input_ids=input_ids, use_cache=False, output_hidden_states=True).hidden_states
-        found: dict[str, dict[int, float]] = {}
-        for index, layer in enumerate(layers):
-            seen = None if states is None else layer.input_layernorm(states[index])
-            for name, value in layer.self_attn.variant.diagnostics(seen).items():
-                found.setdefault(name, {})[index] = value
-        return found
+
+        def states() -> tuple[Tensor, ...]:
+            outputs = self.model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
+            return cast(tuple[Tensor, ...], outputs.hidden_states)
+
+        return diagnostics_of(self.model._decoder_layers(), None if input_ids is None else states)

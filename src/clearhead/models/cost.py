@@ -23,8 +23,8 @@ def forward_flops_per_token(config: ClearheadConfig, context: int) -> int:
 
     Two for every weight of a matrix product, 2·D + 2·E for every query head of every stream and visible key, and what
     the variant says of its own (`Variant.flops_per_token`: V2's λ projection); token i sees i + 1 keys. Norms,
-    rotations and activations are left out. This is the cost of the mechanism: a lowering that computes scores more than once
-    (FlashDiffAttn_2) pays more. Training costs three times a forward pass.
+    rotations and activations are left out. This is the cost of the mechanism: a lowering that computes scores more than
+    once (FlashDiffAttn_2) pays more. Training costs three times a forward pass.
     """
     assert config.intermediate_size is not None
     mean_keys = (context + 1) / 2

@@ -32,6 +32,7 @@ from clearhead.runs.files import write_json
 from clearhead.runs.recipe import Job, Train
 from clearhead.runs.rows import data_spec, training_rows
 from clearhead.runs.status import read_status, write_status
+from clearhead.train import diagnostics
 from clearhead.train.callbacks import Journal, Probe, Progress, TrainingError
 from clearhead.train.checkpoint import (
     drop_old,
@@ -207,7 +208,8 @@ class ComparisonTrainer(Trainer):
         self._loss = torch.zeros_like(self._loss)
         logs = {**logs, "loss": total / steps}
         bits = nats / count / math.log(2) / self.bytes_per_token if count else None
-        diagnostics = self._diagnostics()
+        model = self.accelerator.unwrap_model(self.model)
+        found = diagnostics.measure(model, self.diagnosed_tokens.to(self.args.device))
         step = self.state.global_step
         tokens = step * self.plan.batch_tokens
         record: dict[str, Any] = {
@@ -217,9 +219,7 @@ class ComparisonTrainer(Trainer):
             "bits_per_byte": bits,
             "grad_norm": logs.get("grad_norm"),
             "learning_rate": logs.get("learning_rate"),
-            # λ keeps its own place, where earlier runs have it.
-            "lambda": diagnostics.pop("lambda", {}),
-            **({"diagnostics": diagnostics} if diagnostics else {}),
+            **diagnostics.as_record(found),
         }
         if self.journal is not None:
             seconds = self.journal.seconds
@@ -228,23 +228,10 @@ class ComparisonTrainer(Trainer):
             record["tokens_per_second"] = (tokens - before) / (seconds - then) if then else None
             self._logged = (tokens, seconds)
             self.journal.write(record)
-        by_layer = {"lambda": record["lambda"], **diagnostics}
-        extra = {
-            f"{name}/layer_{layer}": value
-            for name, found in by_layer.items()
-            for layer, value in found.items()
-        }
+        extra = diagnostics.as_scalars(found)
         if bits is not None:
             extra["bits_per_byte"] = bits
         super().log({**logs, **extra}, start_time)
-
-    def _diagnostics(self) -> dict[str, dict[str, float]]:
-        model = self.accelerator.unwrap_model(self.model)
-        found = model.diagnostics(self.diagnosed_tokens.to(self.args.device))
-        return {
-            name: {str(layer): round(value, 6) for layer, value in values.items()}
-            for name, values in found.items()
-        }
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
