@@ -13,6 +13,9 @@ from clearhead.core.dispatch import Caps, Kernel, Problem, choose, load_backend
 from clearhead.core.heads import Heads, HeadShape, Widths
 from clearhead.core.masks import MaskSpec
 from clearhead.engines.eager import Eager
+from clearhead.evals.internals.activation_outliers import visible_logits
+from clearhead.evals.internals.initial_angles import measured
+from clearhead.evals.probing.recorder import Recorded, recorded
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
 from clearhead.models.cost import forward_flops_per_token, kv_bytes_per_token
 from clearhead.nn import Attention
@@ -281,6 +284,23 @@ def test_a_model_of_it_and_what_it_costs() -> None:
         "lambda_spread": [0, 1],
     }
     assert model.lambdas() == pytest.approx({0: 0.3, 1: 0.3})
+
+
+@torch.no_grad()
+def test_what_looks_inside_a_model_sees_every_stream() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 2}
+    config = ClearheadConfig(
+        vocab_size=20, num_hidden_layers=1, attention=NAME, attention_options={"ratio": 3}, **sizes
+    )
+    seen: list[Recorded] = []
+    model = ClearheadForCausalLM(config).eval()
+    with recorded(model, seen.append):
+        model(torch.arange(1, 8)[None], use_cache=False)
+    (streams,) = seen
+    assert [q.shape[1] for q in streams.q] == [6, 2] and len(streams.k) == 2
+    kind, angles, weights = measured(streams, torch.arange(5))
+    assert kind == "Θ" and len(angles) == len(weights) == (6 + 2) * 5 * 2
+    assert sum(x.numel() for x in visible_logits(streams)) == (6 + 2) * 7 * 8 // 2
 
 
 def test_its_float32_parameters_stay_so(tmp_path: Any) -> None:
