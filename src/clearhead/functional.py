@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from clearhead.core.attend import Mix, attend, difference, prepare, problem_of, single
+from clearhead.core.attend import MIXES, Mixing, attend, prepare, problem_of
 from clearhead.core.dispatch import automatic_backends, load_backend
 from clearhead.core.heads import Heads
 from clearhead.core.masks import MaskSpec
@@ -68,7 +68,7 @@ def attention(
         dense=attn_mask,
         slopes=alibi_slopes,
     )
-    return _run(Heads((q,), (k,), v), single, mask, scale, backend)
+    return _run(Heads((q,), (k,), v), "single", mask, scale, backend)
 
 
 def differential_attention(
@@ -117,7 +117,7 @@ def differential_attention(
         dense=attn_mask,
         slopes=alibi_slopes,
     )
-    return _run(Heads(tuple(streams), tuple(keys), v, gate), difference, mask, scale, backend)
+    return _run(Heads(tuple(streams), tuple(keys), v, gate), "difference", mask, scale, backend)
 
 
 def _gate(lam: float | Tensor, device: torch.device) -> Tensor:
@@ -161,7 +161,7 @@ def _scaled(heads: Heads, scale: float | Tensor | None) -> tuple[Heads, float]:
     return heads, float(scale)
 
 
-def _run(heads: Heads, mix: Mix, mask: MaskSpec, scale: float | Tensor | None, backend: str) -> Tensor:
+def _run(heads: Heads, mixing: Mixing, mask: MaskSpec, scale: float | Tensor | None, backend: str) -> Tensor:
     batch, count, queries, _ = heads.q[0].shape
     keys = heads.v.shape[2]
     mask.validate(batch, count, queries, keys, heads.v.device)
@@ -169,8 +169,8 @@ def _run(heads: Heads, mix: Mix, mask: MaskSpec, scale: float | Tensor | None, b
     heads, factor = _scaled(heads, scale)
     automatic = backend == "auto"
     backends = automatic_backends() if automatic else (load_backend(backend),)
-    prepared = prepare(backends, problem_of(heads, mask, mix), mask, automatic)
-    return attend(heads, prepared, factor, mix)[0]
+    prepared = prepare(backends, problem_of(heads, mask, mixing), mask, automatic)
+    return attend(heads, prepared, factor, MIXES[mixing])[0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, query_streams: int, key_streams: int) -> None:

@@ -124,7 +124,7 @@ def run(engine: Engine | str, form: str, inputs: tuple[Tensor, ...], mask: MaskS
     backend = load_backend(engine) if isinstance(engine, str) else engine
     heads, mix = heads_of(form, inputs), single if form == "softmax" else difference
     mask.validate(B, heads.q[0].shape[1], heads.q[0].shape[2], heads.v.shape[2], heads.v.device)
-    prepared = prepare((backend,), problem_of(heads, mask, mix), mask, automatic=False)
+    prepared = prepare((backend,), problem_of(heads, mask, mix.__name__), mask, automatic=False)
     return attend(heads, prepared, D**-0.5, mix)[0]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import clearhead.engines.flex as flex
 import clearhead.engines.hf  # noqa: F401  (registers flash_attention_2)
 import clearhead.engines.sdpa as sdpa
-from clearhead.core.attend import difference, prepare, problem_of
+from clearhead.core.attend import prepare, problem_of
 from clearhead.core.dispatch import Caps, Engine, load_backend, plan
 from clearhead.core.legalise import Lowering
 from clearhead.core.masks import MaskSpec
@@ -224,7 +224,7 @@ def test_sdpa_s_mask_holds_one_row_a_head(kind: str) -> None:
     case = KINDS[kind]
     heads = heads_of("v2", inputs_of("v2", "gqa", case))
     prepared = prepare(
-        (load_backend("sdpa"),), problem_of(heads, case.mask(), difference), case.mask(), False
+        (load_backend("sdpa"),), problem_of(heads, case.mask(), "difference"), case.mask(), False
     )
     # 12 heads of the one call, by their storage: the view has L times as many elements.
     assert prepared.mask[0].mask.untyped_storage().nbytes() == 12 * (case.queries + case.keys - 1) * 8
@@ -263,7 +263,7 @@ def test_bands_that_see_nothing_are_zero(
 
 def problem(device: str, dtype: torch.dtype) -> Any:
     heads = heads_of("v1", inputs_of("v1", "gqa", KINDS["causal"]))
-    found = problem_of(heads, KINDS["causal"].mask(), difference)
+    found = problem_of(heads, KINDS["causal"].mask(), "difference")
     return replace(found, device=device, dtype=dtype)
 
 

@@ -38,7 +38,7 @@ class Picky(Kernel):
     def run(self, heads: Heads, mask: MaskSpec, scale: float) -> Tensor:
         self.runs += 1
         mix = single if heads.gate is None else difference
-        prepared = prepare((Eager(),), problem_of(heads, mask, mix), mask, automatic=False)
+        prepared = prepare((Eager(),), problem_of(heads, mask, mix.__name__), mask, automatic=False)
         return attend(heads, prepared, scale, mix)[0]
 
 

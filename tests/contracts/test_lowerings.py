@@ -50,7 +50,9 @@ class Limited(Eager):
 def run(
     engine: Limited, heads: Heads, mask: MaskSpec, mix: Callable[..., Tensor]
 ) -> tuple[Tensor, Tensor, str]:
-    prepared = prepare((engine,), problem_of(heads, mask, mix, needs_maps=True), mask, automatic=False)
+    prepared = prepare(
+        (engine,), problem_of(heads, mask, mix.__name__, needs_maps=True), mask, automatic=False
+    )
     out, maps = attend(heads, prepared, D**-0.5, mix, with_maps=True)
     assert maps is not None
     assert prepared.plan.lowering is not None
@@ -204,7 +206,7 @@ def test_flash_attention_2_is_right_or_refuses(form: str, kind: str) -> None:
     keys = (k[:, 0::2], k[:, 1::2]) if form == "v1" else (k,)
     heads, mask = Heads((q[:, 0::2], q[:, 1::2]), keys, v, lam), MaskSpec(**parts)
     with stand_in() as recorder:
-        problem = problem_of(heads, mask, difference)
+        problem = problem_of(heads, mask, "difference")
         backend = load_backend("flash_attention_2")
         if kind in REFUSED:
             with pytest.raises(ValueError, match=REFUSED[kind]):
@@ -241,7 +243,7 @@ def test_any_function_of_the_attention_interface_is_right(registered_name: str, 
     (q, k, v, lam), _ = differential_inputs("gqa", True, 2 * D)
     q, lam = q[:, :, L - queries :], lam[:, :, L - queries :]
     heads, mask = Heads((q[:, 0::2], q[:, 1::2]), (k[:, 0::2], k[:, 1::2]), v, lam), MaskSpec(**parts)
-    problem = problem_of(heads, mask, difference)
+    problem = problem_of(heads, mask, "difference")
     out, _ = attend(
         heads, prepare((load_backend(registered_name),), problem, mask, False), D**-0.5, difference
     )
@@ -252,7 +254,7 @@ def test_any_function_of_the_attention_interface_is_right(registered_name: str, 
 def test_a_window_is_refused_where_hugging_face_would_lose_it() -> None:
     q, k, v = (rand(1, 2, 3, 4) for _ in range(3))
     mask = MaskSpec(is_causal=True, window=2)
-    problem = replace(problem_of(Heads((q,), (k,), v), mask, single), device="npu", dtype=torch.bfloat16)
+    problem = replace(problem_of(Heads((q,), (k,), v), mask, "single"), device="npu", dtype=torch.bfloat16)
     reason = load_backend("flash_attention_2").refusal(problem)
     assert reason is not None and "window" in reason
     assert load_backend("flash_attention_2").refusal(replace(problem, device="cuda")) is None

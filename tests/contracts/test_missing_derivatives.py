@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad, hessian, jvp, vmap
 
 import clearhead.nn as nn
-from clearhead.core.attend import problem_of, single
+from clearhead.core.attend import problem_of
 from clearhead.core.dispatch import Caps, Kernel, choose, load_backend
 from clearhead.core.heads import Heads
 from clearhead.core.masks import MaskSpec
@@ -113,7 +113,7 @@ def test_who_says_nothing_has_none() -> None:
     chosen: list[str] = []
 
     def function(q: Tensor) -> Tensor:
-        problem = problem_of(Heads((q,), (X,), X), MaskSpec(), single)
+        problem = problem_of(Heads((q,), (X,), X), MaskSpec(), "single")
         chosen.append(choose((Careless(), load_backend("eager")), problem, automatic=True).backend.name)
         with pytest.raises(ValueError, match="it has no "):
             choose((Careless(),), problem, automatic=False)

@@ -52,7 +52,7 @@ def wide(heads: Heads) -> Heads:
 
 def run(heads: Heads, mask: MaskSpec, backend: str) -> Tensor:
     mix = single if len(heads.q) == 1 else difference
-    problem = problem_of(heads, mask, mix)
+    problem = problem_of(heads, mask, mix.__name__)
     return attend(heads, prepare((load_backend(backend),), problem, mask, False), 0.3, mix)[0]
 
 

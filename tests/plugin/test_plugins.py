@@ -83,6 +83,67 @@ assert forward_flops_per_token(half.config, 8) > 0 and kv_bytes_per_token(half.c
 """,
 )
 
+ROOT = Path(__file__).parents[2]
+UNEQUAL_HEADS = Plugin(
+    "VARIANTS",
+    "variants/toy.py",
+    "clearhead.variants.toy:GroupedDifferential",
+    (ROOT / "tests" / "contracts" / "grouped_differential.py").read_text(encoding="utf-8"),
+    f"import sys; sys.path.append({str(ROOT)!r})"
+    + MODEL
+    + """
+from transformers import DynamicCache
+from clearhead.core.dispatch import load_backend
+from clearhead.nn import Attention
+from tests.oracles.grouped_differential import grouped_differential
+
+options = {"ratio": 3, "own_keys": True, "wide": True}
+layer = Attention(20, 6, variant="toy", num_kv_heads=2, head_dim=4, **options).double()
+with torch.no_grad():
+    for parameter in layer.parameters():
+        parameter.copy_(0.8 * torch.randn_like(parameter))
+named = {n.removeprefix("variant.").removesuffix(".weight"): p for n, p in layer.named_parameters()}
+weights = {n: p.detach().clone().requires_grad_() for n, p in named.items()}
+x = torch.randn(2, 7, 20, dtype=torch.float64, requires_grad=True)
+real = torch.ones(2, 7, dtype=torch.bool)
+real[0, :2] = False
+sizes = {"signal_heads": 6, "noise_heads": 2, "groups": 2, "width": 4}
+expected, _ = grouped_differential(weights, x, causal=True, key_padding=real, **sizes)
+gradients = torch.autograd.grad(expected.square().sum(), [x, *weights.values()])
+def near(a, b):
+    return torch.allclose(a, b, atol=1e-11, rtol=1e-9)
+for backend in ("eager", "sdpa", "auto"):
+    layer.automatic = backend == "auto"
+    if backend != "auto":
+        layer.backends = (load_backend(backend),)
+    out = layer(x, is_causal=True, key_padding_mask=real)
+    assert near(out, expected)
+    found = torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])
+    assert all(near(a, b) for a, b in zip(found, gradients, strict=True))
+cache = DynamicCache()
+with torch.no_grad():
+    steps = [
+        layer(x[:, i : i + 1], is_causal=True, cache=cache, key_padding_mask=real[:, : i + 1]) for i in range(7)
+    ]
+assert near(torch.cat(steps, 1), expected)
+try:
+    Attention(20, 6, variant="toy", num_kv_heads=2, head_dim=4, backend="cpu", ratio=3)(x.float(), is_causal=True)
+except ValueError as error:
+    assert "it takes streams with equally many heads, not 6, 2" in str(error), error
+else:
+    raise AssertionError("a kernel took unequal heads")
+model = build(attention="toy", attention_options={"ratio": 2})
+check(model)
+assert set(model.diagnostics()) == {"lambda", "lambda_spread"}
+from clearhead.models.cost import forward_flops_per_token
+twin = build(attention="differential_v2")
+own = 32 * 4  # V2's λ projection
+fewer = 2 * 8  # V2 has four noise heads of width 8, this variant two, and two rows of q_proj fewer
+difference = forward_flops_per_token(twin.config, 9) - forward_flops_per_token(model.config, 9)
+assert difference == 2 * 2 * (own + 32 * fewer + 2 * (8 + 8) * 5), difference
+""",
+)
+
 POSITION = Plugin(
     "POSITIONS",
     "positions/toy.py",
@@ -385,7 +446,7 @@ assert torch.equal(ClearheadForCausalLM.from_pretrained("back")(ids).logits, mod
 """,
 )
 
-PLUGINS = (VARIANT, POSITION, ROPE_SCALING, ENGINE, KERNEL, EVALUATION, CONVERTER)
+PLUGINS = (VARIANT, UNEQUAL_HEADS, POSITION, ROPE_SCALING, ENGINE, KERNEL, EVALUATION, CONVERTER)
 
 
 def register(registry: str, plugin: Plugin) -> str:

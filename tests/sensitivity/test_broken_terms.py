@@ -10,7 +10,7 @@ from torch import Tensor
 
 import clearhead.engines.eager as eager
 import clearhead.variants.differential as v1
-import clearhead.variants.differential_v2 as v2
+from clearhead.core.attend import Mix
 from clearhead.core.heads import split_heads
 from clearhead.core.masks import MaskSpec
 from clearhead.nn import AttentionCore
@@ -24,19 +24,22 @@ from tests.contracts.layer_cases import compare
 Patch = pytest.MonkeyPatch
 
 
+def mixed(patch: Patch, mix: Mix) -> None:
+    for variant in (Differential, DifferentialV2):
+        patch.setattr(variant, "mix", property(lambda self: mix))
+        patch.setattr(variant, "mixing", "other")
+
+
 def wrong_sign(patch: Patch) -> None:
-    patch.setattr(v1, "difference", lambda streams, gate: streams[0] + gate * streams[1])
-    patch.setattr(v2, "difference", lambda streams, gate: streams[0] + gate * streams[1])
+    mixed(patch, lambda streams, gate: streams[0] + gate * streams[1])
 
 
 def no_lambda(patch: Patch) -> None:
-    patch.setattr(v1, "difference", lambda streams, gate: streams[0] - (1 + 0 * gate) * streams[1])
-    patch.setattr(v2, "difference", lambda streams, gate: streams[0] - (1 + 0 * gate) * streams[1])
+    mixed(patch, lambda streams, gate: streams[0] - (1 + 0 * gate) * streams[1])
 
 
 def streams_swapped(patch: Patch) -> None:
-    patch.setattr(v1, "difference", lambda streams, gate: streams[1] - gate * streams[0])
-    patch.setattr(v2, "difference", lambda streams, gate: streams[1] - gate * streams[0])
+    mixed(patch, lambda streams, gate: streams[1] - gate * streams[0])
 
 
 def halves_paired(patch: Patch) -> None:

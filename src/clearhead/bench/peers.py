@@ -4,7 +4,7 @@ Legend: B batch, H output heads, G key-value heads, L queries, S keys, D key wid
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from clearhead.bench.cases import (
     Case,
     Formula,
 )
-from clearhead.core.attend import Prepared, attend, difference, problem_of, single
+from clearhead.core.attend import Prepared, attend, difference
 from clearhead.core.dispatch import Engine, Plan, Problem, load_backend
 from clearhead.core.heads import Heads
 from clearhead.core.legalise import Lowering
@@ -157,19 +157,36 @@ def _streams(inputs: Inputs) -> Heads:
 
 def problem(case: AttentionCase, formula: Formula = "variant") -> Problem:
     """The case as the choice of a backend sees it."""
-    q, k, v = (torch.empty(shape, dtype=dtype_of(case), device="meta") for shape in shapes(case))
-    inputs = Inputs(q, k, v, None if case.variant == "softmax" else q[:, ::2, :, :1])
-    heads = _streams(as_softmax(inputs) if formula == "softmax" else inputs)
-    mix = single if len(heads.q) == 1 else difference
-    found = problem_of(heads, MaskSpec(is_causal=case.causal), mix)
-    return replace(found, device="cpu", needs_grad=case.backward)
+    heads, kv_heads, key_streams, value_width = (
+        (case.heads,) * case.streams,
+        case.groups,
+        case.key_streams,
+        case.value_width,
+    )
+    if formula == "softmax":  # as `as_softmax` arranges it
+        heads = (case.streams * case.heads,)
+        kv_heads, key_streams, value_width = case.key_streams * case.groups, 1, case.width
+    return Problem.of(
+        heads,
+        kv_heads,
+        key_streams,
+        case.width,
+        value_width,
+        queries=case.queries,
+        keys=case.keys,
+        mask=MaskSpec(is_causal=case.causal),
+        mixing="single" if len(heads) == 1 else "difference",
+        dtype=dtype_of(case),
+        device=torch.device("cpu"),
+        needs_grad=case.backward,
+    )
 
 
 def refusal(backend: str, problem: Problem) -> str | None:
     """Why `backend` cannot run `problem`, or None."""
     if backend not in (*names("kernels"), *names("engines")):
         return f"there is no kernel {backend!r} in this installation"
-    return load_backend(backend).refusal(problem)
+    return load_backend(backend).reason_against(problem)
 
 
 def _through(backend: str, formula: Formula = "variant") -> Callable[[AttentionCase], Peer]:

@@ -13,8 +13,8 @@ from clearhead.bench.cases import TrainCase, attention_flops
 from clearhead.bench.gate import Results, Verdict, flat, judge
 from clearhead.bench.measure import reason_of
 from clearhead.bench.peers import Unavailable, refusal
-from clearhead.core.attend import problem_of
-from clearhead.core.heads import Heads, Widths
+from clearhead.core.dispatch import Problem
+from clearhead.core.heads import Widths
 from clearhead.core.masks import MaskSpec
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
 
@@ -137,15 +137,15 @@ def _widths(config: ClearheadConfig) -> Widths:
 
 
 def _refusal(arm: Arm, config: ClearheadConfig, case: TrainCase) -> str | None:
-    sizes, mix = _widths(config), config.make_variant(0).mix
-
-    def meta(heads: int, width: int) -> Tensor:
-        return torch.empty(case.batch, heads, case.context, width, device="meta")
-
-    heads = Heads(
-        tuple(meta(sizes.heads, sizes.key_width) for _ in range(sizes.query_streams)),
-        tuple(meta(sizes.kv_heads, sizes.key_width) for _ in range(sizes.key_streams)),
-        meta(sizes.kv_heads, sizes.value_width),
+    variant = config.make_variant(0)
+    found = Problem.of_widths(
+        variant.sizes,
+        queries=case.context,
+        keys=case.context,
+        mask=MaskSpec(is_causal=True),
+        mixing=variant.mixing,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        needs_grad=True,
     )
-    found = problem_of(heads, MaskSpec(is_causal=True), mix)
-    return refusal(arm.backend, replace(found, device="cpu", needs_grad=True))
+    return refusal(arm.backend, found)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    import torch
+
     from clearhead.core.dispatch import Problem
     from clearhead.models import ClearheadConfig
 
@@ -22,17 +24,27 @@ def command(
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a row.", show_default="as trained")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, ... A GPU that is not here by its capability: cuda:sm_90.")
+    ] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
 ) -> None:
     """Print parameters, FLOPs and cache bytes per token, and how each engine would run the attention, or why not."""
+    from dataclasses import replace
+
     import torch
     from rich.console import Console
     from rich.markup import escape
 
+    from clearhead.core.capability import parse_device
+
     floats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in floats:
         raise ValueError(f"--dtype {dtype!r} is none of {', '.join(floats)}")
+    try:
+        place, capability = parse_device(device)
+    except ValueError as error:
+        raise ValueError(f"--device {error}") from None
     models, length = _models(subject, overrides or [], arm)
     length = context or length
     console = Console(highlight=False, soft_wrap=True)
@@ -40,13 +52,13 @@ def command(
     console.print(
         '\n"<- auto" marks what models take by themselves: attn_implementation="clearhead", the default.'
     )
-    if device == "cpu":
+    if place.type == "cpu":
         console.print(f"The CPU kernel: {escape(_cpu_kernel())}.")
     for name, config in models.items():
         console.print(f"\n[bold]{escape(name)}[/bold]: {config.attention} {config.attention_options or ''}")
-        for situation, problem in _problems(config, length, device, floats[dtype]).items():
+        for situation, problem in _problems(config, length, place, floats[dtype]).items():
             console.print(f"  {situation}, {dtype} on {device}")
-            for line in _plans(problem):
+            for line in _plans(replace(problem, capability=capability)):
                 console.print(f"    {line}")
 
 
@@ -107,32 +119,35 @@ def _costs(models: "dict[str, ClearheadConfig]", length: int, dtype: object) -> 
     return table
 
 
-def _problems(config: "ClearheadConfig", length: int, device: str, dtype: object) -> "dict[str, Problem]":
+def _problems(
+    config: "ClearheadConfig", length: int, device: "torch.device", dtype: "torch.dtype"
+) -> "dict[str, Problem]":
     """The attention problems of a model's life, by a description."""
     from dataclasses import replace
 
     import torch
 
-    from clearhead.core.attend import problem_of
-    from clearhead.core.heads import Heads
+    from clearhead.core.dispatch import Problem
     from clearhead.core.masks import MaskSpec
 
     variant = config.make_variant(0)
-    sizes = variant.sizes
 
     def problem(queries: int, mask: MaskSpec, *, training: bool = False, maps: bool = False) -> "Problem":
-        def meta(heads: int, tokens: int, width: int) -> torch.Tensor:
-            return torch.empty(1, heads, tokens, width, dtype=dtype, device="meta")  # type: ignore[call-overload]
-
-        heads = Heads(
-            q=tuple(meta(sizes.heads, queries, sizes.key_width) for _ in range(sizes.query_streams)),
-            k=tuple(meta(sizes.kv_heads, length, sizes.key_width) for _ in range(sizes.key_streams)),
-            v=meta(sizes.kv_heads, length, sizes.value_width),
+        return Problem.of_widths(
+            variant.sizes,
+            queries=queries,
+            keys=length,
+            mask=mask,
+            mixing=variant.mixing,
+            dtype=dtype,
+            device=device,
+            needs_grad=training,
+            needs_maps=maps,
         )
-        return replace(problem_of(heads, mask, variant.mix, maps), device=device, needs_grad=training)
 
     # In a mix of layers, those with slopes: fewer backends have them.
-    biased = [found for p in config.make_positions().values() if (found := p.slopes(sizes.heads)) is not None]
+    heads = variant.sizes.heads
+    biased = [found for p in config.make_positions().values() if (found := p.slopes(heads)) is not None]
     causal = MaskSpec(is_causal=True, slopes=biased[0] if biased else None)
     documents = replace(causal, documents=torch.zeros(1, length, dtype=torch.long, device="meta"))
     return {
@@ -154,17 +169,22 @@ def _plans(problem: "Problem") -> list[str]:
     """One line a backend: how it would run the problem, or its reason not to; the one `auto` takes is marked."""
     from rich.markup import escape
 
-    from clearhead.core.dispatch import plan
+    from clearhead.core.dispatch import load_backend, plan
     from clearhead.registry import names
 
-    chosen = plan(problem).backend.name
+    automatic = plan(problem)
+    passed_over = dict(automatic.refusals)
     lines = []
     for name in (*names("kernels"), *names("engines"), *BESIDES):
-        try:
+        backend = load_backend(name)
+        reason = backend.reason_against(problem)
+        if reason is not None:
+            text = f"[dim]refused: {escape(reason)}[/dim]"
+        else:
             text = str(plan(problem, name)).partition(": ")[2]
-        except ValueError as error:
-            # The reason, without the sentence around it.
-            reason = str(error).partition(f"({name}: ")[2].removesuffix(")")
-            text = f"[dim]refused: {escape(reason or str(error))}[/dim]"
-        lines.append(f"{name:18} {text}{' [green]<- auto[/green]' if name == chosen else ''}")
+            if backend is automatic.backend:
+                text += " [green]<- auto[/green]"
+            elif name in passed_over:
+                text += f" [dim](not by itself: {escape(passed_over[name])})[/dim]"
+        lines.append(f"{name:18} {text}")
     return lines

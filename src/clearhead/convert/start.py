@@ -12,6 +12,7 @@ from torch import Tensor
 from clearhead.convert.base import refuse
 from clearhead.convert.weights import MadeWeights, Recipe, Weights, same
 from clearhead.models.config import ClearheadConfig
+from clearhead.registry import resolve
 
 SAME_FUNCTION = ("differential_v2",)
 
@@ -36,6 +37,7 @@ def restart(weights: Weights, before: ClearheadConfig, after: ClearheadConfig, s
     recipes: dict[str, Recipe] = {name: Recipe((name,), same) for name in weights.names()}
     doubled = after.attention.startswith("differential_v2")
     width = before.head_dim
+    float32 = resolve("variants", after.attention).float32_parameters
     with torch.device("meta"):
         wanted = ClearheadForCausalLM(after).state_dict()
     for layer in range(after.num_hidden_layers):
@@ -47,7 +49,7 @@ def restart(weights: Weights, before: ClearheadConfig, after: ClearheadConfig, s
             recipes[output] = Recipe((output,), lambda matrix: matrix * 2)
         for name, value in _new(after, layer, seed).items():
             if f"{prefix}.variant.{name}" in wanted:
-                held = value.to(weights.dtype(query)) if "lambda_" not in name or "proj" in name else value
+                held = value if name in float32 else value.to(weights.dtype(query))
                 recipes[f"{prefix}.variant.{name}"] = Recipe((), lambda held=held: held, held.dtype)
     return MadeWeights(weights, recipes)
 

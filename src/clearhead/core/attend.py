@@ -5,7 +5,7 @@ Legend: B batch, H query heads, G key-value heads, L queries, S keys, D key widt
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,9 +22,10 @@ from clearhead.core.hidden import (
 )
 from clearhead.core.legalise import lower, raise_maps, raise_streams
 from clearhead.core.masks import MaskSpec
-from clearhead.core.modes import active_modes
 
 Mix = Callable[[tuple[Tensor, ...], Tensor | None], Tensor]
+# What a fused kernel may know a mix by; "other" is any that none of them knows.
+Mixing = Literal["single", "difference", "other"]
 
 
 def single(streams: tuple[Tensor, ...], gate: Tensor | None) -> Tensor:
@@ -36,44 +37,37 @@ def single(streams: tuple[Tensor, ...], gate: Tensor | None) -> Tensor:
 def difference(streams: tuple[Tensor, ...], gate: Tensor | None) -> Tensor:
     """o1 − gate · o2. Linear in the streams, so the same function mixes outputs and attention maps.
 
+    A second stream with fewer heads than the first serves several heads each: head h takes away head h // (H1 // H2).
     Taken in float32 at least: the difference of two near-equal maps is what bfloat16 loses first.
     """
     assert gate is not None
     signal, noise = streams
+    noise = repeat_kv(noise, signal.shape[1])
     precision = torch.float64 if signal.dtype == torch.float64 else torch.float32
     return (signal - gate.to(precision) * noise).to(signal.dtype)
 
 
-def mixing_of(mix: Mix) -> str:
-    """The name of `mix` as a fused kernel may know it."""
-    if mix is single:
-        return "single"
-    return "difference" if mix is difference else "other"
+MIXES: dict[Mixing, Mix] = {"single": single, "difference": difference}
 
 
-def problem_of(heads: Heads, mask: MaskSpec, mix: Mix, needs_maps: bool = False) -> Problem:
-    """What the choice of a backend needs to know of these tensors."""
-    q, k = heads.q[0], heads.k[0]
-    tensors = (
-        (*heads.q, *heads.k, heads.v) if heads.gate is None else (*heads.q, *heads.k, heads.v, heads.gate)
-    )
-    return Problem(
-        streams=len(heads.q),
-        shares_keys=heads.shares_keys,
-        heads=q.shape[1],
-        kv_heads=k.shape[1],
+def problem_of(heads: Heads, mask: MaskSpec, mixing: Mixing, needs_maps: bool = False) -> Problem:
+    """What the choice of a backend needs to know of these tensors, mixed as `mixing` says."""
+    q, k, v = heads.q[0], heads.k[0], heads.v
+    tensors = (*heads.q, *heads.k, v) if heads.gate is None else (*heads.q, *heads.k, v, heads.gate)
+    return Problem.of(
+        [stream.shape[1] for stream in heads.q],
+        k.shape[1],
+        len(heads.k),
+        q.shape[3],
+        v.shape[3],
         queries=q.shape[2],
         keys=k.shape[2],
-        key_width=q.shape[3],
-        value_width=heads.v.shape[3],
+        mask=mask,
+        mixing=mixing,
         dtype=q.dtype,
-        device=q.device.type,
-        mask=mask.features,
-        ends_aligned=mask.ends_aligned(q.shape[2], k.shape[2]),
-        mixing=mixing_of(mix),
+        device=q.device,
         needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
         needs_maps=needs_maps,
-        modes=active_modes(),
     )
 
 
@@ -96,8 +90,9 @@ class Prepared:
 def prepare(backends: tuple[Backend, ...], problem: Problem, mask: MaskSpec, automatic: bool) -> Prepared:
     """Choose among `backends` and turn `mask` into what the chosen one takes."""
     chosen = choose(backends, problem, automatic)
-    if isinstance(chosen.backend, Kernel) or chosen.lowering is None:
+    if not isinstance(chosen.backend, Engine):
         return Prepared(chosen, mask)
+    assert chosen.lowering is not None
     native = chosen.backend.prepare(mask, problem, chosen.lowering)
     looks = problem.device == "cpu" and not problem.modes
     hidden = mask if looks and hides_real_keys(mask, problem.queries, problem.keys) else None
@@ -114,9 +109,8 @@ def attend(
     """
     if heads.v.shape[0] == 0:
         return _of_nothing(heads.expanded(), mix, with_maps)
-    backend, lowering = prepared.plan.backend, prepared.plan.lowering
-    if isinstance(backend, Kernel) or lowering is None:
-        assert isinstance(backend, Kernel)
+    backend = prepared.plan.backend
+    if isinstance(backend, Kernel):
         return backend.run(heads if backend.takes_tables else heads.expanded(), prepared.mask, scale), None
     heads, scale = _legal(heads.expanded(), scale)
     if prepared.real is None and prepared.hidden is None:
@@ -163,8 +157,6 @@ def _legal(heads: Heads, scale: float) -> tuple[Heads, float]:
 
 def _of_nothing(heads: Heads, mix: Mix, with_maps: bool) -> tuple[Tensor, Tensor | None]:
     """An empty batch: output and map of the right shapes, and gradients that are empty too."""
-    count = heads.q[0].shape[1]
-    keys = heads.k * len(heads.q) if heads.shares_keys else heads.k
-    maps = tuple(q @ repeat_kv(k, count).mT for q, k in zip(heads.q, keys, strict=True))
-    values = repeat_kv(heads.v, count)
-    return mix(tuple(m @ values for m in maps), heads.gate), mix(maps, heads.gate) if with_maps else None
+    maps = tuple(q @ repeat_kv(k, q.shape[1]).mT for q, k in zip(heads.q, heads.own_keys, strict=True))
+    outputs = tuple(m @ repeat_kv(heads.v, m.shape[1]) for m in maps)
+    return mix(outputs, heads.gate), mix(maps, heads.gate) if with_maps else None

@@ -6,18 +6,19 @@ is pure: it looks at sizes and kinds, never at tensor values, and every refusal 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from clearhead.core.heads import Heads
+from clearhead.core.capability import capability_of
+from clearhead.core.heads import Heads, Widths
 from clearhead.core.legalise import Call, Lowering, WideValues, legalise
 from clearhead.core.masks import MaskSpec
-from clearhead.core.modes import MODES
+from clearhead.core.modes import MODES, active_modes
 from clearhead.registry import BACKEND_FACTORIES, did_you_mean, names, resolve
 
 MASK_FEATURES = frozenset({"causal", "window", "padding", "documents", "dense", "bias", "alibi", "places"})
@@ -26,11 +27,15 @@ FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One attention as the choice of a backend sees it.
+    """One attention as the choice of a backend sees it; `of` makes it, from sizes and a mask.
 
-    `ends_aligned`: the last query is the last key, see `MaskSpec`.
-    `mixing` is "single" (one stream), "difference" (o1 − gate·o2) or "other", which no fused kernel knows.
-    `modes`: what `active_modes` says.
+    heads:           of the output, and of every stream unless `stream_heads` says otherwise.
+    ends_aligned:    the last query is the last key, see `MaskSpec`.
+    mixing:          "single" (one stream), "difference" (o1 − gate·o2) or "other", which no fused kernel knows.
+    modes:           what `active_modes` says.
+    capability:      the device's, for example "sm_90"; None where there is none to ask.
+    stream_heads:    query heads of each stream where they are not equally many.
+    differs_by_head: whether the mask says something else for each head.
     """
 
     streams: int
@@ -49,6 +54,60 @@ class Problem:
     needs_grad: bool = False
     needs_maps: bool = False
     modes: frozenset[str] = frozenset()
+    capability: str | None = None
+    stream_heads: tuple[int, ...] | None = None
+    differs_by_head: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        heads: Sequence[int],
+        kv_heads: int,
+        key_streams: int,
+        key_width: int,
+        value_width: int,
+        *,
+        queries: int,
+        keys: int,
+        mask: MaskSpec,
+        mixing: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        needs_grad: bool,
+        needs_maps: bool = False,
+    ) -> "Problem":
+        """The problem of streams with `heads` query heads each; every other way to make one comes here."""
+        return cls(
+            streams=len(heads),
+            shares_keys=key_streams == 1,
+            heads=max(heads),
+            kv_heads=kv_heads,
+            queries=queries,
+            keys=keys,
+            key_width=key_width,
+            value_width=value_width,
+            dtype=dtype,
+            device=device.type,
+            mask=mask.features,
+            ends_aligned=mask.ends_aligned(queries, keys),
+            mixing=mixing,
+            needs_grad=needs_grad,
+            needs_maps=needs_maps,
+            modes=active_modes(),
+            capability=capability_of(device),
+            stream_heads=None if min(heads) == max(heads) else tuple(heads),
+            differs_by_head=mask.differs_by_head,
+        )
+
+    @classmethod
+    def of_widths(cls, sizes: Widths, **rest: Any) -> "Problem":
+        """`of` for what a variant says of its streams."""
+        streams = (sizes.query_heads, sizes.kv_heads, sizes.key_streams, sizes.key_width, sizes.value_width)
+        return cls.of(*streams, **rest)
+
+    def on(self, device: torch.device) -> "Problem":
+        """The same on another device."""
+        return replace(self, device=device.type, capability=capability_of(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +131,34 @@ class Caps:
     modes: frozenset[str] = frozenset()
 
 
-class Engine(ABC):
-    """Runs grouped-query softmax attention calls."""
+class Backend(ABC):
+    """An engine or a kernel: what it cannot run, and what it is known to run fastest.
+
+    passed_over: why "auto" leaves it out where `preferred` says no, or where another is preferred.
+    """
 
     name: str
+    passed_over: ClassVar[str] = "measured slower than another at this shape"
+
+    @abstractmethod
+    def refusal(self, problem: Problem) -> str | None:
+        """Why it cannot run `problem`, or None. `reason_against` asks, after what the backend declares as data."""
+
+    def reason_against(self, problem: Problem) -> str | None:
+        """Why it cannot run `problem`, or None: all that there is to know, for whoever asks."""
+        return self.refusal(problem)
+
+    def preferred(self, problem: Problem) -> bool | None:
+        """What measurements say of "auto" taking it for `problem`; it may be asked of one that it refuses.
+
+        True puts it before all backends without a True, False behind all others. None, where nothing was measured,
+        leaves it its place in the registry.
+        """
+        return None
+
+
+class Engine(Backend):
+    """Runs grouped-query softmax attention calls."""
 
     @abstractmethod
     def caps(self, device: str) -> Caps:
@@ -90,7 +173,6 @@ class Engine(ABC):
         """Outputs (B, H, L, E) of one call, and its maps (B, H, L, S) from an engine whose caps promise them."""
 
     def refusal(self, problem: Problem) -> str | None:
-        """Why this engine cannot run `problem`, or None."""
         caps = self.caps(problem.device)
         if caps.devices is not None and problem.device not in caps.devices:
             return f"it runs on {', '.join(sorted(caps.devices))}, not on {problem.device}"
@@ -106,6 +188,8 @@ class Engine(ABC):
             return missing
         if problem.mask - caps.masks:
             return f"it cannot express a mask with {', '.join(sorted(problem.mask - caps.masks))}"
+        if problem.stream_heads is not None and problem.differs_by_head:
+            return "a mask or ALiBi's slopes by head need streams with equally many heads"
         lowering = self.lowering(problem)
         if isinstance(lowering, str):
             return lowering
@@ -124,6 +208,7 @@ class Engine(ABC):
             problem.value_width,
             caps.wide_values,
             caps.one_call,
+            problem.stream_heads,
         )
 
 
@@ -133,33 +218,34 @@ def refused_modes(problem: Problem, known: frozenset[str]) -> str | None:
     return f"it has no {unknown[0]}" if unknown else None
 
 
-class Kernel(ABC):
+class Kernel(Backend):
     """Runs a whole variant: the streams, their masks and their mixing, in one fused pass.
 
-    takes_tables: it takes `Heads` with a table; others get them expanded.
-    modes:        which of `MODES` it is right in; the choice of a backend refuses it in the others.
-    passed_over:  why "auto" leaves it out where it is not `preferred`.
+    takes_tables:  it takes `Heads` with a table; others get them expanded.
+    modes:         which of `MODES` it is right in; the choice of a backend refuses it in the others.
+    unequal_heads: it takes streams with different numbers of heads; the choice refuses them to the others.
     """
 
-    name: str
     passed_over: ClassVar[str] = "measured slower than what follows at this shape"
     takes_tables: ClassVar[bool] = False
     modes: ClassVar[frozenset[str]] = frozenset()
+    unequal_heads: ClassVar[bool] = False
 
-    @abstractmethod
-    def refusal(self, problem: Problem) -> str | None:
-        """Why this kernel cannot run `problem`, or None."""
+    def reason_against(self, problem: Problem) -> str | None:
+        missing = refused_modes(problem, self.modes)
+        if missing is not None:
+            return missing
+        if problem.stream_heads is not None and not self.unequal_heads:
+            counts = ", ".join(map(str, problem.stream_heads))
+            return f"it takes streams with equally many heads, not {counts}"
+        return self.refusal(problem)
 
     @abstractmethod
     def run(self, heads: Heads, mask: MaskSpec, scale: float) -> Tensor:
         """(B, H, L, E): the mixed output."""
 
-    def preferred(self, problem: Problem) -> bool:
-        """Whether `backend="auto"` should take it for `problem`, from measurements."""
+    def preferred(self, problem: Problem) -> bool | None:
         return True
-
-
-Backend = Engine | Kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +304,8 @@ def automatic_backends() -> tuple[Backend, ...]:
 def plan(problem: Problem, request: str = "auto") -> Plan:
     """Choose the backend for `problem`.
 
-    "auto" takes the first that does not refuse; a name is taken or raises ValueError with its reason, never replaced.
+    "auto" takes the first that does not refuse, a `preferred` one before the others; a name is taken or raises
+    ValueError with its reason, never replaced.
     """
     if request != "auto":
         return choose((load_backend(request),), problem, automatic=False)
@@ -228,19 +315,28 @@ def plan(problem: Problem, request: str = "auto") -> Plan:
 def choose(backends: tuple[Backend, ...], problem: Problem, automatic: bool) -> Plan:
     """`plan` over backends already loaded, which is what a compiled forward pass can trace."""
     refusals: list[tuple[str, str]] = []
+    waiting: Plan | None = None  # the first that can and has no measurement
+    spare: Plan | None = None  # the first that can and measurements speak against
     for backend in backends:
-        reason = refused_modes(problem, backend.modes) if isinstance(backend, Kernel) else None
-        reason = backend.refusal(problem) if reason is None else reason
+        if waiting is not None and not backend.preferred(problem):
+            continue
+        reason = backend.reason_against(problem)
         if reason is not None:
             refusals.append((backend.name, reason))
-        elif isinstance(backend, Kernel):
-            if not automatic or backend.preferred(problem):
-                return Plan(backend, None, tuple(refusals))
-            refusals.append((backend.name, backend.passed_over))
-        else:
-            lowering = backend.lowering(problem)
-            assert isinstance(lowering, Lowering)  # an engine that does not refuse has one
-            return Plan(backend, lowering, tuple(refusals))
+            continue
+        preferred = backend.preferred(problem) if automatic else True
+        if preferred:
+            if waiting is not None:
+                refusals.append((waiting.backend.name, waiting.backend.passed_over))
+            return _plan(backend, problem, refusals)
+        if preferred is None:
+            waiting = _plan(backend, problem, refusals)
+            continue
+        spare = spare or _plan(backend, problem, refusals)
+        refusals.append((backend.name, backend.passed_over))
+    chosen = waiting or spare
+    if chosen is not None:
+        return chosen
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals)
     subject = (
         "no backend can run this attention"
@@ -248,6 +344,14 @@ def choose(backends: tuple[Backend, ...], problem: Problem, automatic: bool) -> 
         else f"backend {backends[0].name!r} cannot run this attention"
     )
     raise ValueError(f"{subject} ({reasons})")
+
+
+def _plan(backend: Backend, problem: Problem, refusals: list[tuple[str, str]]) -> Plan:
+    if not isinstance(backend, Engine):
+        return Plan(backend, None, tuple(refusals))
+    lowering = backend.lowering(problem)
+    assert isinstance(lowering, Lowering)  # an engine that does not refuse has one
+    return Plan(backend, lowering, tuple(refusals))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

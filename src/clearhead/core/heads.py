@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, not {value!r}")
+
+
 def check_whole(name: str, value: object, least: int = 1) -> None:
     """Raise ValueError unless `value` is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -48,7 +54,9 @@ class Widths:
     """What a variant asks of the layer around it.
 
     `q`, `k`, `v` are output widths of the projections, `o` the input width of the output projection; the rest is
-    what the variant's streams look like once split.
+    what the variant's streams look like once split. `heads` are those of the mixed output, and of every stream unless
+    `stream_heads` gives each stream its own number: grouped differential attention has fewer noise heads than signal
+    heads. Each must be a multiple of `kv_heads`, and head h of a stream of n reads group h // (n // kv_heads).
     """
 
     q: int
@@ -61,6 +69,27 @@ class Widths:
     key_streams: int
     key_width: int
     value_width: int
+    stream_heads: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.stream_heads is None:
+            return
+        if len(self.stream_heads) != self.query_streams:
+            raise ValueError(
+                f"stream_heads has {len(self.stream_heads)} numbers; expected query_streams "
+                f"({self.query_streams}), one a stream"
+            )
+        for count in self.stream_heads:
+            check_whole("each number in stream_heads", count)
+            if count % self.kv_heads:
+                raise ValueError(
+                    f"stream_heads {self.stream_heads}: {count} is not a multiple of kv_heads ({self.kv_heads})"
+                )
+
+    @property
+    def query_heads(self) -> tuple[int, ...]:
+        """Query heads of each stream."""
+        return self.stream_heads or (self.heads,) * self.query_streams
 
 
 def twin_widths(shape: HeadShape) -> Widths:
@@ -84,7 +113,8 @@ def twin_widths(shape: HeadShape) -> Widths:
 class Heads:
     """Streams of one layer: ordinary grouped-query softmax problems over the same key-value heads.
 
-    q: one (B, H, L, D) per stream.   k: one (B, G, S, D) per stream, or a single one that all streams share.
+    q: one (B, H, L, D) per stream; streams may have different numbers of heads, each a multiple of G.
+    k: one (B, G, S, D) per stream, or a single one that all streams share.
     v: (B, G, S, E), shared.          gate: broadcastable to (B, H, L, 1), what `mix` weighs the second stream with,
         or None.
     table: (B or 1, S, D) in float32 where keys are held at half their width, k (B, G, S, D/2): a key then is
@@ -100,6 +130,11 @@ class Heads:
     @property
     def shares_keys(self) -> bool:
         return len(self.k) == 1
+
+    @property
+    def own_keys(self) -> tuple[Tensor, ...]:
+        """The keys of each stream, the shared ones repeated."""
+        return self.k * len(self.q) if self.shares_keys else self.k
 
     def expanded(self) -> "Heads":
         """The same with keys of full width and no table."""

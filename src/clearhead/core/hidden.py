@@ -65,11 +65,11 @@ def without(heads: Heads, hidden: Tensor) -> Heads:
 
 def isolated(heads: Heads, mask: MaskSpec, scale: float) -> list[tuple[Tensor, Tensor]]:
     """(B, H, L, E) and the map (B, H, L, S) of each stream; a row is NaN where it sees a value that is not finite."""
-    count, queries = heads.q[0].shape[1:3]
-    keys = heads.k * len(heads.q) if heads.shares_keys else heads.k
-    v = repeat_kv(heads.v, count)
+    queries = heads.q[0].shape[2]
     results = []
-    for q, k in zip(heads.q, keys, strict=True):
+    for q, k in zip(heads.q, heads.own_keys, strict=True):
+        count = q.shape[1]
+        v = repeat_kv(heads.v, count)
         parts = [
             _some_rows(q[:, :, first : first + _ROWS], repeat_kv(k, count), v, mask, scale, first, queries)
             for first in range(0, queries, _ROWS)

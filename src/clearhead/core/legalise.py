@@ -31,7 +31,10 @@ WideValues = Literal["native", "pad", "split"]
 
 @dataclass(frozen=True, slots=True)
 class Lowering:
-    """How streams become calls: `slices` cuts the value, `stack` makes one call, `pad` widens q and k."""
+    """How streams become calls: `slices` cuts the value, `stack` makes one call, `pad` widens q and k.
+
+    stream_heads: query heads of each stream where they are not equally many, else None.
+    """
 
     name: str
     streams: int
@@ -39,6 +42,7 @@ class Lowering:
     slices: int = 1
     pad: bool = False
     shares_keys: bool = False
+    stream_heads: tuple[int, ...] | None = None
 
     @property
     def calls(self) -> int:
@@ -46,7 +50,7 @@ class Lowering:
 
     @property
     def heads_factor(self) -> int:
-        """Query heads of one call over query heads of one stream."""
+        """Query heads of one call over query heads of one stream, where all streams have equally many."""
         return self.streams * self.slices if self.stack else 1
 
 
@@ -66,39 +70,43 @@ def legalise(
     value_width: int,
     wide_values: WideValues,
     one_call: bool = False,
+    stream_heads: tuple[int, ...] | None = None,
 ) -> Lowering | str:
     """The lowering for an engine that treats values wider than keys as `wide_values` and may insist on `one_call`.
 
+    stream_heads: query heads of each stream where they are not equally many.
     Returns the reason as a string where there is none.
     """
     narrow = value_width <= key_width or wide_values == "native"
-    if shares_keys and streams > 1 and narrow:
-        return Lowering("grouped", streams, stack=True, shares_keys=True)
-    if shares_keys and streams > 1 and wide_values == "pad":
-        return Lowering("grouped padded", streams, stack=True, pad=True, shares_keys=True)
-    if streams == 1 and narrow:
-        return Lowering("direct", 1, shares_keys=True)
-    if streams == 1 and wide_values == "pad":
-        return Lowering("direct padded", 1, pad=True, shares_keys=True)
-    if not narrow and wide_values == "split" and value_width % key_width:
+    pads = not narrow and wide_values == "pad"
+    if shares_keys and streams > 1 and (narrow or pads):
+        name = "grouped padded" if pads else "grouped"
+        return Lowering(name, streams, stack=True, pad=pads, shares_keys=True, stream_heads=stream_heads)
+    if streams == 1 and (narrow or pads):
+        return Lowering("direct padded" if pads else "direct", 1, pad=pads, shares_keys=True)
+    if not (narrow or pads) and value_width % key_width:
         return f"the value is {value_width} wide, no multiple of the key's {key_width}, so it cannot be cut into slices"
-    slices = 1 if narrow or wide_values == "pad" else value_width // key_width
-    if one_call:
-        return Lowering(
-            "stacked", streams, stack=True, slices=slices, pad=not narrow and wide_values == "pad"
+    slices = 1 if narrow or pads else value_width // key_width
+    if one_call and stream_heads is not None:
+        return (
+            f"it takes one call a layer, where streams with {_and(stream_heads)} heads cannot lie side by side: every "
+            "key head of a call serves equally many query heads"
         )
-    if narrow:
-        return Lowering("FlashDiffAttn_1", streams)
-    if wide_values == "pad":
-        return Lowering("FlashDiffAttn_1 padded", streams, pad=True)
-    return Lowering("FlashDiffAttn_2", streams, slices=slices)
+    if one_call:
+        return Lowering("stacked", streams, stack=True, slices=slices, pad=pads)
+    if narrow or pads:
+        name = "FlashDiffAttn_1 padded" if pads else "FlashDiffAttn_1"
+        return Lowering(name, streams, pad=pads, stream_heads=stream_heads)
+    return Lowering("FlashDiffAttn_2", streams, slices=slices, stream_heads=stream_heads)
+
+
+def _and(counts: Sequence[int]) -> str:
+    return f"{', '.join(map(str, counts[:-1]))} and {counts[-1]}"
 
 
 def lower(heads: Heads, lowering: Lowering) -> list[Call]:
     """The calls that compute the streams of `heads`."""
-    queries, keys = heads.q, heads.k
-    if heads.shares_keys and not lowering.shares_keys:
-        keys = keys * len(queries)
+    queries, keys = heads.q, heads.k if lowering.shares_keys else heads.own_keys
     if lowering.pad:
         extra = heads.v.shape[-1] - queries[0].shape[-1]
         queries = tuple(F.pad(q, (0, extra)) for q in queries)
@@ -116,11 +124,11 @@ def lower(heads: Heads, lowering: Lowering) -> list[Call]:
 
 
 def raise_streams(outputs: Sequence[Tensor], lowering: Lowering, groups: int) -> tuple[Tensor, ...]:
-    """Outputs of the calls, (B, heads, L, width), back as one (B, H, L, E) a stream."""
+    """Outputs of the calls, (B, heads, L, width), back as one (B, H, L, E) a stream, H the stream's own."""
     if not lowering.stack:
         parts = [tuple(outputs[i : i + lowering.slices]) for i in range(0, len(outputs), lowering.slices)]
     elif lowering.shares_keys:
-        return unstack_heads(outputs[0], groups, lowering.streams)
+        return unstack_heads(outputs[0], groups, lowering)
     else:
         blocks = outputs[0].chunk(lowering.streams * lowering.slices, dim=1)
         parts = [blocks[i : i + lowering.slices] for i in range(0, len(blocks), lowering.slices)]
@@ -130,20 +138,25 @@ def raise_streams(outputs: Sequence[Tensor], lowering: Lowering, groups: int) ->
 def raise_maps(maps: Sequence[Tensor], lowering: Lowering, groups: int) -> tuple[Tensor, ...]:
     """Maps of the calls, (B, heads, L, S), as one (B, H, L, S) a stream; slices of one stream share theirs."""
     if lowering.stack and lowering.shares_keys:
-        return unstack_heads(maps[0], groups, lowering.streams)
+        return unstack_heads(maps[0], groups, lowering)
     flat = maps[0].chunk(lowering.streams * lowering.slices, dim=1) if lowering.stack else maps
     return tuple(flat[:: lowering.slices])
 
 
 def stack_heads(streams: Sequence[Tensor], groups: int) -> Tensor:
-    """One (B, H, L, D) a stream -> (B, streams·H, L, D), the heads of one key-value group together."""
+    """One (B, H, L, D) a stream -> (B, sum of H, L, D), the heads of one key-value group together."""
     grouped = [x.unflatten(1, (groups, -1)) for x in streams]
     return torch.cat(grouped, dim=2).flatten(1, 2)
 
 
-def unstack_heads(x: Tensor, groups: int, streams: int) -> tuple[Tensor, ...]:
+def unstack_heads(x: Tensor, groups: int, lowering: Lowering) -> tuple[Tensor, ...]:
     """The inverse of `stack_heads`."""
-    return tuple(part.flatten(1, 2) for part in x.unflatten(1, (groups, -1)).chunk(streams, dim=2))
+    grouped, counts = x.unflatten(1, (groups, -1)), lowering.stream_heads
+    if counts is None:
+        parts = grouped.chunk(lowering.streams, dim=2)
+    else:
+        parts = grouped.split([count // groups for count in counts], dim=2)
+    return tuple(part.flatten(1, 2) for part in parts)
 
 
 def lower_mask(mask: Tensor, lowering: Lowering, groups: int) -> Tensor:

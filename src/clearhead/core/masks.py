@@ -70,6 +70,13 @@ class MaskSpec:
         }
         return frozenset(name for name, used in parts.items() if used)
 
+    @property
+    def differs_by_head(self) -> bool:
+        """Whether a part says something else for each head."""
+        return self.slopes is not None or (
+            self.dense is not None and self.dense.ndim == 4 and self.dense.shape[1] > 1
+        )
+
     def query_positions(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """(L,) positions of the queries among the keys."""
         offset = keys - queries if self.offset is None else self.offset

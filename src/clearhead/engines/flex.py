@@ -28,6 +28,8 @@ class Flex(Engine):
     """
 
     name = "flex"
+    # Without a `preferred`: on a GPU it skips the blocks that packed documents and windows hide, where SDPA takes a
+    # dense mask, but nothing has timed the two, and a preference rests on measurements.
 
     def caps(self, device: str) -> Caps:
         # PyTorch 2.13 rejects float64 in the compiled CPU kernel.

@@ -3,9 +3,8 @@
 Legend: B batch, L queries, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
@@ -13,9 +12,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
-from clearhead.core.attend import mixing_of
 from clearhead.models.config import ClearheadConfig
 from clearhead.models.decoder import ClearheadModel
+from clearhead.models.diagnostics import diagnostics_of
 from clearhead.models.generation import ClearheadGeneration
 from clearhead.models.pretrained import ClearheadPreTrainedModel
 from clearhead.positions.base import Position
@@ -95,24 +94,21 @@ class ClearheadForCausalLM(ClearheadPreTrainedModel, ClearheadGeneration, Genera
             attentions=outputs.attentions,
         )
 
-    @torch.no_grad()
     def lambdas(self, input_ids: Tensor | None = None) -> dict[int, float]:
         """Mean λ of each differential layer: for V2 over heads and tokens of `input_ids` (B, L).
 
         Layers without λ, and V2 layers when no tokens are given, are left out.
         """
-        layers = self.model._decoder_layers()
-        fixed = {index: layer.self_attn.variant.mean_lambda() for index, layer in enumerate(layers)}
-        found = {index: value for index, value in fixed.items() if value is not None}
-        if (
-            input_ids is None
-            or all(mixing_of(layer.self_attn.variant.mix) == "single" for layer in layers)
-            or len(found) == len(layers)
-        ):
-            return found
-        states = self.model(input_ids=input_ids, use_cache=False, output_hidden_states=True).hidden_states
-        for index, layer in enumerate(layers):
-            gate = layer.self_attn.variant(layer.input_layernorm(states[index]))
-            if index not in found and gate is not None:
-                found[index] = float(gate.mean())
-        return found
+        return self.diagnostics(input_ids).get("lambda", {})
+
+    def diagnostics(self, input_ids: Tensor | None = None) -> dict[str, dict[int, float]]:
+        """What the layers' variants have for a log (`Variant.diagnostics`), by name, then by layer.
+
+        What depends on the input is of the tokens `input_ids` (B, L), and left out without them.
+        """
+
+        def states() -> tuple[Tensor, ...]:
+            outputs = self.model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
+            return cast(tuple[Tensor, ...], outputs.hidden_states)
+
+        return diagnostics_of(self.model._decoder_layers(), None if input_ids is None else states)

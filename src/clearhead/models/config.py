@@ -1,12 +1,12 @@
 """The configuration of a clearhead model."""
 
 import copy
-import inspect
 import json
 import os
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -14,8 +14,8 @@ from clearhead.core.heads import HeadShape
 from clearhead.models.autoload import AUTO_MAP, AutoMap, is_own, tell_peft, without_own, write_module
 from clearhead.models.kinds import LayerKind, check_layers, check_window, make_kinds
 from clearhead.positions.base import Position
-from clearhead.registry import did_you_mean, resolve
-from clearhead.variants.base import Variant
+from clearhead.registry import resolve
+from clearhead.variants.base import Variant, make_variant
 
 # The attn_implementation of models that chooses a backend for each forward pass, as `backend="auto"` does for a layer.
 AUTOMATIC = "clearhead"
@@ -247,7 +247,8 @@ class ClearheadConfig(PreTrainedConfig):
             )
 
     def _of_cache(self, kind: LayerKind) -> PreTrainedConfig:
-        sizes = resolve("variants", kind.attention).widths(self.head_shape(0))
+        with torch.device("meta"):
+            sizes = make_variant(kind.attention, self.head_shape(0), kind.options).sizes
         keys = sizes.key_streams * sizes.key_width // (2 if self.compact_cache else 1)
         held: dict[str, Any] = {}
         if (sizes.kv_heads, keys, sizes.value_width) != (self.num_key_value_heads, *[self.head_dim] * 2):
@@ -294,16 +295,7 @@ class ClearheadConfig(PreTrainedConfig):
     def make_variant(self, layer_idx: int) -> Variant:
         """The variant of one layer; ValueError if the options are not its own."""
         kind = self.layer_kinds[layer_idx]
-        variant = resolve("variants", kind.attention)
-        options = dict(kind.options)
-        known = [name for name in inspect.signature(variant).parameters if name != "shape"]
-        for name in options:
-            if name not in known:
-                raise ValueError(
-                    f"attention {kind.attention!r} has no option {name!r}: {did_you_mean(name, known)}"
-                )
-        made: Variant = variant(self.head_shape(layer_idx), **options)
-        return made
+        return make_variant(kind.attention, self.head_shape(layer_idx), kind.options)
 
     def make_positions(self) -> dict[str, Position]:
         """The position methods that the layers use, by name: one instance for all layers of a name."""

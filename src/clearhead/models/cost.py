@@ -4,10 +4,9 @@ Legend: H heads of one stream, G key-value heads, D key width, E value width, K 
 """
 
 import torch
-from torch import nn
 
-from clearhead.core.heads import Widths
 from clearhead.models.config import ClearheadConfig
+from clearhead.variants.base import Variant
 
 
 def parameters(config: ClearheadConfig) -> int:
@@ -22,21 +21,20 @@ def parameters(config: ClearheadConfig) -> int:
 def forward_flops_per_token(config: ClearheadConfig, context: int) -> int:
     """Floating-point operations of a forward pass per token, averaged over the tokens of one row of `context` tokens.
 
-    Two for every weight of a matrix product, the variant's own (V2's λ projection) among them, and 2·D + 2·E for every
-    head, stream and visible key; token i sees i + 1 keys, or its layer's window. Norms, rotations and activations are
-    left out. This is the cost of the mechanism: a lowering that computes scores more than once (FlashDiffAttn_2) pays
-    more. Training costs three times a forward pass.
+    Two for every weight of a matrix product, 2·D + 2·E for every query head of every stream and visible key, and what
+    the variant says of its own (`Variant.flops_per_token`: V2's λ projection); token i sees i + 1 keys, or its layer's
+    window. Norms, rotations and activations are left out. This is the cost of the mechanism: a lowering that computes
+    scores more than once (FlashDiffAttn_2) pays more. Training costs three times a forward pass.
     """
     assert config.intermediate_size is not None
     total = 2.0 * config.hidden_size * config.vocab_size
     for layer, kind in enumerate(config.layer_kinds):
-        sizes, mean_keys = _widths(config, layer), mean_visible(context, kind.window)
-        projections = config.hidden_size * (sizes.q + sizes.k + sizes.v + sizes.o) + _own_products(
-            config, layer
-        )
+        variant, mean_keys = _variant(config, layer), mean_visible(context, kind.window)
+        sizes = variant.sizes
+        projections = config.hidden_size * (sizes.q + sizes.k + sizes.v + sizes.o)
         gated = 3 * config.hidden_size * config.intermediate_size
-        scores = sizes.query_streams * sizes.heads * (sizes.key_width + sizes.value_width) * mean_keys
-        total += 2 * (projections + gated + scores)
+        scores = sum(sizes.query_heads) * (sizes.key_width + sizes.value_width) * mean_keys
+        total += 2 * (projections + gated + scores) + variant.flops_per_token(mean_keys)
     return round(total)
 
 
@@ -58,19 +56,14 @@ def kv_bytes(config: ClearheadConfig, context: int, dtype: torch.dtype) -> int:
     """Bytes of a key-value cache of `context` tokens, one row; a layer with a window w keeps w − 1 of them at most."""
     numbers = 0
     for layer, kind in enumerate(config.layer_kinds):
-        sizes = _widths(config, layer)
+        sizes = _variant(config, layer).sizes
         keys = sizes.key_streams * sizes.key_width // (2 if config.compact_cache else 1)
         kept = context if kind.window is None else min(context, kind.window - 1)
         numbers += kept * sizes.kv_heads * (keys + sizes.value_width)
     return numbers * dtype.itemsize
 
 
-def _own_products(config: ClearheadConfig, layer: int) -> int:
-    """Weights of the variant's own matrix products, which its widths do not tell."""
+def _variant(config: ClearheadConfig, layer: int) -> Variant:
+    """For its sizes: without memory."""
     with torch.device("meta"):
-        modules = list(config.make_variant(layer).modules())
-    return sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))
-
-
-def _widths(config: ClearheadConfig, layer: int) -> Widths:
-    return config.make_variant(layer).sizes
+        return config.make_variant(layer)

@@ -13,10 +13,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from clearhead.core.attend import mixing_of
 from clearhead.core.dispatch import Problem
 from clearhead.core.masks import MaskSpec
-from clearhead.core.modes import active_modes
 from clearhead.core.norm import RMSNorm
 from clearhead.models.arguments import check_keywords, packed_numbers
 from clearhead.models.config import AUTOMATIC, ClearheadConfig
@@ -34,8 +32,6 @@ from clearhead.models.shared import Plans, Shared
 from clearhead.positions.base import Position, Rotation
 from clearhead.positions.length import warn_of_unknown_lengths
 from clearhead.variants.base import Variant
-
-_LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 
 
 class ClearheadModel(ClearheadPreTrainedModel):
@@ -55,10 +51,8 @@ class ClearheadModel(ClearheadPreTrainedModel):
         # A layer that sees every key, whose cache has them all; the first one where all have windows.
         self._widest = next((layer for layer, kind in enumerate(self.kinds) if kind.window is None), 0)
         self.gradient_checkpointing = False
-        # Kept in float32 when loaded in 16 bits; Hugging Face wants no names here that a model has not.
-        self._keep_in_fp32_modules_strict = [
-            name for name in _LAMBDAS if any(hasattr(self._variant(i), name) for i in range(len(self.layers)))
-        ]
+        declared = {n for layer in self._decoder_layers() for n in layer.self_attn.variant.float32_parameters}
+        self._keep_in_fp32_modules_strict = [f"self_attn.variant.{name}" for name in sorted(declared)]
         self.post_init()
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -208,25 +202,17 @@ class ClearheadModel(ClearheadPreTrainedModel):
         self, inputs_embeds: Tensor, layer: int, mask: MaskSpec, keys: int, output_attentions: bool
     ) -> Plans:
         variant = self._variant(layer)
-        sizes = variant.sizes
-        problem = Problem(
-            streams=sizes.query_streams,
-            shares_keys=sizes.key_streams == 1,
-            heads=sizes.heads,
-            kv_heads=sizes.kv_heads,
+        problem = Problem.of_widths(
+            variant.sizes,
             queries=inputs_embeds.shape[1],
             keys=keys,
-            key_width=sizes.key_width,
-            value_width=sizes.value_width,
+            mask=mask,
+            mixing=variant.mixing,
             dtype=self._compute_dtype(inputs_embeds),
-            device=inputs_embeds.device.type,
-            mask=mask.features,
-            ends_aligned=mask.ends_aligned(inputs_embeds.shape[1], keys),
-            mixing=mixing_of(variant.mix),
+            device=inputs_embeds.device,
             needs_grad=torch.is_grad_enabled()
             and (inputs_embeds.requires_grad or any(p.requires_grad for p in self.parameters())),
             needs_maps=output_attentions,
-            modes=active_modes(),
         )
         implementation = self.config._attn_implementation or AUTOMATIC
         return Plans.make(problem, mask, backends_for(implementation), implementation == AUTOMATIC)

@@ -1,6 +1,6 @@
 """What the layers of one forward pass are handed, and how it follows them to other devices."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,8 +30,7 @@ class Plans:
 
     def on(self, device: torch.device) -> "Plans":
         """The same elsewhere: devices of another type may choose another backend."""
-        problem = replace(self.problem, device=device.type)
-        return Plans.make(problem, moved(self.mask, device), self.backends, self.automatic)
+        return Plans.make(self.problem.on(device), moved(self.mask, device), self.backends, self.automatic)
 
 
 @dataclass(slots=True)

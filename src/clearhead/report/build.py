@@ -16,7 +16,7 @@ from clearhead.analysis.statistics import count, decimal
 from clearhead.registry import names, resolve
 from clearhead.report.charts import render
 from clearhead.report.palette import all_inks, arm_inks
-from clearhead.report.training import cost, lambdas, learning_curves
+from clearhead.report.training import cost, diagnostics, lambdas, learning_curves
 from clearhead.runs.files import write_json, write_text
 from clearhead.runs.results import RunResults, load_run
 
@@ -32,7 +32,8 @@ def build_report(run_dir: str | Path) -> Path:
     root = Path(run_dir)
     run = load_run(root)
     questions = evaluation_sections(run)
-    sections = [section for section in (learning_curves(run), *questions, lambdas(run), cost(run)) if section]
+    logged = (lambdas(run), *diagnostics(run))
+    sections = [section for section in (learning_curves(run), *questions, *logged, cost(run)) if section]
     inks = arm_inks([arm.name for arm in run.arms])
     drawn = {
         chart.slug: Markup(render(chart, inks, root / "charts"))

@@ -119,10 +119,51 @@ def _settled(series: Sequence[Series]) -> tuple[float, float]:
 
 def lambdas(run: RunResults) -> Section | None:
     """λ by layer at the end of training, for the arms that have one; `None` when no arm logs it."""
+    note = "Mean over seeds, with the lowest and the highest seed. λ is how much of the second map is taken away."
+    found = _by_layer(run, "lambda", lambda record: record.get("lambda"), "λ", note)
+    if found is None:
+        return None
+    chart, means = found
+    answer = f"Mean λ by layer, from the first layer on: {means}."
+    return Section("lambda", "How much is subtracted", "How large did λ become?", answer, charts=[chart])
+
+
+def diagnostics(run: RunResults) -> list[Section]:
+    """What other numbers the variants log of their layers (`Variant.diagnostics`), one section each."""
+    names = {
+        name
+        for arm in run.arms
+        for seed in arm.seeds.values()
+        for record in seed.metrics
+        for name in record.get("diagnostics", {})
+    }
+    note = "Mean over seeds, with the lowest and the highest seed."
+    sections = []
+    for name in sorted(names):
+
+        def read(record: dict[str, Any], name: str = name) -> Any:
+            return record.get("diagnostics", {}).get(name)
+
+        found = _by_layer(run, name, read, name, note)
+        if found is not None:
+            chart, means = found
+            answer = f"Mean by layer, from the first layer on: {means}."
+            sections.append(
+                Section(
+                    f"diagnostic-{name}", f"Logged: {name}", f"What became of {name}?", answer, charts=[chart]
+                )
+            )
+    return sections
+
+
+def _by_layer(
+    run: RunResults, name: str, read: Callable[[dict[str, Any]], Any], label: str, note: str
+) -> tuple[BarChart, str] | None:
+    """A number of each layer in the last record that has it: a chart of the arms, and their means as text."""
     final: dict[str, list[dict[int, float]]] = {}
     for arm in run.arms:
         for seed in arm.seeds.values():
-            logged = [record["lambda"] for record in seed.metrics if record.get("lambda")]
+            logged = [values for record in seed.metrics if (values := read(record))]
             if logged:
                 final.setdefault(arm.name, []).append(
                     {int(layer): float(v) for layer, v in logged[-1].items() if v is not None}
@@ -138,24 +179,17 @@ def lambdas(run: RunResults) -> Section | None:
         high = [max(column) if column else None for column in columns]
         series.append(BarSeries(arm_name, mean, low, high, arm_name))
     means = "; ".join(
-        f"{name} "
+        f"{arm_name} "
         + ", ".join(
             f"{np.mean(found):.2f}"
             for layer in layers
             if (found := [seed[layer] for seed in seeds if layer in seed])
         )
-        for name, seeds in final.items()
+        for arm_name, seeds in final.items()
     )
-    chart = BarChart(
-        "lambda-by-layer",
-        "λ at the end of training",
-        "λ",
-        [f"layer {layer}" for layer in layers],
-        series,
-        "Mean over seeds, with the lowest and the highest seed. λ is how much of the second map is taken away.",
-    )
-    answer = f"Mean λ by layer, from the first layer on: {means}."
-    return Section("lambda", "How much is subtracted", "How large did λ become?", answer, charts=[chart])
+    title = f"{label} at the end of training"
+    chart = BarChart(f"{name}-by-layer", title, label, [f"layer {layer}" for layer in layers], series, note)
+    return chart, means
 
 
 def cost(run: RunResults) -> Section:

@@ -33,6 +33,7 @@ from clearhead.runs.files import write_json
 from clearhead.runs.recipe import Job, Train
 from clearhead.runs.rows import data_spec, training_rows
 from clearhead.runs.status import read_status, write_status
+from clearhead.train import diagnostics
 from clearhead.train.callbacks import Journal, Probe, Progress, TrainingError
 from clearhead.train.checkpoint import (
     drop_old,
@@ -85,7 +86,7 @@ def train_job(job: Job, job_dir: Path) -> None:
         _arguments(job, job_dir, rows_per_step // world),
         training_rows(job, data),
         bytes_per_token=float(data.train.utf8_bytes.sum()) / data.train.num_tokens,
-        lambda_tokens=torch.from_numpy(data.validation.tokens[: job.data.length].astype("int64"))[None],
+        diagnosed_tokens=torch.from_numpy(data.validation.tokens[: job.data.length].astype("int64"))[None],
         journal=journal,
         train=job.train,
     )
@@ -156,7 +157,7 @@ class ComparisonTrainer(Trainer):
         rows: Mixture,
         *,
         bytes_per_token: float,
-        lambda_tokens: Tensor,
+        diagnosed_tokens: Tensor,
         journal: Journal | None,
         train: Train,
     ) -> None:
@@ -171,7 +172,7 @@ class ComparisonTrainer(Trainer):
         )
         self.folder = Path(str(arguments.output_dir))
         self.bytes_per_token = bytes_per_token
-        self.lambda_tokens = lambda_tokens
+        self.diagnosed_tokens = diagnosed_tokens
         self.journal = journal
         self.plan = train
         # What the next record sums up since the last one; a checkpoint between two records keeps it.
@@ -216,7 +217,8 @@ class ComparisonTrainer(Trainer):
         self._loss = torch.zeros_like(self._loss)
         logs = {**logs, "loss": total / steps}
         bits = nats / count / math.log(2) / self.bytes_per_token if count else None
-        lambdas = self._lambdas()
+        model = self.accelerator.unwrap_model(self.model)
+        found = diagnostics.measure(model, self.diagnosed_tokens.to(self.args.device))
         step = self.state.global_step
         tokens = step * self.plan.batch_tokens
         record: dict[str, Any] = {
@@ -226,7 +228,7 @@ class ComparisonTrainer(Trainer):
             "bits_per_byte": bits,
             "grad_norm": logs.get("grad_norm"),
             "learning_rate": logs.get("learning_rate"),
-            "lambda": lambdas,
+            **diagnostics.as_record(found),
         }
         if self.journal is not None:
             seconds = self.journal.seconds
@@ -235,15 +237,10 @@ class ComparisonTrainer(Trainer):
             record["tokens_per_second"] = (tokens - before) / (seconds - then) if then else None
             self._logged = (tokens, seconds)
             self.journal.write(record)
-        extra = {f"lambda/layer_{layer}": value for layer, value in lambdas.items()}
+        extra = diagnostics.as_scalars(found)
         if bits is not None:
             extra["bits_per_byte"] = bits
         super().log({**logs, **extra}, start_time)
-
-    def _lambdas(self) -> dict[str, float]:
-        model = self.accelerator.unwrap_model(self.model)
-        found = model.lambdas(self.lambda_tokens.to(self.args.device))
-        return {str(layer): round(value, 6) for layer, value in found.items()}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = self.folder / f"checkpoint-{self.state.global_step}"

@@ -4,15 +4,18 @@ Legend: B batch, N tokens, H query heads of one stream, G key-value heads, L que
     width.
 """
 
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar, get_args
 
 from torch import Tensor, nn
 
-from clearhead.core.attend import Mix, single
+from clearhead.core.attend import MIXES, Mix, Mixing
 from clearhead.core.heads import Heads, HeadShape, Widths, split_heads
 from clearhead.positions.base import Rotation
+from clearhead.registry import did_you_mean, resolve
 from clearhead.variants.placement import CollinearPlacement
 
 
@@ -26,13 +29,34 @@ class Variant(nn.Module, ABC):
     """
 
     needs_rotation: ClassVar[bool] = False
+    # What a fused kernel may take `mix` for: "single", "difference" or "other". A class that has a `mix` of its own and
+    # does not say that it is one of the first two computes something that no kernel knows.
+    mixing: ClassVar[Mixing] = "single"
+    # Own parameters, by the last part of their name, that stay in float32 in a model of another dtype.
+    float32_parameters: ClassVar[tuple[str, ...]] = ()
+    # Whether `diagnostics` says more when it is given the layer's input.
+    diagnostics_need_input: ClassVar[bool] = False
     # How the streams are placed where they are collinear, which is what a compact cache rests on.
     placement: CollinearPlacement | None = None
 
-    def __init__(self, shape: HeadShape) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "mix" in vars(cls) and "mixing" not in vars(cls):
+            cls.mixing = "other"
+
+    def __init__(self, shape: HeadShape, sizes: Widths | None = None) -> None:
+        """sizes: what `widths` says, where it depends on options."""
         super().__init__()
         self.shape = shape
-        self.sizes = self.widths(shape)
+        self.sizes = self.widths(shape) if sizes is None else sizes
+        streams = {"single": 1, "difference": 2}.get(self.mixing, self.sizes.query_streams)
+        if self.mixing not in get_args(Mixing) or streams != self.sizes.query_streams:
+            raise ValueError(
+                f"{type(self).__name__}.mixing is {self.mixing!r} for {self.sizes.query_streams} query streams; it "
+                'must be "single" for one, "difference" for two, or "other"'
+            )
+        if self.mixing == "other" and type(self).mix is Variant.mix:
+            raise ValueError(f"{type(self).__name__} has mixing 'other', so it must have a mix of its own")
 
     @classmethod
     @abstractmethod
@@ -80,8 +104,11 @@ class Variant(nn.Module, ABC):
 
     @property
     def mix(self) -> Mix:
-        """How the streams' outputs, (B, H, L, E) each, become one: linear, so that it mixes maps (B, H, L, S) too."""
-        return single
+        """How the streams' outputs, (B, H, L, E) each, become one: linear, so that it mixes maps (B, H, L, S) too.
+
+        By default what `mixing` says; a variant with mixing "other" has one of its own.
+        """
+        return MIXES[self.mixing]
 
     def finish(self, o: Tensor) -> Tensor:
         """What happens to (B, H, L, E) before the output projection."""
@@ -93,3 +120,38 @@ class Variant(nn.Module, ABC):
     def mean_lambda(self) -> float | None:
         """The mean of the gate where it does not depend on the input, for logs; None where there is none or it does."""
         return None
+
+    def diagnostics(self, x: Tensor | None = None) -> dict[str, float]:
+        """Numbers of this layer that are worth a line in a log, by name; λ, where there is one, is "lambda".
+
+        x is the layer's input (B, L, embed_dim), or None where only what does not depend on it is asked for. By default
+        the mean of the gate.
+        """
+        fixed = self.mean_lambda()
+        if fixed is not None:
+            return {"lambda": fixed}
+        gate = None if x is None else self(x)
+        return {} if gate is None else {"lambda": float(gate.mean())}
+
+    def flops_per_token(self, mean_keys: float) -> float:
+        """Floating-point operations a token beside the layer's projections and its streams' softmax attention.
+
+        mean_keys: keys that a token sees on average. By default two for every weight of the variant's own matrices.
+        """
+        return 2.0 * sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+
+
+def make_variant(name: str, shape: HeadShape, options: Mapping[str, Any]) -> Variant:
+    """The registered variant `name`; ValueError for a name or an option that is not known, with the nearest one."""
+    variant = resolve("variants", name)
+    known = option_names(variant)
+    for option in options:
+        if option not in known:
+            raise ValueError(f"attention {name!r} has no option {option!r}: {did_you_mean(option, known)}")
+    made: Variant = variant(shape, **options)
+    return made
+
+
+def option_names(variant: type[Variant]) -> list[str]:
+    """The keyword arguments that a variant takes beside its shape."""
+    return [name for name in inspect.signature(variant).parameters if name != "shape"]

@@ -6,8 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from clearhead.core.attend import Mix, difference
-from clearhead.core.heads import HeadShape, Widths, split_heads
+from clearhead.core.heads import HeadShape, Widths, check_flag, split_heads
 from clearhead.core.norm import RMSNorm
 from clearhead.variants.base import Variant
 
@@ -36,6 +35,9 @@ class Differential(Variant):
         decay.
     """
 
+    mixing = "difference"
+    float32_parameters = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+
     def __init__(
         self,
         shape: HeadShape,
@@ -46,6 +48,7 @@ class Differential(Variant):
         lambda_std: float = 0.1,
     ) -> None:
         super().__init__(shape)
+        check_flag("head_norm", head_norm)
         known = (
             lambda_init == "depth" if isinstance(lambda_init, str) else isinstance(lambda_init, int | float)
         )
@@ -104,10 +107,6 @@ class Differential(Variant):
 
     def gate(self, x: Tensor | None) -> Tensor:
         return self.lambda_full().view(1, 1, 1, 1)
-
-    @property
-    def mix(self) -> Mix:
-        return difference
 
     def finish(self, o: Tensor) -> Tensor:
         # The constant λ_init, not the learned λ: it matches the gradient scale of a Transformer layer (appendix G).

@@ -5,7 +5,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from clearhead.core.attend import Mix, difference
 from clearhead.core.heads import HeadShape, Widths, split_heads, twin_widths
 from clearhead.variants.base import Variant
 
@@ -22,6 +21,9 @@ class DifferentialV2(Variant):
 
     Differs from the released code: rotary pairs (j, j + d/2); sigmoid in float32.
     """
+
+    mixing = "difference"
+    diagnostics_need_input = True
 
     def __init__(self, shape: HeadShape) -> None:
         super().__init__(shape)
@@ -40,7 +42,3 @@ class DifferentialV2(Variant):
         raw = self.lambda_proj(x)
         wide = raw if raw.dtype == torch.float64 else raw.float()
         return wide.sigmoid().transpose(1, 2)[..., None]
-
-    @property
-    def mix(self) -> Mix:
-        return difference

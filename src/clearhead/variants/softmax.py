@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from clearhead.core.heads import HeadShape, Widths, twin_widths
+from clearhead.core.heads import HeadShape, Widths, check_flag, twin_widths
 from clearhead.core.norm import RMSNorm
 from clearhead.variants.base import Variant
 
@@ -19,6 +19,7 @@ class Softmax(Variant):
 
     def __init__(self, shape: HeadShape, *, head_norm: bool = False, norm_eps: float = 1e-5) -> None:
         super().__init__(shape)
+        check_flag("head_norm", head_norm)
         self.head_norm = RMSNorm(shape.head_dim, norm_eps) if head_norm else None
 
     @classmethod

@@ -70,7 +70,9 @@ def test_a_cache_of_fixed_size_gives_positions_as_a_tensor(queries: int, documen
     results = []
     for name, offset in (("eager", 11), ("triton", 11), ("triton", torch.tensor(11))):
         mask = MaskSpec(is_causal=True, offset=offset, window=30, documents=packed)
-        prepared = prepare((load_backend(name),), problem_of(heads, mask, difference), mask, automatic=False)
+        prepared = prepare(
+            (load_backend(name),), problem_of(heads, mask, "difference"), mask, automatic=False
+        )
         results.append(attend(heads, prepared, 0.25, difference)[0])
     assert float((results[0] - results[1]).abs().max()) < 1e-5
     assert torch.equal(results[1], results[2])

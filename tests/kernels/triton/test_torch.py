@@ -138,10 +138,10 @@ def test_what_it_takes() -> None:
         assert Triton().refusal(problem(dtype=dtype, mask=every)) is None
 
 
-def test_a_gpu_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    assert "not 7.5" in (Triton().refusal(problem()) or "")
+def test_a_gpu_that_is_too_old_is_refused() -> None:
+    assert "not 7.5" in (Triton().refusal(problem(capability="sm_75")) or "")
+    for able in ("sm_80", "sm_90", "sm_120", "gfx942", None):
+        assert Triton().refusal(problem(capability=able)) is None
 
 
 def test_without_triton_a_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

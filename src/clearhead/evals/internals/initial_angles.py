@@ -169,7 +169,6 @@ def measured(streams: Recorded, at: Tensor) -> tuple[str, Tensor, Tensor]:
     """(kind, angles in [0, 2π), weights), flat and in float64, at the positions `at`."""
     assert streams.pairs is not None
     angles, weights = [], []
-    heads = streams.q[0].shape[1]
     placement = streams.placement
     # A common rotation of a query and a key at one position changes no angle between them: placed ones will do.
     queries, keys = streams.q, streams.k
@@ -178,6 +177,7 @@ def measured(streams: Recorded, at: Tensor) -> tuple[str, Tensor, Tensor]:
         queries = streams.before.q
         keys = streams.before.k * (len(queries) // len(streams.before.k))
     for q, k in zip(queries, keys, strict=True):
+        heads = q.shape[1]
         x, y = (part[:, :, at].double() for part in streams.pairs(q))
         if placement is None:
             a, b = (repeat_kv(part[:, :, at].double(), heads) for part in streams.pairs(k))

@@ -51,7 +51,7 @@ class Cpu(Kernel):
 
     def preferred(self, problem: Problem) -> bool:
         # benchmarks/results/choice.jsonl; tests/kernels/test_cpu_choice.py holds the two together.
-        if library.load().isa() == "portable":
+        if library.missing() is not None or library.load().isa() == "portable":
             return False
         # Streams that share their keys are one call of PyTorch's kernel, which begins sooner in float32: that decides
         # where there is little to do.

@@ -7,7 +7,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from clearhead.core.dispatch import Kernel, Problem, dtype_name, refused_modes
+from clearhead.core.capability import compute_capability
+from clearhead.core.dispatch import Kernel, Problem, dtype_name
 from clearhead.core.heads import Heads
 from clearhead.core.masks import MaskSpec
 from clearhead.kernels.triton import ops as _ops  # noqa: F401  (registers the operators)
@@ -44,13 +45,11 @@ class Triton(Kernel):
             return "it runs on cuda, and on cpu only in Triton's interpreter (TRITON_INTERPRET=1)"
         if problem.device not in ("cuda", "cpu"):
             return f"it runs on cuda, not on {problem.device}"
-        reason = self.missing or (None if problem.device == "cpu" else _too_old())
+        reason = self.missing or (None if problem.device == "cpu" else _too_old(problem.capability))
         if reason is not None:
             return reason
         if problem.needs_maps:
             return "it does not return attention maps"
-        if problem.modes:
-            return refused_modes(problem, frozenset())
         if problem.dtype not in _DTYPES:
             return f"it computes in bfloat16, float16, float32, not in {dtype_name(problem.dtype)}"
         if _MIXING.get(problem.streams) != problem.mixing:
@@ -99,15 +98,9 @@ def _missing() -> str | None:
     return None
 
 
-def _too_old() -> str | None:
-    """Why the GPU of this machine is not one of those the kernels are written for; None without a GPU to ask."""
-    if torch.version.hip or not torch.cuda.is_available():
-        return None
-    found = torch.cuda.get_device_capability()
-    if found < LEAST_CAPABILITY:
+def _too_old(capability: str | None) -> str | None:
+    """Why a GPU is not one of those the kernels are written for; None for one that nobody could ask."""
+    found = compute_capability(capability)
+    if found is not None and found < LEAST_CAPABILITY:
         return f"it needs a GPU of compute capability 8.0 or higher, not {found[0]}.{found[1]}"
     return None
-
-
-# What `torch.compiler.assume_constant_result` does, which would import the whole compiler to do it.
-_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,26 @@
+"""Numbers of a model's layers that are worth a line in a log."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from clearhead.models.layers import ClearheadDecoderLayer
+
+
+@torch.no_grad()
+def diagnostics_of(
+    layers: Sequence[ClearheadDecoderLayer], states: Callable[[], Sequence[Tensor]] | None
+) -> dict[str, dict[int, float]]:
+    """What each layer's variant says (`Variant.diagnostics`), by name, then by layer.
+
+    states: computes the input (B, L, hidden_size) of every layer, called if a variant needs it; None if there is none.
+    """
+    needed = states is not None and any(layer.self_attn.variant.diagnostics_need_input for layer in layers)
+    hidden = states() if needed and states is not None else None
+    found: dict[str, dict[int, float]] = {}
+    for index, layer in enumerate(layers):
+        seen = None if hidden is None else layer.input_layernorm(hidden[index])
+        for name, value in layer.self_attn.variant.diagnostics(seen).items():
+            found.setdefault(name, {})[index] = value
+    return found

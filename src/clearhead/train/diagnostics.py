@@ -1,0 +1,31 @@
+"""What a model's variants have for a log (`Variant.diagnostics`), as the journal and TensorBoard take it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from clearhead.models import ClearheadForCausalLM
+
+ByLayer = dict[str, dict[str, float]]
+
+
+def measure(model: ClearheadForCausalLM, tokens: Tensor) -> ByLayer:
+    """Each diagnostic by its name, then by layer."""
+    return {
+        name: {str(layer): round(value, 6) for layer, value in values.items()}
+        for name, values in model.diagnostics(tokens).items()
+    }
+
+
+def as_record(found: ByLayer) -> dict[str, Any]:
+    """For a record of `metrics.jsonl`: λ under its own key, as in every earlier run, the others under "diagnostics"."""
+    others = {name: values for name, values in found.items() if name != "lambda"}
+    return {"lambda": found.get("lambda", {}), **({"diagnostics": others} if others else {})}
+
+
+def as_scalars(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """For TensorBoard: one curve a layer."""
+    return {
+        f"{name}/layer_{layer}": value for name, values in found.items() for layer, value in values.items()
+    }

@@ -1,0 +1,53 @@
+"""`clearhead explain` for a GPU that is not here."""
+
+from pathlib import Path
+
+import pytest
+
+from clearhead.cli.main import app
+
+RECIPE = """
+name = "t"
+[model]
+hidden_size = 64
+num_hidden_layers = 1
+num_attention_heads = 2
+[[arms]]
+name = "A"
+attention = "differential"
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "t.toml"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+def explain(capsys: pytest.CaptureFixture[str], recipe: str, *arguments: str) -> list[str]:
+    app(["explain", recipe, "--dtype", "bfloat16", *arguments], standalone_mode=False)
+    return [line.strip() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_gpu_by_its_capability(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = explain(capsys, recipe, "--device", "cuda:sm_90")
+    assert any(line.endswith("bfloat16 on cuda:sm_90") for line in lines)
+    assert not any("The CPU kernel" in line for line in lines)
+    start = next(n for n, line in enumerate(lines) if line.startswith("training on packed rows"))
+    said = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[start + 1 : start + 7]}
+    assert said["cpu"] == "refused: it runs on cpu, not on cuda"
+    assert said["sdpa"] == "FlashDiffAttn_2, 4 calls <- auto"
+    assert said["triton"] == "fused (not by itself: no GPU has timed it yet: name it to use it)"
+    assert said["flash_attention_2"] == "FlashDiffAttn_2, 4 calls"
+
+
+def test_what_an_older_gpu_cannot(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = explain(capsys, recipe, "--device", "cuda:sm_75")
+    (sentence,) = {" ".join(line.split()[1:]) for line in lines if line.startswith("triton")}
+    assert sentence == "refused: it needs a GPU of compute capability 8.0 or higher, not 7.5"
+
+
+def test_what_is_no_device(recipe: str) -> None:
+    with pytest.raises(ValueError, match="--device 'gpu' is no device: give one such as cpu, cuda or cuda:1"):
+        app(["explain", recipe, "--device", "gpu"], standalone_mode=False)
