@@ -13,6 +13,9 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM, Static
 
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
 from clearhead.models.cost import forward_flops_per_token, kv_bytes, kv_bytes_per_token, mean_visible
+from clearhead.runs.recipe import RecipeError
+from clearhead.runs.recipe_io import load_recipe
+from clearhead.train.comparison import check_models
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
@@ -247,6 +250,26 @@ def test_costs_count_what_a_window_spares() -> None:
     assert forward_flops_per_token(full, 100) - forward_flops_per_token(spare, 100) == pytest.approx(
         saved, abs=1
     )
+
+
+def test_a_recipe_s_arms_may_differ_in_their_layers() -> None:
+    recipe = load_recipe(
+        Path(__file__).parents[2] / "recipes" / "demo.toml",
+        ["arms.1.model.layers=[{attention='softmax', sliding_window=32}, {}]", "model.sliding_window=64"],
+    )
+    assert len(set(check_models(recipe).values())) > 1
+    kinds = ClearheadConfig(vocab_size=61, **recipe.model_of(recipe.arms[1])).layer_kinds
+    assert [(kind.attention, kind.window) for kind in kinds[:2]] == [
+        ("softmax", 32),
+        (recipe.arms[1].attention, 64),
+    ]
+    wrong = load_recipe(
+        Path(__file__).parents[2] / "recipes" / "demo.toml", ["arms.1.model.layers=[{sliding_windw=3}]"]
+    )
+    with pytest.raises(
+        RecipeError, match=r"layers\[0\] has no key 'sliding_windw': did you mean 'sliding_window'"
+    ):
+        check_models(wrong)
 
 
 @pytest.mark.parametrize(

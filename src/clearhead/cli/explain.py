@@ -55,11 +55,12 @@ def command(
     if place.type == "cpu":
         console.print(f"The CPU kernel: {escape(_cpu_kernel())}.")
     for name, config in models.items():
-        console.print(f"\n[bold]{escape(name)}[/bold]: {config.attention} {config.attention_options or ''}")
-        for situation, problem in _problems(config, length, place, floats[dtype]).items():
-            console.print(f"  {situation}, {dtype} on {device}")
-            for line in _plans(replace(problem, capability=capability)):
-                console.print(f"    {line}")
+        for layer, title in _kinds(config).items():
+            console.print(f"\n[bold]{escape(name)}[/bold]: {escape(title)}")
+            for situation, problem in _problems(config, layer, length, place, floats[dtype]).items():
+                console.print(f"  {situation}, {dtype} on {device}")
+                for line in _plans(replace(problem, capability=capability)):
+                    console.print(f"    {line}")
 
 
 def _models(subject: Path, overrides: list[str], arm: str | None) -> "tuple[dict[str, ClearheadConfig], int]":
@@ -94,7 +95,7 @@ def _costs(models: "dict[str, ClearheadConfig]", length: int, dtype: object) -> 
     from rich.markup import escape
     from rich.table import Table
 
-    from clearhead.models.cost import forward_flops_per_token, kv_bytes_per_token, parameters
+    from clearhead.models.cost import forward_flops_per_token, kv_bytes, kv_bytes_per_token, parameters
 
     assert isinstance(dtype, torch.dtype)
     table = Table()
@@ -104,6 +105,7 @@ def _costs(models: "dict[str, ClearheadConfig]", length: int, dtype: object) -> 
         "beyond the first",
         f"FLOPs/token (forward, {length} tokens)",
         "KV-cache bytes/token",
+        f"KV-cache bytes ({length} tokens)",
     ):
         table.add_column(column, justify="right")
     counts = {name: parameters(config) for name, config in models.items()}
@@ -115,12 +117,33 @@ def _costs(models: "dict[str, ClearheadConfig]", length: int, dtype: object) -> 
             f"{counts[name] - first:+,}",
             f"{forward_flops_per_token(config, length):,}",
             f"{kv_bytes_per_token(config, dtype):,}",
+            f"{kv_bytes(config, length, dtype):,}",
         )
     return table
 
 
+def _kinds(config: "ClearheadConfig") -> dict[int, str]:
+    """The first layer of every kind whose attention is planned apart, and what it is."""
+    sloped = {name for name, method in config.make_positions().items() if method.slopes(1) is not None}
+    found: dict[tuple[object, ...], list[int]] = {}
+    for layer, kind in enumerate(config.layer_kinds):
+        found.setdefault(
+            (kind.attention, str(kind.options), kind.window, kind.position in sloped), []
+        ).append(layer)
+    titles = {}
+    for layers in found.values():
+        kind = config.layer_kinds[layers[0]]
+        title = f"{kind.attention} {kind.options or ''}".strip()
+        if kind.window is not None:
+            title += f", a window of {kind.window}"
+        if len(found) > 1:
+            title += f" (layers {', '.join(map(str, layers))})"
+        titles[layers[0]] = title
+    return titles
+
+
 def _problems(
-    config: "ClearheadConfig", length: int, device: "torch.device", dtype: "torch.dtype"
+    config: "ClearheadConfig", layer: int, length: int, device: "torch.device", dtype: "torch.dtype"
 ) -> "dict[str, Problem]":
     """The attention problems of a model's life, by a description."""
     from dataclasses import replace
@@ -130,7 +153,7 @@ def _problems(
     from clearhead.core.dispatch import Problem
     from clearhead.core.masks import MaskSpec
 
-    variant = config.make_variant(0)
+    variant, kind = config.make_variant(layer), config.layer_kinds[layer]
 
     def problem(queries: int, mask: MaskSpec, *, training: bool = False, maps: bool = False) -> "Problem":
         return Problem.of_widths(
@@ -145,10 +168,8 @@ def _problems(
             needs_maps=maps,
         )
 
-    # In a mix of layers, those with slopes: fewer backends have them.
-    heads = variant.sizes.heads
-    biased = [found for p in config.make_positions().values() if (found := p.slopes(heads)) is not None]
-    causal = MaskSpec(is_causal=True, slopes=biased[0] if biased else None)
+    slopes = config.make_positions()[kind.position].slopes(variant.sizes.heads)
+    causal = MaskSpec(is_causal=True, slopes=slopes, window=kind.window)
     documents = replace(causal, documents=torch.zeros(1, length, dtype=torch.long, device="meta"))
     return {
         f"training on packed rows of {length} tokens": problem(length, documents, training=True),

@@ -167,7 +167,8 @@ class ClearheadModel(ClearheadPreTrainedModel):
             seen = Present(0, placed.keys)
             if kind.window is not None:
                 seen = present(given.cache, queries, layer, placed.keys)
-            turned = (kind.position, seen.first, seen.count)
+            # Without keys to turn, a window is nothing to a rotation.
+            turned = (kind.position, None if keys is None else kind.window)
             if turned not in rotations:
                 here = None if keys is None else keys[:, seen.first : seen.first + seen.count]
                 rotations[turned] = methods[kind.position](
