@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "clearhead"
 LAYERS = (
-    {"registry"},
+    {"registry", "extras"},
     {"core", "data"},
     {"positions", "engines", "kernels", "functional", "analysis"},
     {"variants", "integrations", "runs"},

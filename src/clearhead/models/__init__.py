@@ -4,6 +4,10 @@ Importing this module registers them with `AutoConfig` and `AutoModelForCausalLM
 language models that Trainer (label smoothing), pipelines, serving and lm-evaluation-harness look their class up in.
 """
 
+from clearhead.extras import need
+
+need("clearhead.models", "hf")
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto import modeling_auto
 
