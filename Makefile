@@ -4,6 +4,8 @@
 # For whoever changes kernels or bounds:
 #   make test-processors   the numbers again as on other processors: older instruction sets and libraries, one and two threads
 #   make fuzz              random calls against float64 oracles, SECONDS=600 of them; every finding with its seed (SEED=0)
+#   make test-wheel        the wheel in an environment with torch and NumPy alone
+#   make docs              the site into site/; SITE_VENV is where MkDocs is or will be installed
 # And, when there is an hour to spend (it downloads 93 MB, once):
 #   make evaluate-smollm2   every evaluation on SmolLM2-135M-Instruct, runs/smollm2/report.html; on English prose with
 #                           TEXTS=novels.jsonl, with the evaluations that need data with SETS=DIRECTORY
@@ -22,7 +24,7 @@ KERNEL_STAMP := $(VENV)/.kernel
 KERNEL_SUM := $(shell cat hatch_build.py $(KERNEL)/src/* | cksum | tr ' ' '-')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evaluate-smollm2 test test-processors fuzz install lint types pytest format clean
+.PHONY: help demo evaluate-smollm2 test test-processors test-wheel docs fuzz install lint types pytest format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -76,6 +78,21 @@ test-processors: install
 	$(call AS_ON,2,ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2) avx2
 	$(call AS_ON,2,ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI) avx512
 
+test-wheel: install
+	$(BIN)/python -m tests.wheel
+
+# An environment of its own: the site is built from the sources' text, nothing of the package is imported for it.
+SITE_VENV ?= .venv-docs
+docs: $(SITE_VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(SITE_VENV)/bin/mkdocs build --strict --quiet --site-dir site
+
+$(SITE_VENV)/.installed: constraints.txt pyproject.toml
+	@test -x $(SITE_VENV)/bin/python || $(PYTHON) -m venv $(SITE_VENV)
+	@$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+		> $(SITE_VENV)/packages.txt
+	@$(SITE_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -r $(SITE_VENV)/packages.txt
+	@touch $@
+
 SECONDS ?= 600
 SEED ?= 0
 fuzz: install
@@ -106,4 +123,4 @@ venv:
 
 clean:
 	rm -rf $(KERNEL)/build.json $(KERNEL)/libclearhead_cpu.*
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-docs site .mypy_cache .ruff_cache .pytest_cache

@@ -14,7 +14,7 @@ LAYERS = (
     {"positions", "engines", "kernels", "functional", "analysis"},
     {"variants", "integrations", "runs"},
     {"nn"},
-    {"models"},
+    {"models", "testing"},
     {"evals"},
     {"train", "convert", "lm_eval_tasks"},
     {"report"},
