@@ -1,13 +1,14 @@
 """clearhead: attention that ignores noise and keeps working past its training length.
 
-`clearhead.nn` has the layers, `clearhead.functional` the operations, `clearhead.models` the Hugging Face models. The
+`clearhead.nn` has the layers, `clearhead.functional` the operations, `clearhead.models` the Hugging Face models,
+`clearhead.integrations` the kernels in other models, `clearhead.testing` the checks for what you add to it. The
 submodules are imported when they are first named, so `import clearhead` costs next to nothing.
 """
 
 from importlib import import_module
 from types import ModuleType
 
-__all__ = ["functional", "models", "nn"]
+__all__ = ["functional", "integrations", "models", "nn", "testing"]
 __version__ = "0.1.0"
 
 

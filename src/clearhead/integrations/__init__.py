@@ -3,3 +3,7 @@
 from clearhead.extras import need
 
 need("clearhead.integrations", "hf")
+
+from clearhead.integrations.hf_attention import use_fused
+
+__all__ = ["use_fused"]
