@@ -84,7 +84,7 @@ test-wheel: install
 # An environment of its own: the site is built from the sources' text, nothing of the package is imported for it.
 SITE_VENV ?= .venv-docs
 docs: $(SITE_VENV)/.installed
-	NO_MKDOCS_2_WARNING=1 $(SITE_VENV)/bin/mkdocs build --strict --quiet --site-dir site
+	NO_MKDOCS_2_WARNING=1 $(SITE_VENV)/bin/mkdocs build --strict --site-dir site
 
 $(SITE_VENV)/.installed: constraints.txt pyproject.toml
 	@test -x $(SITE_VENV)/bin/python || $(PYTHON) -m venv $(SITE_VENV)
