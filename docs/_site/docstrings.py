@@ -6,7 +6,7 @@ from typing import Any
 import griffe
 
 # `q, k`, `lam`, `B`: what an entry may be called. A sentence before a colon has spaces and no column.
-ENTRY = re.compile(r"^(?P<name>`?[\w.*]+`?(?:, `?[\w.*]+`?)*)(?::|(?= {2,}\())\s+(?P<text>\S.*)$")
+ENTRY = re.compile(r"^(?P<name>`?[\w*]+`?(?:, `?[\w*]+`?)*)(?::|(?= {2,}\())\s+(?P<text>\S.*)$")
 COLUMN = re.compile(r"\.? {4,}(?=[a-z_]+: {1,}\S)")
 WORDS = {"Legend", "Source", "Sources", "Checked", "Masks", "Otherwise"}
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,3 +44,14 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return match[0] if file is None else f"{match[1]}{up}{place(file)}"
 
     return LINK.sub(replaced, markdown)
+
+
+REMOTE = re.compile(r"<(?:script|img|iframe|source)[^>]*\ssrc=\"?https?:[^>]*>|<link[^>]*\srel=\"?stylesheet[^>]*https?:[^>]*>")
+
+
+def on_post_build(config: Any) -> None:
+    """A page that loads something from elsewhere breaks where there is no network, and tells others who reads it."""
+    for page in Path(config["site_dir"]).rglob("*.html"):
+        found = REMOTE.search(page.read_text(encoding="utf-8"))
+        if found:
+            raise PluginError(f"{page.name} loads something from elsewhere: {found[0]}")

@@ -1,4 +1,4 @@
-"""Training one job: Hugging Face's Trainer with the same rows for every arm, exact resumption and honest logs."""
+"""Training one job: Hugging Face's Trainer with the same rows for every arm, exact resumption, and logs of what was really trained on."""
 
 import math
 import os

@@ -1,8 +1,8 @@
 """Collinear Constrained Attention (arXiv 2309.08646 v3): scores as the paper writes them.
 
-exact   equations 7 to 9: the key of token n as seen by query m is q_m ∘ t_n, rotated to n: L × S × D keys
-slack   equation 10 with q free: q_m ∘ rotated t_n
-strict  equation 10 under constraint 11: q is the same on both components of each rotary pair
+exact:  equations 7 to 9: the key of token n as seen by query m is q_m ∘ t_n, rotated to n: L × S × D keys
+slack:  equation 10 with q free: q_m ∘ rotated t_n
+strict: equation 10 under constraint 11: q is the same on both components of each rotary pair
 
 t is the same on both components of a pair and not negative (equation 6): the activation of the average of the
 two halves, which is how the authors' code ties it. Pairs are components (j, j + D/2).
