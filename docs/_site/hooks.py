@@ -46,7 +46,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return LINK.sub(replaced, markdown)
 
 
-REMOTE = re.compile(r"<(?:script|img|iframe|source)[^>]*\ssrc=\"?https?:[^>]*>|<link[^>]*\srel=\"?stylesheet[^>]*https?:[^>]*>")
+REMOTE = re.compile(
+    r'<(?:script|img|iframe|source)[^>]*\ssrc="?https?:[^>]*>|<link[^>]*\srel="?stylesheet[^>]*https?:[^>]*>'
+)
 
 
 def on_post_build(config: Any) -> None:

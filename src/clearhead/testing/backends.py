@@ -209,8 +209,8 @@ def _check_maps(engine: Engine, device: str) -> None:
     prepared = prepare((engine,), wanted, spec, automatic=False)
     try:
         maps = attend(heads, prepared, D**-0.5, difference, with_maps=True)[1]
-    except (TypeError, ValueError) as error:
-        raise AssertionError(f"{engine.name}: its caps promise maps, and it returns none") from error
+    except (TypeError, ValueError) as cause:
+        raise AssertionError(f"{engine.name}: its caps promise maps, and it returns none") from cause
     assert maps is not None
     q, k, v, lam = (x.cpu() for x in inputs)
     right = differential.differential_map(q, k, v.shape[1], lam, causal=True)

@@ -1,4 +1,4 @@
-"""Training one job: Hugging Face's Trainer with the same rows for every arm, exact resumption, and logs of what was really trained on."""
+"""Training one job: Hugging Face's Trainer with the same rows for every arm, exact resumption, and true logs."""
 
 import math
 import os
