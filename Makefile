@@ -6,6 +6,8 @@
 #   make test-peers        the common model tests of transformers on every variant, LLaMA and DiffLlama beside them (downloads 11 MB, once)
 #   make fuzz              random calls against float64 oracles for SECONDS=600, then KILLS=40 comparisons killed on their way;
 #                          every finding with its seed (SEED=0)
+#   make test-wheel        the wheel in an environment with torch and NumPy alone
+#   make docs              the site into site/; SITE_VENV is where MkDocs is or will be installed
 # And, when there is an hour to spend (it downloads 93 MB, once):
 #   make evaluate-smollm2   every evaluation on SmolLM2-135M-Instruct, runs/smollm2/report.html; on English prose with
 #                           TEXTS=novels.jsonl, with the evaluations that need data with SETS=DIRECTORY
@@ -24,7 +26,7 @@ KERNEL_STAMP := $(VENV)/.kernel
 KERNEL_SUM := $(shell cat hatch_build.py $(KERNEL)/src/* | cksum | tr ' ' '-')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evaluate-smollm2 test test-processors test-peers fuzz install lint types pytest format clean
+.PHONY: help demo evaluate-smollm2 test test-processors test-peers test-wheel docs fuzz install lint types pytest format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -95,6 +97,21 @@ $(PEERS): | install
 	@$(BIN)/python -m zipfile -e "$(PEERS).part"/get/parameterized-*.whl "$(PEERS).part"
 	@rm -r "$(PEERS).part/get" && mv "$(PEERS).part" "$(PEERS)"
 
+test-wheel: install
+	$(BIN)/python -m tests.wheel
+
+# An environment of its own: the site is built from the sources' text, nothing of the package is imported for it.
+SITE_VENV ?= .venv-docs
+docs: $(SITE_VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(SITE_VENV)/bin/mkdocs build --strict --site-dir site
+
+$(SITE_VENV)/.installed: constraints.txt pyproject.toml
+	@test -x $(SITE_VENV)/bin/python || $(PYTHON) -m venv $(SITE_VENV)
+	@$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+		> $(SITE_VENV)/packages.txt
+	@$(SITE_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -r $(SITE_VENV)/packages.txt
+	@touch $@
+
 SECONDS ?= 600
 SEED ?= 0
 KILLS ?= 40
@@ -127,4 +144,4 @@ venv:
 
 clean:
 	rm -rf $(KERNEL)/build.json $(KERNEL)/libclearhead_cpu.*
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-docs site .mypy_cache .ruff_cache .pytest_cache

@@ -52,12 +52,14 @@ def attention(
     NaN and infinities included: under key_padding_mask everywhere, gradients too; hidden in another way on a CPU
     outside compiled graphs, for outputs and gradients of q (elsewhere 0 · NaN may reach queries of the same sequence).
     A mask's large finite numbers stay numbers: −1e9 for all keys of a row changes nothing.
-    scale: 1/√D by default; a number of any sign, or a tensor of one, which gets its gradient.
-    backend: "auto", or the name of an engine or kernel, which runs it or raises ValueError with its reason. Every way
-    to differentiate that PyTorch has gives the right derivative, or a named backend refuses it; "auto" takes one that
-    can. (A second derivative through an ordinary graph is known too late: it wants backend="eager".)
-    Raises ValueError, naming the argument, for what does not fit. Differs from
-    `torch.nn.functional.scaled_dot_product_attention`: bottom-right causal alignment, GQA without a flag.
+    scale:            1/√D by default; a number of any sign, or a tensor of one, which gets its gradient.
+    backend:          "auto", or the name of an engine or kernel, which runs it or raises ValueError with its reason.
+    Every way to differentiate that PyTorch has gives the right derivative, or a named backend refuses it; "auto" takes
+    one that can. (A second derivative through an ordinary graph is known too late: it wants backend="eager".)
+    Raises ValueError, naming the argument, for what does not fit.
+
+    Differs from `torch.nn.functional.scaled_dot_product_attention` in two things: bottom-right causal alignment, and
+        GQA without a flag.
     """
     _check(q, k, v, 1, 1)
     mask = MaskSpec(
@@ -88,10 +90,10 @@ def differential_attention(
 ) -> Tensor:
     """(softmax(scale · q1 k1ᵀ + mask) − λ softmax(scale · q2 k2ᵀ + mask)) v: both V1 and V2 of DIFF Transformer.
 
-    q    (B, 2H, L, D): adjacent heads pair up, 2i is the signal and 2i + 1 the noise of head i.
-    k    (B, 2G, S, D): own keys for each stream, adjacent pairs again (V1), or (B, G, S, D): shared keys (V2).
-    v    (B, G, S, E): G divides H, head i reads group i // (H // G).
-    lam  a number or a tensor broadcastable to (B, H, L, 1): per call, per head or per token, with its gradient.
+    q:   (B, 2H, L, D): adjacent heads pair up, 2i is the signal and 2i + 1 the noise of head i.
+    k:   (B, 2G, S, D): own keys for each stream, adjacent pairs again (V1), or (B, G, S, D): shared keys (V2).
+    v:   (B, G, S, E): G divides H, head i reads group i // (H // G).
+    lam: a number or a tensor broadcastable to (B, H, L, 1): per call, per head or per token, with its gradient.
     Returns (B, H, L, E), without V1's norm and factor. Both streams see the same keys, and those of one
     head share its slope; the rest as for `attention`.
 

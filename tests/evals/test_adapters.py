@@ -55,7 +55,7 @@ def test_what_is_wrong_with_it_is_said(
     found = importlib.util.find_spec
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None if name == "peft" else found(name))
-        with pytest.raises(ValueError, match="needs PEFT: pip install peft"):
+        with pytest.raises(ValueError, match=r"needs peft: pip install 'clearhead\[adapters\]'"):
             merged(None, folder)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(ValueError, match="pickled weights are not loaded"):

@@ -9,12 +9,12 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "clearhead"
 LAYERS = (
-    {"registry"},
+    {"registry", "extras"},
     {"core", "data"},
     {"positions", "engines", "kernels", "functional", "analysis"},
     {"variants", "integrations", "runs"},
     {"nn"},
-    {"models"},
+    {"models", "testing"},
     {"evals"},
     {"train", "convert", "lm_eval_tasks"},
     {"look"},

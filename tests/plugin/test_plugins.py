@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tests.plugin import pages
+
 SOURCE = Path(__file__).parents[2] / "src" / "clearhead"
 
 MODEL = """
@@ -48,6 +50,7 @@ class Plugin:
     target: str
     text: str
     use: str
+    name: str = "toy"
 
 
 VARIANT = Plugin(
@@ -447,11 +450,13 @@ assert torch.equal(ClearheadForCausalLM.from_pretrained("back")(ids).logits, mod
 )
 
 PLUGINS = (VARIANT, UNEQUAL_HEADS, POSITION, ROPE_SCALING, ENGINE, KERNEL, EVALUATION, CONVERTER)
+# What the pages for contributors tell to write.
+PAGES = tuple(Plugin(**pages.read(name)._asdict()) for name in pages.SHOWN)
 
 
 def register(registry: str, plugin: Plugin) -> str:
     """The registry's text with one line more in the plugin's table, or with its empty table's line filled."""
-    entry = f'"toy": "{plugin.target}"'
+    entry = f'"{plugin.name}": "{plugin.target}"'
     lines = registry.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith(plugin.table))
     if lines[start].endswith("{}"):
@@ -527,8 +532,9 @@ def run_all(plugins: Sequence[Plugin], root: Path) -> str:
 
 def test_one_file_and_one_line(tmp_path: Path) -> None:
     broken = replace(VARIANT, use="raise AssertionError('what a failing one says')")
-    wrong = run_all([*PLUGINS, broken], tmp_path)
+    plugins = [*PLUGINS, *PAGES]
+    wrong = run_all([*plugins, broken], tmp_path)
     assert [line for line in wrong.splitlines() if line.startswith("--- ")] == [
-        f"--- {len(PLUGINS)} VARIANTS"
+        f"--- {len(plugins)} VARIANTS"
     ], wrong
     assert "what a failing one says" in wrong

@@ -20,6 +20,7 @@ from typing import Any
 
 from clearhead.data.cache import WHOLE_FILE_LIMIT, fingerprint
 from clearhead.data.readers import PLAIN, SUFFIXES, CorpusError, Document, encodable, read_file, suffix_of
+from clearhead.extras import need
 
 __all__ = ["Corpus", "CorpusError", "Document", "open_corpus"]
 
@@ -202,9 +203,10 @@ class HubCorpus(Corpus):
             )
 
     def _records(self) -> Iterator[dict[str, Any]]:
+        name = f"the Hugging Face dataset '{self.path}'"
+        need(f"reading {name}", "train")
         import datasets
 
-        name = f"the Hugging Face dataset '{self.path}'"
         try:
             stream = datasets.load_dataset(self.path, self.config, split=self.split, streaming=True)
         except Exception as error:  # the library raises a dozen unrelated types for a wrong name

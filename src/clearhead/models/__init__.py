@@ -8,6 +8,10 @@ and TRL do.
 from types import ModuleType
 from typing import Any
 
+from clearhead.extras import need
+
+need("clearhead.models", "hf")
+
 import transformers
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto

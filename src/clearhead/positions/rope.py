@@ -25,8 +25,8 @@ class Rope(Position):
         permutation of the query and key projections' rows.
 
     Angles are computed in float32 whatever the model's dtype (float64 in float64), and so is `inv_freq`, which a cast
-    to bfloat16 leaves in float32. Nothing is remembered from one call
-    to the next: a scaling that depends on the length uses the length given, by default the longest position + 1.
+    to bfloat16 leaves in float32. Nothing is remembered from one call to the next: a scaling that depends on the length
+    uses the length given, by default the longest position + 1.
     """
 
     inv_freq: Tensor

@@ -96,18 +96,16 @@ class Corpus(Table):
     text_field: Written = "text"
     max_bytes: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    seed: Seed = (
-        0  # of the split by document; not the seed of a run, so that all seeds share one validation set
-    )
+    # Seed of the split by document, not the seed of a run, so that all seeds share one validation set.
+    seed: Seed = 0
 
 
 class Tokenizer(Table):
     """`bpe` trains a byte-level BPE on the training split; anything else is a Hugging Face path or id."""
 
     source: Written = "bpe"
-    vocab_size: Annotated[int, Field(ge=260, le=10**7)] = (
-        1024  # 256 bytes and the special tokens; only for `bpe`
-    )
+    # At least 256 bytes and the special tokens; only for `bpe`.
+    vocab_size: Annotated[int, Field(ge=260, le=10**7)] = 1024
 
 
 class NeedleRows(Table):
@@ -142,9 +140,8 @@ class Data(Table):
     document_masks: bool = True
     needle_share: Share = 0.0
     pair_share: Share = 0.0
-    pairs_first: Annotated[float, Field(ge=0, lt=1)] = (
-        0.0  # of the rows: at first only pairs, then the shares
-    )
+    # Share of the rows, at the beginning, that are pairs alone; after them the shares above hold.
+    pairs_first: Annotated[float, Field(ge=0, lt=1)] = 0.0
     needles: NeedleRows = NeedleRows()
 
     @model_validator(mode="after")
@@ -176,9 +173,8 @@ class Train(Table):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     save_every: Period = 200
     log_every: Period = 10
-    probe_every: Annotated[int, Field(ge=0, le=10**9)] = (
-        0  # measure retrieval accuracy while training; 0 = never
-    )
+    # Steps between measurements of retrieval accuracy while training; 0 = never.
+    probe_every: Annotated[int, Field(ge=0, le=10**9)] = 0
     mastery: Annotated[float, Field(gt=0, le=1)] = 0.9  # the probe accuracy that counts as mastered
     stop_at_mastery: bool = False
     threads: Processes = 1  # per job; 0 = cores // workers

@@ -30,10 +30,9 @@ M = TypeVar("M", bound=BaseModel)
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and check a recipe.
 
-    Args:
-        path: a TOML file.
-        overrides: `key=value` with a dotted key (`train.tokens=1000`, `arms.0.train.learning_rate=2e-3`; an arm also by
-            its name). The value is TOML; what is not TOML is taken as a string.
+    path:      a TOML file.
+    overrides: `key=value` with a dotted key (`train.tokens=1000`, `arms.0.train.learning_rate=2e-3`; an arm also by its
+        name). The value is TOML; what is not TOML is taken as a string.
 
     Raises RecipeError, one sentence that names the file (or the override) and the key.
     """

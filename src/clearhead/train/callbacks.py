@@ -1,4 +1,4 @@
-"""What a training run tells the world: metrics.jsonl, status.json and probes of what it has learned."""
+"""Files that a training run writes as it goes: metrics.jsonl, status.json and probes of what it has learned."""
 
 import json
 import math

@@ -46,8 +46,7 @@ def run_comparison(
 ) -> Outcome:
     """Bring the run directory to completion: whatever is finished there stays, everything else is run.
 
-    Args:
-        fresh: set an existing run directory aside first and begin again.
+    fresh: set an existing run directory aside first and begin again.
 
     Raises RunError or RecipeError before anything is trained; a job that fails later is in the outcome.
     """

@@ -1,4 +1,4 @@
-"""Training one job: Hugging Face's Trainer with the same rows for every arm, exact resumption and honest logs."""
+"""Training one job: Hugging Face's Trainer with the same rows for every arm, exact resumption, and true logs."""
 
 import math
 import os

@@ -7,7 +7,6 @@ with the reason. The retrieval tasks of this library are among them (`clearhead.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from clearhead.evals.evaluation import Evaluation, EvaluationConfig
 from clearhead.evals.external.harness import harness_model
 from clearhead.evals.reasons import reason_of
 from clearhead.evals.subject import Subject
+from clearhead.extras import need
 from clearhead.runs.results import RunResults
 
 INCLUDE_PATH = Path(__file__).parents[2] / "lm_eval_tasks"
@@ -50,8 +50,7 @@ class LmEval(Evaluation[LmEvalConfig]):
 
     def run(self, subject: Subject, config: LmEvalConfig) -> dict[str, Any]:
         """Raises ValueError without lm-eval: that is no property of the model."""
-        if importlib.util.find_spec("lm_eval") is None:
-            raise ValueError("the standard benchmarks need lm-eval: pip install 'clearhead[lm-eval]'")
+        need("running the standard benchmarks", "lm-eval")
         from lm_eval.tasks import TaskManager
 
         tokenizer: Any = subject.tokenizer

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 from clearhead.evals.reasons import reason_of
+from clearhead.extras import need
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -53,8 +53,7 @@ def base_of(source: str | Path) -> str:
 
 def merged(model: Any, source: str | Path) -> Any:
     """The base `model` with the adapter in `source` merged into it; ValueError where it cannot be."""
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError(f"{str(source)!r} is an adapter, and evaluating one needs PEFT: pip install peft")
+    need(f"{str(source)!r} is an adapter; evaluating one", "adapters")
     if not (Path(source) / WEIGHTS).is_file():
         raise ValueError(
             f"the adapter in {str(source)!r} has no {WEIGHTS}: save it with safe_serialization=True; pickled weights "

@@ -8,7 +8,6 @@ which transformers does not read from GGUF files but for a few architectures.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from clearhead.evals.reasons import reason_of
+from clearhead.extras import need
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -70,8 +70,7 @@ def open_gguf(path: Path) -> GgufFile:
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise ValueError(f"{str(path)!r} is not a GGUF file: it does not begin with {MAGIC.decode()!r}")
-    if importlib.util.find_spec("gguf") is None:
-        raise ValueError("reading GGUF files needs the package gguf: pip install 'clearhead[gguf]'")
+    need("reading GGUF files", "gguf")
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:

@@ -128,7 +128,7 @@ def _row_stride(x: Tensor) -> int:
 
 
 class _Call:
-    """A problem in C's words, and the tensors it points at, kept alive with it."""
+    """The struct that C reads for one attention, and the tensors that its pointers need kept alive."""
 
     def __init__(self, inputs: ops.Inputs) -> None:
         _check_level()

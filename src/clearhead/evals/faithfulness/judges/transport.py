@@ -12,6 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from clearhead.extras import need
+
+need("the judge 'openai'", "judges")
+
 import httpx2
 
 from clearhead.evals.faithfulness.judges.base import JudgeError

@@ -1,11 +1,11 @@
 """Rope scalings in plain numbers: θ'_j and the factor on cos and sin, from the formulas of their sources.
 
-linear    arXiv 2306.15595, equation 3: positions divided by s
-ntk       bloc97 2023: base · s^(D/(D−2))
-dynamic   emozilla 2023: base · (s L/L0 − (s − 1))^(D/(D−2)) where L > L0
-yarn      arXiv 2309.00071, section 3, with the released ramp, which is linear in j
-llama3    Meta's release: by wavelength 2π/θ_j against L0/low and L0/high
-longrope  arXiv 2402.13753: θ_j over short_j or long_j; sqrt(1 + ln s / ln L0)
+linear:   arXiv 2306.15595, equation 3: positions divided by s
+ntk:      bloc97 2023: base · s^(D/(D−2))
+dynamic:  emozilla 2023: base · (s L/L0 − (s − 1))^(D/(D−2)) where L > L0
+yarn:     arXiv 2309.00071, section 3, with the released ramp, which is linear in j
+llama3:   Meta's release: by wavelength 2π/θ_j against L0/low and L0/high
+longrope: arXiv 2402.13753: θ_j over short_j or long_j; sqrt(1 + ln s / ln L0)
 """
 
 import math

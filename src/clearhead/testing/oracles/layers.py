@@ -92,8 +92,8 @@ def layer(
     t = collinear_t(k, spec.options.get("activation", "relu"))
     mode = spec.options.get("mode", "exact")
     if v1:
-        vectors = [weights[f"lambda_{name}"] for name in ("q1", "k1", "q2", "k2")]
-        lam = lambda_value(*vectors, initial_lambda(spec))
+        q1, k1, q2, k2 = (weights[f"lambda_{name}"] for name in ("q1", "k1", "q2", "k2"))
+        lam = lambda_value(q1, k1, q2, k2, initial_lambda(spec))
     elif spec.attention in ("differential_v2", "differential_v2_collinear"):
         lam = 1 / (1 + torch.exp(-torch.einsum("bli,hi->bhl", x, weights["lambda_proj"])))[..., None]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .collinear import collinear_map
+from .rotary import Turning
 from .softmax import apply_map, per_head
 
 
@@ -22,7 +23,7 @@ def differential_collinear_map(
     *,
     causal: bool = False,
     allowed: Tensor | None = None,
-    base: float = 10_000.0,
+    base: float | Turning = 10_000.0,
 ) -> Tensor:
     """(B, H, L, S): softmax(a(q_1, t_1)/√D) − λ softmax(a(q_2, t_2)/√D), a one of `collinear.SCORES`.
 
@@ -67,7 +68,7 @@ def differential_collinear_attention(
     *,
     causal: bool = False,
     allowed: Tensor | None = None,
-    base: float = 10_000.0,
+    base: float | Turning = 10_000.0,
 ) -> Tensor:
     """q (B, 2H, L, D), t (B, 2G or G, S, D), v (B, G, S, E) -> (B, H, L, E)."""
     weights = differential_collinear_map(

@@ -25,8 +25,7 @@ def visible(
     only.
     """
     see = torch.ones(batch, queries, keys, dtype=torch.bool)
-    if documents is not None and key_documents is None:
-        key_documents = documents
+    theirs = documents if key_documents is None else key_documents
     for b in range(batch):
         for i in range(queries):
             for j in range(keys):
@@ -37,7 +36,7 @@ def visible(
                     see[b, i, j] = False
                 if key_padding is not None and not bool(key_padding[b, j]):
                     see[b, i, j] = False
-                if documents is not None and documents[b, i] != key_documents[b, j]:
+                if documents is not None and theirs is not None and documents[b, i] != theirs[b, j]:
                     see[b, i, j] = False
     return see
 

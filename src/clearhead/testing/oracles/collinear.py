@@ -1,8 +1,8 @@
 """Collinear Constrained Attention (arXiv 2309.08646 v3): scores as the paper writes them.
 
-exact   equations 7 to 9: the key of token n as seen by query m is q_m ∘ t_n, rotated to n: L × S × D keys
-slack   equation 10 with q free: q_m ∘ rotated t_n
-strict  equation 10 under constraint 11: q is the same on both components of each rotary pair
+exact:  equations 7 to 9: the key of token n as seen by query m is q_m ∘ t_n, rotated to n: L × S × D keys
+slack:  equation 10 with q free: q_m ∘ rotated t_n
+strict: equation 10 under constraint 11: q is the same on both components of each rotary pair
 
 t is the same on both components of a pair and not negative (equation 6): the activation of the average of the
 two halves, which is how the authors' code ties it. Pairs are components (j, j + D/2).
@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from .rotary import rotate
+from .rotary import Turning, rotate
 from .softmax import apply_map, per_head, softmax_rows, visible
 
 
@@ -34,7 +34,7 @@ def collinear_t(projected: Tensor, activation: str = "relu") -> Tensor:
 
 
 def exact_scores(
-    q: Tensor, t: Tensor, query_positions: Tensor, key_positions: Tensor, base: float = 10_000.0
+    q: Tensor, t: Tensor, query_positions: Tensor, key_positions: Tensor, base: float | Turning = 10_000.0
 ) -> Tensor:
     """Equation 9 for one head: a(m, n) = Re⟨f(q_m, m), f(q_m, n) ∘ t_n⟩; q (L, D), t (S, D) -> (L, S)."""
     L, S = q.shape[0], t.shape[0]
@@ -48,7 +48,7 @@ def exact_scores(
 
 
 def slack_scores(
-    q: Tensor, t: Tensor, query_positions: Tensor, key_positions: Tensor, base: float = 10_000.0
+    q: Tensor, t: Tensor, query_positions: Tensor, key_positions: Tensor, base: float | Turning = 10_000.0
 ) -> Tensor:
     """Equation 10 for one head: a(m, n) = Re⟨f(q_m, m), q_m ∘ f(t_n, n)⟩."""
     rotated_query = rotate(q[None, None], query_positions, base)[0, 0]
@@ -58,7 +58,7 @@ def slack_scores(
 
 
 def strict_scores(
-    q: Tensor, t: Tensor, query_positions: Tensor, key_positions: Tensor, base: float = 10_000.0
+    q: Tensor, t: Tensor, query_positions: Tensor, key_positions: Tensor, base: float | Turning = 10_000.0
 ) -> Tensor:
     """Equation 10 with q tied (equation 11)."""
     return slack_scores(tie(q), t, query_positions, key_positions, base)
@@ -92,7 +92,7 @@ def collinear_map(
     causal: bool = False,
     allowed: Tensor | None = None,
     scale: float | None = None,
-    base: float = 10_000.0,
+    base: float | Turning = 10_000.0,
 ) -> Tensor:
     """(B, H, L, S) softmax of the scores times `scale`: 1/√D unless given, as in the released code.
 
@@ -124,7 +124,7 @@ def collinear_attention(
     causal: bool = False,
     allowed: Tensor | None = None,
     scale: float | None = None,
-    base: float = 10_000.0,
+    base: float | Turning = 10_000.0,
 ) -> Tensor:
     weights = collinear_map(
         q, t, mode, query_positions, key_positions, causal=causal, allowed=allowed, scale=scale, base=base
