@@ -1,8 +1,8 @@
 """Which backend runs a problem, decided once and explained.
 
 A backend is an engine (runs softmax calls; the legaliser and the variant's `mix` do the rest) or a kernel (runs a
-whole variant). `plan`
-is pure: it looks at sizes and kinds, never at tensor values, and every refusal carries its reason.
+whole variant). `plan` is pure: it looks at sizes and kinds, never at tensor values, and every refusal carries its
+reason.
 """
 
 from abc import ABC, abstractmethod

@@ -15,8 +15,8 @@ class MaskSpec:
 
     is_causal:   a query sees keys up to its own position.
     offset:      position of the first query among the keys; by default S − L, so the queries are the LAST L
-        positions (decoding,
-                 chunked prefill). A scalar tensor for caches of fixed size, whose last keys are not written yet.
+        positions (decoding, chunked prefill). A scalar tensor for caches of fixed size, whose last keys are not
+        written yet.
     window:      a query sees only keys fewer than this many positions away: under is_causal the last `window` keys,
         its own among them; otherwise as many to either side.
     key_padding: (B, S) bool, True where the key is real.

@@ -33,8 +33,8 @@ class Sdpa(Engine):
     """`torch.nn.functional.scaled_dot_product_attention` with native GQA.
 
     Its fused kernels want values as wide as keys. On CPU keys padded to the value's width are faster than two slices
-    (one softmax
-    instead of two, larger products: `benchmarks/`); elsewhere the slices keep the kernels for narrow heads.
+    (one softmax instead of two, larger products: `benchmarks/`); elsewhere the slices keep the kernels for narrow
+    heads.
 
     ALiBi on CPU only, whose kernels take a float32 mask beside any dtype; elsewhere a mask has the query's, and
     bfloat16 loses distances past 256. Where distance decides everything (causal or not, windows, any cache) the mask

@@ -72,9 +72,8 @@ class CollinearPlacement:
 
         t scales its pair's two components, so k' = (t ∘ first half, t ∘ second half): the `table` of `Heads`.
         """
-        if isinstance(
-            rotation, PlaneRotation
-        ):  # the same in one pass over memory: it is made for every decoded token
+        # The same in one pass over memory: it is made for every decoded token.
+        if isinstance(rotation, PlaneRotation):
             cos, sin = rotation.key_cos[:, 0].to(dtype), rotation.key_sin[:, 0].to(dtype)
             turned = (cos - sin, cos + sin) if self.mode == "slack" else (cos, sin)
             return torch.cat(turned, dim=-1)

@@ -12,9 +12,8 @@ class Softmax(Variant):
     """softmax(q kᵀ / √d) v, grouped-query (Vaswani et al. 2017, Ainslie et al. 2023).
 
     head_norm: RMSNorm over each head's output, the control of the Differential Transformer's ablation ("+GroupNorm",
-        Table 6 of
-        arXiv 2410.05258): it separates what the subtraction does from what the norm does. Adds head_dim parameters a
-        layer.
+        Table 6 of arXiv 2410.05258): it separates what the subtraction does from what the norm does. It adds head_dim
+        parameters to each layer.
     """
 
     def __init__(self, shape: HeadShape, *, head_norm: bool = False, norm_eps: float = 1e-5) -> None:
