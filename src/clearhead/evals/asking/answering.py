@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from clearhead.evals.asking.decoding import Asked, answer, greedy
 from clearhead.evals.asking.losses import suffix_losses
 from clearhead.evals.asking.running import batches, inference, to_batch
-from clearhead.evals.probing.rescaling import growing, rescaled
+from clearhead.evals.probing.adapter import adapter_of
+from clearhead.evals.probing.rescaling import rescaled
 from clearhead.evals.subject import Subject
 
 if TYPE_CHECKING:
@@ -111,10 +112,10 @@ def likelihoods(
     """
     found: list[list[float]] = [[] for _ in rows]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-    grows = growing(model)
-    lengths = sorted({len(ids) for ids, _ in rows}) if grows else [0]
+    apart = adapter_of(model).frequencies_depend_on_length()
+    lengths = sorted({len(ids) for ids, _ in rows}) if apart else [0]
     for length in lengths:
-        same = [i for i in order if len(rows[i][0]) == length] if grows else order
+        same = [i for i in order if len(rows[i][0]) == length] if apart else order
         longest = max((len(rows[i][0]) for i in same), default=1)
         with rescaled(model, length=length or None), inference(model):
             for span in batches(len(same), batch_tokens // longest):

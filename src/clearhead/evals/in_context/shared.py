@@ -23,7 +23,7 @@ from clearhead.evals.in_context.labelled import Example, LabelledSet, open_label
 from clearhead.evals.in_context.prompts import SEPARATOR, Form, LabelTrie, make_prompts, make_trie
 from clearhead.evals.in_context.rounds import divide
 from clearhead.evals.in_context.scoring import Reader, Score, decide
-from clearhead.evals.probing.rescaling import growing, rescaled
+from clearhead.evals.probing.rescaling import rescaled
 from clearhead.evals.reasons import NEEDS_FAST, reason_of
 from clearhead.evals.subject import Subject
 
@@ -190,7 +190,9 @@ def measure(
     """
     model = subject.model
     failed: dict[tuple[Any, ...], str] = {}
-    for todo in _together(families, log, growing(model, config.rope_parameters)):
+    for todo in _together(
+        families, log, subject.adapter.frequencies_depend_on_length(config.rope_parameters)
+    ):
         longest = max(todo, key=lambda block: len(block.context))
         prompts = [block.prompts[row] for block, rows in todo.items() for row in rows]
         length = max(map(len, prompts)) + task.trie.longest

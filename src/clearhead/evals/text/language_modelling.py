@@ -21,7 +21,6 @@ from clearhead.analysis.sections import Section, Table
 from clearhead.evals.asking.running import batches, inference, to_batch, token_losses
 from clearhead.evals.asking.texts import choose
 from clearhead.evals.evaluation import Evaluation, EvaluationConfig
-from clearhead.evals.probing.rescaling import growing
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
 
@@ -94,7 +93,7 @@ class LanguageModelling(Evaluation[LanguageModellingConfig]):
         # Similar lengths side by side keep the padding small.
         windows.sort(key=lambda window: -len(window[1]))
         totals = np.zeros(len(documents))
-        apart = growing(subject.model)
+        apart = subject.adapter.frequencies_depend_on_length()
         for size, same in groupby(windows, lambda window: len(window[1]) if apart else None):
             rows = list(same)
             with inference(subject.model, length=size):

@@ -32,7 +32,7 @@ from clearhead.evals.asking.haystack import Haystack, digest, make_haystack, rea
 from clearhead.evals.asking.running import inference
 from clearhead.evals.asking.sample_log import SampleLog
 from clearhead.evals.evaluation import Evaluation, EvaluationConfig
-from clearhead.evals.probing.rescaling import growing, rescaled
+from clearhead.evals.probing.rescaling import rescaled
 from clearhead.evals.reasons import NEEDS_FAST, reason_of
 from clearhead.evals.retrieval.multi_needle.prompts import (
     CITIES,
@@ -151,7 +151,7 @@ class MultiNeedle(Evaluation[MultiNeedleConfig]):
         skipped: dict[str, str] = {}
         with SampleLog.open(subject.folder, self.name, self._about(subject, config, documents)) as log:
             # A scaling that grows is settled for prompt and answer, and no other cell may have a say in that.
-            apart = growing(subject.model, config.rope_parameters)
+            apart = subject.adapter.frequencies_depend_on_length(config.rope_parameters)
             kinds = {cell: (cell.length, config.new_tokens(cell.asked) if apart else 0) for cell in cells}
             for kind in dict.fromkeys(kinds.values()):
                 todo = [cell for cell in cells if kinds[cell] == kind]
