@@ -22,8 +22,11 @@ CHECK = "check"
 class SampleLog:
     """The records so far; `add` writes one through to the disk. Without a folder they are kept in memory only."""
 
-    def __init__(self, path: Path | None, keys: tuple[str, ...], about: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path | None, keys: tuple[str, ...], about: dict[str, Any], *, kept: bool = True
+    ) -> None:
         self.path = path
+        self.kept = kept
         self.keys = keys
         self.records: list[dict[str, Any]] = []
         self.known: set[tuple[Any, ...]] = set()
@@ -50,12 +53,14 @@ class SampleLog:
         name: str,
         about: dict[str, Any],
         keys: tuple[str, ...] = ("needles", "asked", "length", "depth", "index"),
+        *,
+        kept: bool = True,
     ) -> SampleLog:
         """The log of evaluation `name` in `folder`; earlier records count only if `about` is the same.
 
-        keys: the fields of a record that tell it from the others.
+        keys: the fields of a record that tell it from the others. kept: whether the finished file stays.
         """
-        return cls(None if folder is None else folder / f"{name}.partial.jsonl", keys, about)
+        return cls(None if folder is None else folder / f"{name}.partial.jsonl", keys, about, kept=kept)
 
     def _keep(self, record: dict[str, Any]) -> None:
         key = tuple(record[name] for name in self.keys)
@@ -82,8 +87,9 @@ class SampleLog:
             return
         self.file.close()
         if kind is None:
-            whole = self.path.with_name(self.path.name.replace(".partial.", "."))
-            write_text(whole, "".join(f"{_text(line)}\n" for line in (self.head, *self.records)))
+            if self.kept:
+                whole = self.path.with_name(self.path.name.replace(".partial.", "."))
+                write_text(whole, "".join(f"{_text(line)}\n" for line in (self.head, *self.records)))
             self.path.unlink()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from clearhead.evals.in_context.prompts import SEPARATOR, Form, LabelTrie, make_
 from clearhead.evals.in_context.rounds import divide
 from clearhead.evals.in_context.scoring import Reader, Score, decide
 from clearhead.evals.probing.rescaling import rescaled
-from clearhead.evals.reasons import NEEDS_FAST, reason_of
+from clearhead.evals.reasons import NEEDS_FAST, Unmeasured, all_of, reason_of
 from clearhead.evals.subject import Subject
 
 CONTEXT = -1
@@ -248,23 +248,37 @@ def _answer(
         )
 
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class OverSets(Generic[T]):
+    """What was measured of every set, why others or parts are left out, and a few answers."""
+
+    sets: list[tuple[Task, T]]
+    left_out: dict[str, str]
+    examples: list[dict[str, Any]]
+    bos: str | None
+
+
 def over_sets(
     subject: Subject,
     config: InContextConfig,
     name: str,
     keys: Sequence[str],
-    one: Callable[[Task, SampleLog, dict[str, str]], dict[str, Any] | None],
-) -> dict[str, Any]:
-    """What `one` makes of every set, with what both evaluations say of their prompts; why parts are left out.
+    one: Callable[[Task, SampleLog, dict[str, str]], T | None],
+) -> OverSets[T]:
+    """What `one` makes of every set.
 
     one: (task, log, reasons that it may add to) -> the set's values, None when nothing of it could be measured; a
-    ValueError is the reason why the whole set is left out. Raises RecordError for a set that cannot be used.
+    ValueError is the reason why the whole set is left out. Raises RecordError for a set that cannot be used, Unmeasured
+    when no set is left.
     """
     tokenizer = subject.tokenizer
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        return {"skipped": NEEDS_FAST}
+        raise Unmeasured(NEEDS_FAST)
     sets, left_out = read_sets(config)
-    values: list[dict[str, Any]] = []
+    found: list[tuple[Task, T]] = []
     with SampleLog.open(subject.folder, name, about(subject, config, sets), (*keys, "index")) as log:
         for data in sets:
             try:
@@ -273,19 +287,12 @@ def over_sets(
             except ValueError as error:
                 left_out[data.name] = reason_of(error)
                 continue
-            if measured:
-                values.append({**task_values(task), **measured})
+            if measured is not None:
+                found.append((task, measured))
         examples = shown(log.records)
-    if not values:
-        return {"skipped": "; ".join(dict.fromkeys(left_out.values()))}
-    return {
-        "sets": values,
-        "left_out": left_out,
-        "examples": examples,
-        "score": config.score,
-        "bos": tokenizer.bos_token,
-        "rope_parameters": config.rope_parameters,
-    }
+    if not found:
+        raise Unmeasured(all_of(left_out))
+    return OverSets(found, left_out, examples, tokenizer.bos_token)
 
 
 def answered(log: SampleLog, blocks: Sequence[Block]) -> list[dict[str, Any]]:
