@@ -98,11 +98,13 @@ def test_a_cell_without_room_or_with_a_reason_leaves_the_others(gpt2: Any, error
     assert [cell["length"] for cell in values["cells"]] == [16]
 
 
-def test_nothing_left_is_skipped_with_every_reason_once(gpt2: Any) -> None:
+def test_nothing_left_is_skipped_with_every_reason_once(gpt2: Any, tmp_path: Path) -> None:
     lengths = Lengths(raising(8, Unmeasured("no room")))
     assert lengths.run(tiny.subject(gpt2), LengthsConfig(lengths=[8])) == Skipped("no room").values()
-    reasons = Lengths().run(tiny.subject(gpt2), LengthsConfig(lengths=[64, 128]))["skipped"].split("; ")
+    whole = tiny.subject(gpt2, folder=tmp_path)
+    reasons = Lengths().run(whole, LengthsConfig(lengths=[64, 128]))["skipped"].split("; ")
     assert [reason.partition(" ")[0] for reason in reasons] == ["64", "128"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_cannot_be_used_and_a_mistake_are_no_reasons(gpt2: Any) -> None:

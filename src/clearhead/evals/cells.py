@@ -23,14 +23,11 @@ from clearhead.data.readers import CorpusError
 from clearhead.data.store import TokenStore
 from clearhead.evals.asking.answering import weights_of
 from clearhead.evals.asking.records import RecordError
-from clearhead.evals.asking.sample_log import SampleLog
+from clearhead.evals.asking.sample_log import SILENCE, SampleLog
 from clearhead.evals.evaluation import C, Evaluation, EvaluationResult, R, Say
 from clearhead.evals.finite import watched
 from clearhead.evals.reasons import Unmeasured, all_of, reason_of
 from clearhead.evals.subject import Subject
-
-SILENCE = 15.0
-"""Seconds between two lines that say how far an evaluation is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +103,17 @@ class CellEvaluation(Evaluation[C, R], Generic[C, R, K, V]):
                     measured.skipped[cell.name] = reason_of(error)
                     continue
                 measured.pairs.append((cell, value))
-            if not measured.pairs:
-                raise Unmeasured(all_of(measured.skipped))
-            return self.gather(subject, config, measured)
+            # Whatever goes wrong from here on, the next run has the cells; a reason is an end like any other.
+            try:
+                return self._gathered(subject, config, measured)
+            except Unmeasured as error:
+                reason = error
+        raise reason
+
+    def _gathered(self, subject: Subject, config: C, measured: Measured[K, V]) -> R:
+        if not measured.pairs:
+            raise Unmeasured(all_of(measured.skipped))
+        return self.gather(subject, config, measured)
 
     def _measured(self, subject: Subject, config: C, cell: K, log: SampleLog) -> V:
         reason = cell.reason

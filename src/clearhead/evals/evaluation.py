@@ -9,7 +9,7 @@ from the files alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -27,6 +27,7 @@ from clearhead.analysis.sections import (
     Series,
     Table,
 )
+from clearhead.evals.asking.sample_log import Say
 from clearhead.evals.reasons import Unmeasured
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import ArmResults, RunResults, SeedResults, Skipped, load_run
@@ -55,8 +56,6 @@ __all__ = [
     "Unmeasured",
     "load_run",
 ]
-
-Say = Callable[[str], None]
 
 
 class EvaluationConfig(BaseModel):

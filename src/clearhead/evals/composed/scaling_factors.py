@@ -30,6 +30,7 @@ from clearhead.analysis.by_length import (
 from clearhead.analysis.comparison import compare
 from clearhead.analysis.published import FACTORS
 from clearhead.analysis.sections import LineChart, Section, Series, Table
+from clearhead.data.store import TokenStore
 from clearhead.evals.cells import Cell, CellEvaluation, Measured
 from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
 from clearhead.evals.reasons import Unmeasured
@@ -96,6 +97,9 @@ class ScalingFactors(CellEvaluation[ScalingFactorsConfig, ScalingFactorsResult, 
                 raise Unmeasured(f"factors has {factor:g}; a scaling stretches, so at least 1")
             for kind in kinds:
                 yield Factor(name=f"{kind}, factor {factor:g}", factor=factor, measured=kind)
+
+    def text(self, subject: Subject, config: ScalingFactorsConfig) -> TokenStore | None:
+        return subject.texts(config.perplexity.texts)
 
     def measure(self, subject: Subject, config: ScalingFactorsConfig, cell: Factor) -> Measurements:
         scaled = {"rope_parameters": parameters(config.scaling, cell.factor)}

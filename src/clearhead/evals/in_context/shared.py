@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from transformers import PreTrainedTokenizerFast
 
-from clearhead.evals.asking.answering import weights_of
+from clearhead.evals.asking.answering import answer_log, fast_tokenizer
 from clearhead.evals.asking.haystack import digest
 from clearhead.evals.asking.records import RecordError, UnreachableError
 from clearhead.evals.asking.running import inference
-from clearhead.evals.asking.sample_log import SampleLog
+from clearhead.evals.asking.sample_log import SampleLog, Say
 from clearhead.evals.evaluation import EvaluationConfig
 from clearhead.evals.in_context.labelled import Example, LabelledSet, open_labelled
 from clearhead.evals.in_context.prompts import SEPARATOR, Form, LabelTrie, make_prompts, make_trie
 from clearhead.evals.in_context.rounds import divide
 from clearhead.evals.in_context.scoring import Reader, Score, decide
 from clearhead.evals.probing.rescaling import rescaled
-from clearhead.evals.reasons import NEEDS_FAST, Unmeasured, all_of, reason_of
+from clearhead.evals.reasons import Unmeasured, all_of, reason_of
 from clearhead.evals.subject import Subject
 
 CONTEXT = -1
@@ -165,16 +165,6 @@ def prepare(tokenizer: PreTrainedTokenizerFast, config: InContextConfig, data: L
     return Task(data, form, tuple(pool), tuple(asked), trie, tuple(tails), tokenizer)
 
 
-def about(subject: Subject, config: InContextConfig, sets: Sequence[LabelledSet]) -> dict[str, Any]:
-    """What answers must have in common to stand in one file: options, texts and weights."""
-    texts = [f"{e.text}\t{e.label}" for data in sets for e in (*data.examples, *(data.test or ()))]
-    return {
-        "config": config.model_dump(mode="json"),
-        "text": digest(texts),
-        "weights": weights_of(subject.model),
-    }
-
-
 def measure(
     subject: Subject,
     config: InContextConfig,
@@ -267,6 +257,7 @@ def over_sets(
     name: str,
     keys: Sequence[str],
     one: Callable[[Task, SampleLog, dict[str, str]], T | None],
+    progress: Say | None = None,
 ) -> OverSets[T]:
     """What `one` makes of every set.
 
@@ -274,12 +265,12 @@ def over_sets(
     ValueError is the reason why the whole set is left out. Raises RecordError for a set that cannot be used, Unmeasured
     when no set is left.
     """
-    tokenizer = subject.tokenizer
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise Unmeasured(NEEDS_FAST)
+    tokenizer = fast_tokenizer(subject)
     sets, left_out = read_sets(config)
     found: list[tuple[Task, T]] = []
-    with SampleLog.open(subject.folder, name, about(subject, config, sets), (*keys, "index")) as log:
+    text = digest([f"{e.text}\t{e.label}" for data in sets for e in (*data.examples, *(data.test or ()))])
+    options = config.model_dump(mode="json")
+    with answer_log(subject, name, options, (*keys, "index"), progress, text=text) as log:
         for data in sets:
             try:
                 task = prepare(tokenizer, config, data)

@@ -22,7 +22,15 @@ from transformers import PreTrainedTokenizerFast
 
 from clearhead.analysis.sections import Section
 from clearhead.data.cache import digest_json
-from clearhead.evals.asking.answering import FormName, encode, form_of, frame, greedy_answers, weights_of
+from clearhead.evals.asking.answering import (
+    FormName,
+    answer_log,
+    encode,
+    fast_tokenizer,
+    form_of,
+    frame,
+    greedy_answers,
+)
 from clearhead.evals.asking.haystack import specials
 from clearhead.evals.asking.records import RecordError, UnreachableError
 from clearhead.evals.asking.sample_log import SampleLog
@@ -35,7 +43,7 @@ from clearhead.evals.faithfulness.hallucination.section import (
     hallucination_section,
 )
 from clearhead.evals.faithfulness.judges.base import Case, Judge, JudgeError, Task, Verdict, make_judge
-from clearhead.evals.reasons import NEEDS_FAST, Unmeasured, all_of, reason_of
+from clearhead.evals.reasons import Unmeasured, all_of, reason_of
 from clearhead.evals.subject import Subject
 from clearhead.registry import resolve
 from clearhead.runs.results import RunResults
@@ -119,20 +127,21 @@ class Hallucination(Evaluation[HallucinationConfig, HallucinationResult]):
             known_source(source)
         judge.prepare()
         sets, skipped = read_sets(config)
-        tokenizer = subject.tokenizer
         if not sets:
             raise Unmeasured(all_of(skipped))
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise Unmeasured(NEEDS_FAST)
+        tokenizer = fast_tokenizer(subject)
         form = asked_in(tokenizer, config.form)
-        about = self._about(subject, config, form, sets)
+        about: dict[str, Any] = {"form": form, "data": digest_of(sets)}
+        options = config.model_dump(
+            mode="json", exclude={"data", "judge", "judge_options", "fields", "batch_tokens"}
+        )
         judged = {**about, "judge": config.judge, "options": config.judge_options}
         reopen(subject.folder, ANSWERS)
-        with SampleLog.open(subject.folder, ANSWERS, about, KEYS) as answers:
+        with answer_log(subject, ANSWERS, options, KEYS, progress, **about) as answers:
             for part in sets:
                 skipped |= ask(subject, tokenizer, config, form, part, answers)
             reopen(subject.folder, VERDICTS)
-            with SampleLog.open(subject.folder, VERDICTS, judged, KEYS) as verdicts:
+            with answer_log(subject, VERDICTS, options, KEYS, progress, **judged) as verdicts:
                 pass_judgement(judge, sets, answers.records, verdicts)
         texts = {(row["set"], row["index"]): row for row in answers.records}
         rows = [{**row, **texts[row["set"], row["index"]]} for row in verdicts.records]
@@ -149,20 +158,6 @@ class Hallucination(Evaluation[HallucinationConfig, HallucinationResult]):
             n=len(rows),
         )
 
-    def _about(
-        self, subject: Subject, config: HallucinationConfig, form: FormName, sets: Sequence[ItemSet]
-    ) -> dict[str, Any]:
-        """What answers must have in common to stand in one file."""
-        left = {"data", "judge", "judge_options", "fields", "batch_tokens"}
-        return {
-            "config": config.model_dump(mode="json", exclude=left),
-            "form": form,
-            "data": digest_json(
-                [[s.name, s.task, [[i.document, i.question, *i.references] for i in s.items]] for s in sets]
-            ),
-            "weights": weights_of(subject.model),
-        }
-
     def remark(self, values: dict[str, Any]) -> str:
         """What the judge has cost."""
         return f"judge: {values['spent']}" if values.get("spent") else ""
@@ -173,6 +168,13 @@ class Hallucination(Evaluation[HallucinationConfig, HallucinationResult]):
         if not values:
             return self.missing(run, title, question)
         return hallucination_section(self.name, title, question, run, values)
+
+
+def digest_of(sets: Sequence[ItemSet]) -> str:
+    """Tells what is asked from anything else."""
+    return digest_json(
+        [[s.name, s.task, [[i.document, i.question, *i.references] for i in s.items]] for s in sets]
+    )
 
 
 def read_sets(config: HallucinationConfig) -> tuple[list[ItemSet], dict[str, str]]:

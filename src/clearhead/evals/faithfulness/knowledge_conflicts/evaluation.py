@@ -29,16 +29,16 @@ from clearhead.data.cache import digest_json
 from clearhead.evals.asking.answering import (
     FormName,
     Ids,
+    answer_log,
     continued,
     encode,
+    fast_tokenizer,
     form_of,
     frame,
     greedy_answers,
     likelihoods,
-    weights_of,
 )
 from clearhead.evals.asking.records import RecordError, read_records, text_of, value_of
-from clearhead.evals.asking.sample_log import SampleLog
 from clearhead.evals.asking.squad_rules import within
 from clearhead.evals.evaluation import Evaluation, EvaluationConfig, Say
 from clearhead.evals.faithfulness.knowledge_conflicts.section import (
@@ -47,7 +47,7 @@ from clearhead.evals.faithfulness.knowledge_conflicts.section import (
     ConflictsResult,
     conflicts_section,
 )
-from clearhead.evals.reasons import NEEDS_FAST, Unmeasured, reason_of
+from clearhead.evals.reasons import Unmeasured, reason_of
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
 
@@ -133,22 +133,16 @@ class KnowledgeConflicts(Evaluation[KnowledgeConflictsConfig, ConflictsResult]):
     ) -> ConflictsResult:
         """Raises RecordError for a file that cannot be used: that is no property of the model."""
         conflicts = read_conflicts(config.data)
-        tokenizer = subject.tokenizer
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise Unmeasured(NEEDS_FAST)
+        tokenizer = fast_tokenizer(subject)
         form = asked_in(tokenizer, config.form)
         fits, skipped = fitting(
             subject, tokenizer, config, form, draw(conflicts, config.samples, config.seed)
         )
         if not fits:
             raise Unmeasured(next(iter(skipped.values())))
-        about = {
-            "config": config.model_dump(mode="json", exclude={"data", "batch_tokens"}),
-            "form": form,
-            "data": digest_json([[one.asked, *one.answers] for one in fits]),
-            "weights": weights_of(subject.model),
-        }
-        with SampleLog.open(subject.folder, self.name, about, ("index",)) as log:
+        options = config.model_dump(mode="json", exclude={"data", "batch_tokens"})
+        data = digest_json([[one.asked, *one.answers] for one in fits])
+        with answer_log(subject, self.name, options, ("index",), progress, form=form, data=data) as log:
             todo = [one for one in fits if not log.has((one.index,))]
             for start in range(0, len(todo), AT_ONCE):
                 part = todo[start : start + AT_ONCE]

@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from pydantic import Field, field_validator
-from transformers import PreTrainedTokenizerFast
 
 from clearhead.analysis.sections import Section
 from clearhead.data.cache import digest_json
-from clearhead.evals.asking.answering import FormName, form_of, greedy_answers, weights_of
+from clearhead.evals.asking.answering import FormName, answer_log, fast_tokenizer, form_of, greedy_answers
 from clearhead.evals.asking.sample_log import SampleLog
 from clearhead.evals.asking.squad_rules import covered, exact, f1, normalised, within
 from clearhead.evals.evaluation import Evaluation, EvaluationConfig, Say
@@ -38,7 +37,7 @@ from clearhead.evals.faithfulness.long_document_qa.section import (
     LongDocumentQaResult,
     long_document_section,
 )
-from clearhead.evals.reasons import NEEDS_FAST, Unmeasured, all_of, reason_of
+from clearhead.evals.reasons import Unmeasured, all_of, reason_of
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
 
@@ -117,14 +116,10 @@ class LongDocumentQa(Evaluation[LongDocumentQaConfig, LongDocumentQaResult]):
         cells = [Cell(length, depth) for length in lengths for depth in dict.fromkeys(config.depths)]
         if config.closed_book:
             cells.insert(0, Cell(CLOSED, 0.0))
-        about = {
-            "config": config.model_dump(mode="json", exclude={"data", "batch_tokens"}),
-            "form": asker.form,
-            "data": digest_json([[a.title, *a.paragraphs] for a in articles]),
-            "lengths": lengths,
-            "weights": weights_of(subject.model),
-        }
-        with SampleLog.open(subject.folder, self.name, about, ("length", "depth", "index")) as log:
+        options = config.model_dump(mode="json", exclude={"data", "batch_tokens"})
+        data = digest_json([[a.title, *a.paragraphs] for a in articles])
+        about = {"form": asker.form, "data": data, "lengths": lengths}
+        with answer_log(subject, self.name, options, ("length", "depth", "index"), progress, **about) as log:
             failed, unmade = every_cell(subject, asker, config, cells, chosen, log)
             records = [row for row in log.records if row["index"] not in unmade]
         skipped |= {f"{cell.length} tokens, depth {cell.depth:.0%}": why for cell, why in failed.items()}
@@ -150,9 +145,7 @@ class LongDocumentQa(Evaluation[LongDocumentQaConfig, LongDocumentQaResult]):
 
     def _asker(self, subject: Subject, config: LongDocumentQaConfig, articles: Sequence[Article]) -> Asker:
         """Raises Unmeasured for a tokenizer that cannot ask in the form."""
-        tokenizer = subject.tokenizer
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise Unmeasured(NEEDS_FAST)
+        tokenizer = fast_tokenizer(subject)
         try:
             asker = Asker(articles, tokenizer, form_of(tokenizer, config.form))
             asker.around("?")

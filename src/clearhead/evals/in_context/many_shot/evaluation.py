@@ -78,7 +78,7 @@ class ManyShot(Evaluation[ManyShotConfig, ManyShotResult]):
         def one(task: Task, log: SampleLog, left_out: dict[str, str]) -> list[Point] | None:
             return self._points(subject, config, task, log, left_out) or None
 
-        found = over_sets(subject, config, self.name, KEYS, one)
+        found = over_sets(subject, config, self.name, KEYS, one, progress)
         return ManyShotResult(
             sets=[ManyShotSet(**task_values(task), points=points) for task, points in found.sets],
             left_out=found.left_out,

@@ -68,7 +68,7 @@ class OrderRobustness(Evaluation[OrderRobustnessConfig, OrderResult]):
         def one(task: Task, log: SampleLog, left_out: dict[str, str]) -> OrderedSet:
             return self._measured(subject, config, task, log)
 
-        found = over_sets(subject, config, self.name, KEYS, one)
+        found = over_sets(subject, config, self.name, KEYS, one, progress)
         return OrderResult(
             sets=[values for _, values in found.sets],
             left_out=found.left_out,

@@ -25,14 +25,14 @@ from pydantic import Field, field_validator
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from clearhead.analysis.sections import Section
-from clearhead.evals.asking.answering import encode, weights_of
+from clearhead.evals.asking.answering import answer_log, encode, fast_tokenizer
 from clearhead.evals.asking.decoding import Asked, answer, found, greedy
 from clearhead.evals.asking.haystack import Haystack, digest, make_haystack, read_documents, store_documents
 from clearhead.evals.asking.running import inference
 from clearhead.evals.asking.sample_log import SampleLog
 from clearhead.evals.evaluation import Evaluation, EvaluationConfig, Say
 from clearhead.evals.probing.rescaling import rescaled
-from clearhead.evals.reasons import NEEDS_FAST, Unmeasured, all_of, reason_of
+from clearhead.evals.reasons import Unmeasured, all_of, reason_of
 from clearhead.evals.retrieval.multi_needle.prompts import (
     CITIES,
     FormName,
@@ -56,6 +56,7 @@ PER_NUMBER = 64
 """New tokens that an answer may have for each number that is asked."""
 Kind = tuple[int, int, int]
 """(needles, asked, length)."""
+KEYS = ("needles", "asked", "length", "depth", "index")
 SHOWN = 2
 """Right answers, and wrong ones, that the report shows."""
 
@@ -145,9 +146,7 @@ class MultiNeedle(Evaluation[MultiNeedleConfig, MultiNeedleResult]):
     def result(
         self, subject: Subject, config: MultiNeedleConfig, progress: Say | None = None
     ) -> MultiNeedleResult:
-        tokenizer = subject.tokenizer
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise Unmeasured(NEEDS_FAST)
+        tokenizer = fast_tokenizer(subject)
         form = config.form or ("completion" if tokenizer.chat_template is None else "chat")
         cells = config.cells(subject.training_length)
         try:
@@ -157,7 +156,8 @@ class MultiNeedle(Evaluation[MultiNeedleConfig, MultiNeedleResult]):
         documents = documents_of(subject, tokenizer, config.haystack)
         asking = Asking(subject, tokenizer, config, form, documents)
         skipped: dict[str, str] = {}
-        with SampleLog.open(subject.folder, self.name, self._about(subject, config, documents)) as log:
+        options, text = config.model_dump(mode="json"), digest(documents)
+        with answer_log(subject, self.name, options, KEYS, progress, text=text) as log:
             # A scaling that grows is settled for prompt and answer, and no other cell may have a say in that.
             apart = subject.adapter.frequencies_depend_on_length(config.rope_parameters)
             kinds = {cell: (cell.length, config.new_tokens(cell.asked) if apart else 0) for cell in cells}
@@ -183,14 +183,6 @@ class MultiNeedle(Evaluation[MultiNeedleConfig, MultiNeedleResult]):
             rope_parameters=config.rope_parameters,
             n=sum(cell.n for cell in values),
         )
-
-    def _about(self, subject: Subject, config: MultiNeedleConfig, documents: Sequence[str]) -> dict[str, Any]:
-        """What answers must have in common to stand in one file: options, text and weights."""
-        return {
-            "config": config.model_dump(mode="json"),
-            "text": digest(documents),
-            "weights": weights_of(subject.model),
-        }
 
     def _values(self, cell: Cell, records: Sequence[dict[str, Any]]) -> MultiNeedleCell:
         rows = sorted(
