@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clearhead.analysis.comparison import Comparison, Samples, compare
 from clearhead.analysis.statistics import Better, decimal, verdict
-from clearhead.evals.composed.scaling_factors import swing
-from clearhead.evals.internals.logit_outliers import mean_over_layers
-from clearhead.evals.retrieval.passkey.section import cell_of, hits
+from clearhead.evals.composed.scaling_factors import ScalingFactors, swing
+from clearhead.evals.internals.logit_outliers import NUMBERS, ScaledLogits, mean_over_layers
+from clearhead.evals.retrieval.passkey.section import PasskeyCell, PasskeyResult, cell_of, hits
 from clearhead.runs.results import RunResults, SeedResults, load_run
 
 Values = dict[str, Any]
@@ -144,7 +145,7 @@ def measurements(run: RunResults, seeds: Sequence[int]) -> list[Measured]:
     made += [passkey(cell["length"]) for cell in first["passkey"]["cells"]]
     made += [passkey(length, factor) for factor in stretched for length in asked]
     for length in read:
-        swings = samples("scaling_factors", partial(swing, length=length))
+        swings = samples("scaling_factors", partial(swings_of, length=length))
         made.append(Measured("Swing of the loss over factors above 1", f"{length:,}", "lower", 3, swings))
     for index, scaling in enumerate(one["scaling"] for one in first["logit_outliers"]["scalings"]):
         for name, better in LOGITS.items():
@@ -246,12 +247,21 @@ def documents(length: int, factor: str | None, what: str) -> Numbers:
     return read
 
 
+def swings_of(values: Values, length: int) -> list[float]:
+    """The swing of each document over the factors."""
+    return swing(ScalingFactors().read(values), length)
+
+
 def keys(length: int, factor: str | None) -> Numbers:
     """1 for each passkey that was found, 0 for the others."""
 
     def read(values: Values) -> list[float]:
         source = values if factor is None else values["factors"].get(factor, {}).get("passkey", {})
-        return hits(cell_of(source, "native", length), inside=None) if source else []
+        return (
+            hits(cell_of(PasskeyResult.model_validate(source), "native", length), inside=None)
+            if source
+            else []
+        )
 
     return read
 
@@ -259,9 +269,13 @@ def keys(length: int, factor: str | None) -> Numbers:
 def logits(scaling: int, name: str) -> Numbers:
     def read(values: Values) -> list[float]:
         scalings = values.get("scalings", [])
-        return mean_over_layers(scalings[scaling], name).tolist() if len(scalings) > scaling else []
+        return layers_mean(scalings[scaling], name).tolist() if len(scalings) > scaling else []
 
     return read
+
+
+def layers_mean(scaling: Values, name: str) -> NDArray[np.float64]:
+    return mean_over_layers(ScaledLogits.model_validate(scaling), NUMBERS[name])
 
 
 def collinearity(values: Values) -> list[float]:
@@ -279,7 +293,7 @@ def record(arm: str, seed: int, run: SeedResults) -> dict[str, Any]:
 
     def right(source: Values) -> dict[str, str]:
         return {
-            str(one["length"]): f"{sum(hits(one, inside=None)):.0f}/{one['n']}"
+            str(one["length"]): f"{sum(hits(PasskeyCell.model_validate(one), inside=None)):.0f}/{one['n']}"
             for one in source.get("cells", [])
         }
 
@@ -300,7 +314,7 @@ def record(arm: str, seed: int, run: SeedResults) -> dict[str, Any]:
             if float(factor) > 1 and by
         },
         "logits": {
-            one["scaling"]: {name: round(float(mean_over_layers(one, name).mean()), 3) for name in LOGITS}
+            one["scaling"]: {name: round(float(layers_mean(one, name).mean()), 3) for name in LOGITS}
             for one in values["logit_outliers"].get("scalings", [])
         },
         "collinearity": round(float(np.mean(angles)), 4) if angles else None,

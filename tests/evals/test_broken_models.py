@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from clearhead import registry
 from clearhead.analysis.sections import Section
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.evaluation import Evaluation, EvaluationConfig, EvaluationResult, Say
 from clearhead.evals.finite import broken_weights
 from clearhead.evals.runner import measured, run_suites
 from clearhead.evals.subject import Subject
@@ -26,15 +25,20 @@ class Options(EvaluationConfig):
     pass
 
 
-class Counting(Evaluation[Options]):
+class Counts(EvaluationResult):
+    found: int
+    spread: float
+
+
+class Counting(Evaluation[Options, Counts]):
     """Counts right answers, and of a model that says nothing finds none."""
 
-    name, Config = "counting", Options
+    name, Config, Result = "counting", Options, Counts
 
-    def run(self, subject: Subject, config: Options) -> dict[str, Any]:
+    def result(self, subject: Subject, config: Options, progress: Say | None = None) -> Counts:
         ids = torch.randint(3, 300, (2, 8), generator=torch.Generator().manual_seed(0))
         best = subject.model(input_ids=ids).logits.argmax(-1)
-        return {"found": int((best[:, :-1] == ids[:, 1:]).sum()), "spread": math.nan}
+        return Counts(found=int((best[:, :-1] == ids[:, 1:]).sum()), spread=math.nan)
 
     def section(self, run: RunResults) -> Section:
         raise NotImplementedError

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from clearhead import registry
 from clearhead.analysis.sections import Section
 from clearhead.cli.main import app
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.evaluation import Evaluation, EvaluationConfig, EvaluationResult, Say
 from clearhead.evals.runner import evaluate_external, parse_options
 from clearhead.evals.subject import Subject
 from clearhead.evals.subjects.external import ExternalLoader, ExternalSpec, is_external
@@ -80,11 +80,14 @@ def test_a_directory_of_hugging_face_is_evaluated_reported_and_resumed(
     assert "passkey" in load_run(run).recipe["evaluate"]["suites"], "earlier evaluations stay in the report"
 
 
-class Stops(Evaluation[EvaluationConfig]):
+class Stops(Evaluation[EvaluationConfig, EvaluationResult]):
     name = "stops"
     Config = EvaluationConfig
+    Result = EvaluationResult
 
-    def run(self, subject: Subject, config: EvaluationConfig) -> dict[str, Any]:
+    def result(
+        self, subject: Subject, config: EvaluationConfig, progress: Say | None = None
+    ) -> EvaluationResult:
         raise KeyboardInterrupt
 
     def section(self, run: RunResults) -> Section:

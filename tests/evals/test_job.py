@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import torch
 from clearhead import registry
 from clearhead.analysis.sections import Section
 from clearhead.data.prepare import PreparedData
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.evaluation import Evaluation, EvaluationConfig, EvaluationResult, Say
 from clearhead.evals.runner import evaluate_job
 from clearhead.evals.subject import Subject
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
@@ -109,11 +108,14 @@ def test_a_broken_result_is_made_again(run_dir: Path) -> None:
     assert evaluate_job(job, ["mastery"]) == ["mastery"]
 
 
-class Stops(Evaluation[EvaluationConfig]):
+class Stops(Evaluation[EvaluationConfig, EvaluationResult]):
     name = "stops"
     Config = EvaluationConfig
+    Result = EvaluationResult
 
-    def run(self, subject: Subject, config: EvaluationConfig) -> dict[str, Any]:
+    def result(
+        self, subject: Subject, config: EvaluationConfig, progress: Say | None = None
+    ) -> EvaluationResult:
         raise KeyboardInterrupt
 
     def section(self, run: RunResults) -> Section:

@@ -159,13 +159,11 @@ def test_the_mean_and_the_sum_may_disagree_and_a_tie_is_no_preference() -> None:
         "with": [[-1.0, -6.0], [-2.0, -4.0]],
         "without": [[-3.0, -3.0], [-3.0, -3.0]],
     }
-    assert summary(row) == {
+    assert summary(row).values() == {
         "index": 0, "mean": True, "total": False, "mean_without": False, "total_without": False, "said": "context"
     }  # fmt: skip
     three = summary({**row, "with": [[-2.0, -2.0], [-3.0, -3.0], [-1.0, -1.0]], "without": []})
-    assert (three["mean"], three["mean_without"]) == (False, None), (
-        "the context's answer must beat all others"
-    )
+    assert (three.mean, three.mean_without) == (False, None), "the context's answer must beat all others"
 
 
 def test_what_an_answer_names() -> None:

@@ -142,7 +142,14 @@ def test_the_harness_runs_from_the_command_line_into_the_same_report(tmp_path: P
 def test_benchmarks_are_compared_question_by_question() -> None:
     def values(marks: list[float], error: float) -> dict[str, Any]:
         metrics = {"acc": {"value": sum(marks) / len(marks), "stderr": error}}
-        task = {"metrics": metrics, "main": "acc", "samples": marks, "n": len(marks)}
+        task = {
+            "metrics": metrics,
+            "main": "acc",
+            "samples": marks,
+            "n": len(marks),
+            "version": "1",
+            "num_fewshot": 0,
+        }
         return {"tasks": {"arc": task}, "skipped_tasks": {}, "n": len(marks)}
 
     arms = {"a": values([0.0, 1.0] * 20, 0.08), "b": values([1.0] * 40, 0.0)}

@@ -45,7 +45,10 @@ def section_of(**arms: list[tuple[int, bool]]) -> Any:
     for name, outcomes in arms.items():
         seeds = {}
         for seed, (tokens, mastered) in enumerate(outcomes):
-            values = {"threshold": 0.9, "mastered": mastered, "tokens": tokens, "final_accuracy": 0.5}
+            values = {
+                "threshold": 0.9, "mastered": mastered, "tokens": tokens, "budget": None, "final_accuracy": 0.5,
+                "best_accuracy": 0.5, "n": 1,
+            }  # fmt: skip
             seeds[seed] = SeedResults(results={"mastery": {"values": values}})
         found.append(ArmResults(name, name, "softmax", seeds))
     return Mastery().section(RunResults({"name": "x"}, {}, found))

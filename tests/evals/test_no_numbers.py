@@ -14,7 +14,7 @@ import torch
 
 from clearhead import registry
 from clearhead.analysis.sections import Section
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.evaluation import Evaluation, EvaluationConfig, EvaluationResult, Say
 from clearhead.evals.faithfulness.judges.base import JudgeError
 from clearhead.evals.faithfulness.judges.loading import load_judge
 from clearhead.evals.faithfulness.judges.local import Local, LocalConfig
@@ -36,13 +36,22 @@ class Options(EvaluationConfig):
     pass
 
 
-class Overflowing(Evaluation[Options]):
+class Layer(EvaluationResult):
+    loss: float
+
+
+class Layers(EvaluationResult):
+    layers: list[Layer]
+    n: int
+
+
+class Overflowing(Evaluation[Options, Layers]):
     """Has a result of which one number is none."""
 
-    name, Config = "overflowing", Options
+    name, Config, Result = "overflowing", Options, Layers
 
-    def run(self, subject: Subject, config: Options) -> dict[str, Any]:
-        return {"layers": [{"loss": 1.0}, {"loss": math.inf}], "n": 2}
+    def result(self, subject: Subject, config: Options, progress: Say | None = None) -> Layers:
+        return Layers(layers=[Layer(loss=1.0), Layer(loss=math.inf)], n=2)
 
     def section(self, run: RunResults) -> Section:
         return (

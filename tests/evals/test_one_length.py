@@ -17,7 +17,8 @@ import torch
 from clearhead.evals.external.harness import harness_model, in_groups
 from clearhead.evals.in_context import shared as in_context
 from clearhead.evals.in_context.many_shot.evaluation import ManyShot, ManyShotConfig
-from clearhead.evals.probing.rescaling import growing, grows, rescaled
+from clearhead.evals.probing.adapter import adapter_of
+from clearhead.evals.probing.rescaling import rescaled
 from clearhead.evals.retrieval.multi_needle.evaluation import MultiNeedle, MultiNeedleConfig
 from clearhead.evals.text.ar_hit import ArHit, ArHitConfig
 from clearhead.evals.text.language_modelling import LanguageModelling, LanguageModellingConfig, cut
@@ -116,10 +117,17 @@ def test_a_question_is_settled_for_its_own_length(tmp_path: Path, monkeypatch: p
 
 def test_a_scaling_that_is_tried_counts_like_the_models_own() -> None:
     model = tiny.ours()
-    assert not grows(model) and not growing(model) and growing(model, DYNAMIC)
+    adapter = adapter_of(model)
+    assert not adapter.keys_depend_on_request() and not adapter.frequencies_depend_on_length()
+    assert adapter.frequencies_depend_on_length(DYNAMIC)
     with rescaled(model, DYNAMIC, trained=16):
-        assert grows(model)
-    assert not grows(model)
+        assert adapter.keys_depend_on_request() and adapter.frequencies_depend_on_length()
+    assert not adapter.keys_depend_on_request()
+
+
+def test_frequencies_of_another_model_are_settled_for_a_request_and_keys_do_not_depend_on_it() -> None:
+    adapter = adapter_of(tiny.llama(rope_parameters={**DYNAMIC, "rope_theta": 1e4}))
+    assert adapter.frequencies_depend_on_length() and not adapter.keys_depend_on_request()
 
 
 @each_model

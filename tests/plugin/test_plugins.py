@@ -323,24 +323,41 @@ EVALUATION = Plugin(
     "evals/toy.py",
     "clearhead.evals.toy:Toy",
     """
-from typing import Any
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
-from clearhead.runs.results import RunResults
+import torch
 from clearhead.analysis.sections import Section
+from clearhead.evals.cells import Cell, CellEvaluation, Measured
+from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
 from clearhead.evals.subject import Subject
+from clearhead.runs.results import RunResults
 
 class ToyConfig(EvaluationConfig):
     factor: float = 1.0
+    lengths: list[int] = [8, 16, 32, 64]
 
-class Toy(Evaluation[ToyConfig]):
-    name = "toy"
-    Config = ToyConfig
+class Size(EvaluationResult):
+    length: int
+    size: float
 
-    def run(self, subject: Subject, config: ToyConfig) -> dict[str, Any]:
-        return {"size": config.factor * sum(p.numel() for p in subject.model.parameters())}
+class ToyResult(EvaluationResult):
+    cells: list[Size]
+    skipped_cells: dict[str, str]
+
+class Toy(CellEvaluation[ToyConfig, ToyResult, Cell, Size]):
+    name, Config, Result, Value = "toy", ToyConfig, ToyResult, Size
+
+    def cells(self, subject: Subject, config: ToyConfig) -> list[Cell]:
+        return [Cell(name=f"{length} tokens", length=length) for length in config.lengths]
+
+    def measure(self, subject: Subject, config: ToyConfig, cell: Cell) -> Size:
+        weights = sum(p.numel() for p in subject.model.parameters())
+        subject.model(input_ids=torch.zeros(1, cell.length, dtype=torch.long, device=subject.device))
+        return Size(length=cell.length, size=config.factor * weights)
+
+    def gather(self, subject: Subject, config: ToyConfig, measured: Measured[Cell, Size]) -> ToyResult:
+        return ToyResult(cells=measured.values, skipped_cells=measured.skipped)
 
     def section(self, run: RunResults) -> Section:
-        sizes = {arm: [value["size"] for value in seeds.values()] for arm, seeds in run.values(self.name).items()}
+        sizes = {arm: [v.cells[0].size for v in seeds.values()] for arm, seeds in self.results(run).items()}
         return Section(self.name, "Toy", "How large is it?", f"The toy says {sizes}.")
 """,
     """
@@ -393,8 +410,39 @@ data = prepare(data_spec(task.job))
 model = build_model(task.job, data)
 model.save_pretrained(task.directory / "model")
 data.tokenizer.save_pretrained(task.directory / "model")
+
+# One length is too long, one does not fit into memory, and the run is killed at the last one.
+from clearhead.evals.subject import Subject
+from clearhead.evals.toy import Toy
+from clearhead.models import ClearheadForCausalLM
+read = []
+forward = ClearheadForCausalLM.forward
+class Killed(Exception):
+    pass
+def seen(self, input_ids, **options):
+    length = input_ids.shape[1]
+    read.append(length)
+    if length == 32:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\\nmany bytes")
+    if length == 64 and read.count(64) == 1:
+        raise Killed
+    return forward(self, input_ids, **options)
+ClearheadForCausalLM.forward = seen
+Subject.too_long = lambda self, length: "16 tokens is too long" if length == 16 else None
+try:
+    evaluate_job(task.directory)
+except Killed:
+    assert read == [8, 32, 64]
+else:
+    raise AssertionError("the run was not killed")
 assert evaluate_job(task.directory) == ["toy"]
+assert read == [8, 32, 64, 32, 64], read
 assert evaluate_job(task.directory) == []
+values = json.loads((task.directory / "results" / "toy.json").read_text())["values"]
+assert [cell["length"] for cell in values["cells"]] == [8, 64]
+left = {"16 tokens": "16 tokens is too long", "32 tokens": "CUDA out of memory. Tried to allocate"}
+assert values["skipped_cells"] == left, values
+assert [path.name for path in (task.directory / "results").iterdir()] == ["toy.json"]
 build_report(run)
 size = 2.0 * sum(p.numel() for p in model.parameters())
 (answer,) = [a for a in json.loads((run / "summary.json").read_text())["answers"] if a["section"] == "toy"]

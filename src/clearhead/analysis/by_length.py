@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from clearhead.analysis.sections import LineChart, Panel, Reference, Series, Table
 from clearhead.analysis.statistics import Estimate
 
-Values = Mapping[str, Mapping[int, Mapping[str, Any]]]
+T = TypeVar("T")
+Values = Mapping[str, Mapping[int, T]]
 """Arm -> seed -> the values of an evaluation."""
+
+
+class PartlySkipped(Protocol):
+    """Values that say which of their cells are missing, and why."""
+
+    @property
+    def skipped_cells(self) -> Mapping[str, str]: ...
+
+
 Read = Callable[[str, int], Estimate | None]
 """(arm, length) -> the estimate over its seeds, None where it is missing."""
 
 
-def first_values(values: Values) -> Mapping[str, Any]:
+def first_values(values: Values[T]) -> T:
     """The values of any one model: what all of them have in common stands there."""
     return next(iter(next(iter(values.values())).values()))
 
 
-def left_out(values: Values, unit: str = "") -> list[str]:
+def left_out(values: Values[PartlySkipped], unit: str = "") -> list[str]:
     """The cells that a model has no number for, a line a reason; it names the arms unless it concerns all of them."""
     reasons: dict[str, dict[str, None]] = {}
     concerned: dict[str, dict[str, None]] = {}
     for arm, seeds in values.items():
         for value in seeds.values():
-            for cell, why in value.get("skipped_cells", {}).items():
+            for cell, why in value.skipped_cells.items():
                 reasons.setdefault(why, {})[f"{cell}{unit}"] = None
                 concerned.setdefault(why, {})[arm] = None
     return [
@@ -55,12 +65,12 @@ def heat_panels(
     ]
 
 
-def shared_lengths(values: Values, lengths: Callable[[Mapping[str, Any]], set[int]]) -> list[int]:
+def shared_lengths(values: Values[T], lengths: Callable[[T], set[int]]) -> list[int]:
     """The lengths that every model was measured at, in order."""
     return sorted(set.intersection(*(lengths(v) for seeds in values.values() for v in seeds.values())))
 
 
-def every_length(values: Values, lengths: Callable[[Mapping[str, Any]], set[int]]) -> list[int]:
+def every_length(values: Values[T], lengths: Callable[[T], set[int]]) -> list[int]:
     """The lengths that any model was measured at, in order."""
     return sorted(set.union(*(lengths(v) for seeds in values.values() for v in seeds.values())))
 

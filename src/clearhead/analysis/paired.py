@@ -7,13 +7,14 @@ from typing import Any, TypeVar
 
 from clearhead.analysis.by_length import Values
 
+V = TypeVar("V")
 T = TypeVar("T")
-Items = Callable[[Mapping[str, Any]], Mapping[Any, T]]
+Items = Callable[[V], Mapping[Any, T]]
 """The values of one model -> what each item scored."""
 
 
 def shared_items(
-    values: Values, items: Items[T], keep: Callable[[T], bool] = lambda score: True
+    values: Values[V], items: Items[V, T], keep: Callable[[T], bool] = lambda score: True
 ) -> list[Any]:
     """The items that every model has with a score that `keep` keeps, in the first model's order."""
     found = [items(value) for seeds in values.values() for value in seeds.values()]
@@ -21,7 +22,7 @@ def shared_items(
 
 
 def paired_samples(
-    values: Values, items: Items[T], shared: Sequence[Any], number: Callable[[T], float]
+    values: Values[V], items: Items[V, T], shared: Sequence[Any], number: Callable[[T], float]
 ) -> dict[str, dict[int, list[float]]]:
     """Arm -> seed -> a number for each of the `shared` items, in their order."""
     return {

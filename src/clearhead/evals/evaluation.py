@@ -1,16 +1,18 @@
-"""What an evaluation is: its options, how it measures a trained model, and its section of the report.
+"""What an evaluation is: its options, its values, how it measures a trained model, and its section of the report.
 
-One evaluation is one file with a subclass of `Evaluation` and one line in `registry.EVALUATIONS`. `run`
-returns plain JSON values; `section` reads the values of all arms and seeds back from disk. The two never meet in
-memory, so a report can be made on another machine, long after, from the files alone.
+One evaluation is one file with a subclass of `Evaluation` (most are a `CellEvaluation` of `evals.cells`) and one line
+in `registry.EVALUATIONS`. `run` returns plain JSON values; `section` reads the values of all arms and seeds back from
+disk, as the same typed `Result`. The two never meet in memory, so a report can be made on another machine, long after,
+from the files alone.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from clearhead.analysis.sections import (
     BarChart,
@@ -25,11 +27,10 @@ from clearhead.analysis.sections import (
     Series,
     Table,
 )
+from clearhead.evals.asking.sample_log import Say
+from clearhead.evals.reasons import Unmeasured
 from clearhead.evals.subject import Subject
-from clearhead.runs.results import ArmResults, RunResults, SeedResults, load_run
-
-if TYPE_CHECKING:
-    pass
+from clearhead.runs.results import ArmResults, RunResults, SeedResults, Skipped, load_run
 
 __all__ = [
     "ArmResults",
@@ -38,17 +39,21 @@ __all__ = [
     "Chart",
     "Evaluation",
     "EvaluationConfig",
+    "EvaluationResult",
     "Headline",
     "HeatMap",
     "LineChart",
     "Panel",
     "Reference",
     "RunResults",
+    "Say",
     "Section",
     "SeedResults",
     "Series",
+    "Skipped",
     "Subject",
     "Table",
+    "Unmeasured",
     "load_run",
 ]
 
@@ -59,20 +64,43 @@ class EvaluationConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class EvaluationResult(BaseModel):
+    """Base of an evaluation's values and of their parts, in the order in which they are written.
+
+    Keys that other versions have written are passed over; a field that earlier ones have not needs a default. What has
+    its default by itself is not written.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    def values(self) -> dict[str, Any]:
+        """As JSON values."""
+        return self.model_dump(exclude_unset=True, by_alias=True)
+
+
 C = TypeVar("C", bound=EvaluationConfig)
+R = TypeVar("R", bound=EvaluationResult)
 
 
-class Evaluation(ABC, Generic[C]):
+class Evaluation(ABC, Generic[C, R]):
     """One measurement. `name` is its key in the registry and in `[evaluate.<name>]` of a recipe."""
 
     name: ClassVar[str]
     Config: type[C]
+    Result: type[R]
     tells_overflow: ClassVar[bool] = False
     """Whether its values say themselves where the model's logits were no numbers."""
 
     @abstractmethod
-    def run(self, subject: Subject, config: C) -> dict[str, Any]:
-        """Measure one trained model. Returns JSON values; `{"skipped": reason}` when it cannot be measured."""
+    def result(self, subject: Subject, config: C, progress: Say | None = None) -> R:
+        """Measure one trained model. Raises Unmeasured, with the reason, when it cannot be."""
+
+    def run(self, subject: Subject, config: C, progress: Say | None = None) -> dict[str, Any]:
+        """`result` as JSON values; those of `Skipped` when the model cannot be measured."""
+        try:
+            return self.result(subject, config, progress).values()
+        except Unmeasured as reason:
+            return Skipped(str(reason)).values()
 
     @abstractmethod
     def section(self, run: RunResults) -> Section:
@@ -81,6 +109,28 @@ class Evaluation(ABC, Generic[C]):
     def remark(self, values: dict[str, Any]) -> str:
         """A line for the terminal about what was measured, such as what it has cost; empty where there is none."""
         return ""
+
+    def results(self, run: RunResults) -> dict[str, dict[int, R]]:
+        """Arm name -> seed -> what was measured, as `RunResults.values`.
+
+        Raises ValueError, naming arm, seed and field, for values that are not those of this evaluation.
+        """
+        return {
+            arm: {seed: self.read(values, f"{arm}, seed {seed}") for seed, values in seeds.items()}
+            for arm, seeds in run.values(self.name).items()
+        }
+
+    def read(self, values: Mapping[str, Any], where: str = "the result") -> R:
+        """Values from disk as what they are. Raises ValueError as `results`."""
+        try:
+            return self.Result.model_validate(values)
+        except ValidationError as error:
+            detail = error.errors()[0]
+            key = ".".join(map(str, detail["loc"]))
+            raise ValueError(
+                f"{where}: results/{self.name}.json holds no values of {self.name} ({key}: {detail['msg'].lower()}); "
+                "delete it and evaluate again"
+            ) from None
 
     def missing(self, run: RunResults, title: str, question: str) -> Section:
         """The section of an evaluation that has no values at all, with the reason when there is one."""

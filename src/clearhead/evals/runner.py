@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from clearhead.data.began import check_sets, set_stamps
-from clearhead.evals.evaluation import Evaluation
+from clearhead.evals.evaluation import Evaluation, Say
 from clearhead.evals.finite import watched
 from clearhead.evals.subject import Subject
 from clearhead.evals.subjects.external import DEFAULT_SUITES, ExternalLoader, ExternalSpec, open_external_run
@@ -23,7 +23,7 @@ from clearhead.runs.directory import exclusive, kept_data
 from clearhead.runs.files import not_finite, plain, write_json
 from clearhead.runs.recipe import Job
 from clearhead.runs.recipe_io import load_job
-from clearhead.runs.results import read_metrics, read_result
+from clearhead.runs.results import Skipped, read_metrics, read_result
 from clearhead.runs.secrets import redacted
 from clearhead.runs.status import Status, write_status
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 Options = Mapping[str, Mapping[str, Any]]
 """Evaluation -> its options."""
-Say = Callable[[str], None]
 
 
 class Loader(Protocol):
@@ -110,7 +109,7 @@ def run_suites(
         if progress is not None:
             progress(f"{arm}, seed {seed}: {name}")
         started = time.monotonic()
-        values = measured(evaluation, loader.subject, config)
+        values = measured(evaluation, loader.subject, config, progress)
         check_sets(sets, set_stamps(plain))
         if progress is not None and (remark := evaluation.remark(values)):
             progress(remark)
@@ -131,24 +130,30 @@ def run_suites(
     return ran
 
 
-def measured(evaluation: Evaluation[Any], subject: Subject, config: Any) -> dict[str, Any]:
+def measured(
+    evaluation: Evaluation[Any, Any], subject: Subject, config: Any, progress: Say | None = None
+) -> dict[str, Any]:
     """What the evaluation found, or why it means nothing: weights or logits that are no numbers."""
     if subject.broken is not None:
-        return {"skipped": subject.broken}
+        return Skipped(subject.broken).values()
     with watched(subject.model) as watch:
-        values = evaluation.run(subject, config)
-    if "skipped" in values:
+        values = evaluation.run(subject, config, progress)
+    if Skipped.read(values) is not None:
         return values
     if watch.reason is not None and not evaluation.tells_overflow:
-        return {"skipped": watch.reason}
+        return Skipped(watch.reason).values()
     # A report computes with all numbers of a result, so one that is none takes the others with it.
     place = not_finite(values)
-    return values if place is None else {"skipped": f"not all of it are numbers: {place}", **plain(values)}
+    return (
+        values
+        if place is None
+        else {**Skipped(f"not all of it are numbers: {place}").values(), **plain(values)}
+    )
 
 
-def checked(name: str, options: Mapping[str, Any]) -> tuple[Evaluation[Any], Any]:
+def checked(name: str, options: Mapping[str, Any]) -> tuple[Evaluation[Any, Any], Any]:
     """An evaluation and its checked options; ValueError with the nearest name for what it does not know."""
-    evaluation: Evaluation[Any] = resolve("evaluations", name)()
+    evaluation: Evaluation[Any, Any] = resolve("evaluations", name)()
     try:
         return evaluation, evaluation.Config.model_validate(dict(options))
     except ValidationError as error:

@@ -12,6 +12,7 @@ import torch
 
 from clearhead.data.retrieval import NeedleRange
 from clearhead.evals.finite import broken_weights
+from clearhead.evals.probing.adapter import ModelAdapter, adapter_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,19 +75,14 @@ class Subject:
             self._texts[key] = open_texts(sources, tokenizer)
         return self._texts[key]
 
-    def too_long(self, length: int) -> str | None:
-        """Why the model cannot take `length` tokens, or `None` if it can.
+    @property
+    def adapter(self) -> ModelAdapter:
+        """What differs between a model of this library and any other."""
+        return adapter_of(self.model)
 
-        Positions that are computed (rotary ones, ALiBi, none) have no end; a table of learned positions has one.
-        """
-        config = self.model.config
-        known = config.to_dict()
-        if known.get("model_type") == "clearhead" or known.get("rope_parameters"):
-            return None
-        limit = getattr(config, "max_position_embeddings", None)
-        if limit is not None and length > limit:
-            return f"{length} tokens is more than the model takes (max_position_embeddings = {limit})"
-        return None
+    def too_long(self, length: int) -> str | None:
+        """Why the model cannot take `length` tokens, or `None` if it can."""
+        return self.adapter.too_long(length)
 
 
 def lengths_past_training(subject: Subject, lengths: list[int] | None) -> list[int]:

@@ -7,12 +7,31 @@ error that names it, except the last line of `metrics.jsonl`, which a killed pro
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clearhead.runs.files import not_finite, read_lines, read_object
 from clearhead.runs.recipe_io import read_toml
+
+SKIPPED = "skipped"
+"""The key of a result on disk that says why there is none."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What was not measured, and why in a sentence; on disk `{"skipped": reason}`."""
+
+    reason: str
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Skipped | None:
+        """What the values of a result say of themselves; None where they are values."""
+        return cls(str(values[SKIPPED])) if SKIPPED in values else None
+
+    def values(self) -> dict[str, Any]:
+        return {SKIPPED: self.reason}
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,7 @@ class RunResults:
         found: dict[str, dict[int, dict[str, Any]]] = {}
         for arm in self.arms:
             for seed, record in arm.records(evaluation).items():
-                if _same(record, options, sets) and "skipped" not in record["values"]:
+                if _same(record, options, sets) and Skipped.read(record["values"]) is None:
                     found.setdefault(arm.name, {})[seed] = record["values"]
         return found
 
@@ -79,12 +98,13 @@ class RunResults:
         reasons: dict[str, list[str]] = {}
         for arm in self.arms:
             for record in arm.records(evaluation).values():
-                reason = record["values"].get("skipped")
+                skipped = Skipped.read(record["values"])
+                reason = None if skipped is None else skipped.reason
                 if not _same(record, options, sets):
                     what = "options" if record.get("config") != options else "contents of its evaluation sets"
                     reason = f"measured with other {what} than the rest; clearhead evaluate measures it again"
-                if reason is not None and arm.name not in reasons.setdefault(str(reason), []):
-                    reasons[str(reason)].append(arm.name)
+                if reason is not None and arm.name not in reasons.setdefault(reason, []):
+                    reasons[reason].append(arm.name)
         return [f"{', '.join(arms)}: {reason}" for reason, arms in reasons.items()]
 
     def _options(self, evaluation: str) -> tuple[dict[str, Any] | None, dict[str, str] | None]:
@@ -125,7 +145,7 @@ def read_result(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds no values of an evaluation; delete it to have it made again")
     if (place := not_finite(record["values"])) is not None:
         reason = f"not all of it are numbers: {place}; clearhead evaluate measures it again"
-        return {**record, "values": {"skipped": reason}, "broken": True}
+        return {**record, "values": Skipped(reason).values(), "broken": True}
     return record
 
 

@@ -16,7 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from clearhead.evals.asking.decoding import Asked, answer, greedy
 from clearhead.evals.asking.losses import suffix_losses
 from clearhead.evals.asking.running import batches, inference, to_batch
-from clearhead.evals.probing.rescaling import growing, rescaled
+from clearhead.evals.asking.sample_log import SampleLog, Say
+from clearhead.evals.probing.adapter import adapter_of
+from clearhead.evals.probing.rescaling import rescaled
+from clearhead.evals.reasons import NEEDS_FAST, Unmeasured
 from clearhead.evals.subject import Subject
 
 if TYPE_CHECKING:
@@ -26,6 +29,27 @@ Ids = NDArray[np.int64]
 FormName = Literal["chat", "completion"]
 MARK = "⟦document⟧"
 """Stands for the document while a template is looked at; no question spells it."""
+
+
+def fast_tokenizer(subject: Subject) -> PreTrainedTokenizerFast:
+    """The subject's tokenizer, which knows where its tokens lie. Raises Unmeasured for any other."""
+    tokenizer = subject.tokenizer
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise Unmeasured(NEEDS_FAST)
+    return tokenizer
+
+
+def answer_log(
+    subject: Subject,
+    name: str,
+    options: dict[str, Any],
+    keys: tuple[str, ...],
+    progress: Say | None = None,
+    **data: Any,
+) -> SampleLog:
+    """The kept answers of evaluation `name`; earlier ones count only with the same options, data and weights."""
+    about = {"config": options, **data, "weights": weights_of(subject.model)}
+    return SampleLog.open(subject.folder, name, about, keys, progress=progress)
 
 
 def encode(tokenizer: Any, text: str) -> Ids:
@@ -111,10 +135,10 @@ def likelihoods(
     """
     found: list[list[float]] = [[] for _ in rows]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-    grows = growing(model)
-    lengths = sorted({len(ids) for ids, _ in rows}) if grows else [0]
+    apart = adapter_of(model).frequencies_depend_on_length()
+    lengths = sorted({len(ids) for ids, _ in rows}) if apart else [0]
     for length in lengths:
-        same = [i for i in order if len(rows[i][0]) == length] if grows else order
+        same = [i for i in order if len(rows[i][0]) == length] if apart else order
         longest = max((len(rows[i][0]) for i in same), default=1)
         with rescaled(model, length=length or None), inference(model):
             for span in batches(len(same), batch_tokens // longest):

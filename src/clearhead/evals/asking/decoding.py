@@ -23,7 +23,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from clearhead.evals.probing.rescaling import grows
+from clearhead.evals.probing.adapter import adapter_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,7 +51,7 @@ def prefill(model: PreTrainedModel, ids: NDArray[np.int64]) -> KeysValues | None
     That is so with sliding windows, recurrent states and other caches than the plain growing one, and with a
     length-dependent rotary scaling that is not settled for the request.
     """
-    if grows(model):
+    if adapter_of(model).keys_depend_on_request():
         return None
     batch = torch.from_numpy(ids)[None].to(model.device)
     cache = DynamicCache(config=model.config)

@@ -9,10 +9,16 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
+
+from clearhead.evals.asking.running import batches, inference
+from clearhead.evals.reasons import Unmeasured
+from clearhead.evals.subject import Subject
 
 LOGITS_AT_ONCE = 2**24
 """Logits held at a time: 64 MB in float32, whatever the vocabulary."""
@@ -45,6 +51,26 @@ def suffix_losses(model: PreTrainedModel, input_ids: Tensor, first: int) -> Tens
             logits = model(input_ids=targets[:, piece], use_cache=False).logits
         pieces.append(_nats(logits, targets[:, piece]))
     return torch.cat(pieces, dim=1)
+
+
+def row_losses(subject: Subject, rows: NDArray[np.int64], batch_tokens: int) -> NDArray[np.float64]:
+    """Losses in nats of rows (N, L) of one length, in batches without padding: (N, L − 1), all but the first token's.
+
+    Raises Unmeasured where they are no numbers.
+    """
+    length, found = rows.shape[1], []
+    with inference(subject.model, length=length):
+        for span in batches(len(rows), batch_tokens // length):
+            ids = torch.from_numpy(rows[span.start : span.stop]).to(subject.device)
+            found.append(suffix_losses(subject.model, ids, 1).double().cpu().numpy())
+    return finite(np.concatenate(found))
+
+
+def finite(losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The losses themselves. Raises Unmeasured where they are no numbers."""
+    if not np.isfinite(losses).all():
+        raise Unmeasured("the losses are not numbers")
+    return losses
 
 
 def _nats(logits: Tensor, targets: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ a disk has damaged, is dropped and measured again.
 from __future__ import annotations
 
 import json
+import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -16,6 +18,9 @@ from typing import Any, TextIO
 from clearhead.data.writing import writing
 from clearhead.runs.files import plain, write_text
 
+Say = Callable[[str], None]
+SILENCE = 15.0
+"""Seconds between two lines that say how far an evaluation is."""
 CHECK = "check"
 """The field of a line's checksum."""
 
@@ -23,8 +28,19 @@ CHECK = "check"
 class SampleLog:
     """The records so far; `add` writes one through to the disk. Without a folder they are kept in memory only."""
 
-    def __init__(self, path: Path | None, keys: tuple[str, ...], about: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        keys: tuple[str, ...],
+        about: dict[str, Any],
+        *,
+        kept: bool = True,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
         self.path = path
+        self.kept = kept
+        self.progress = progress
+        self.said = time.monotonic()
         self.keys = keys
         self.records: list[dict[str, Any]] = []
         self.known: set[tuple[Any, ...]] = set()
@@ -51,12 +67,18 @@ class SampleLog:
         name: str,
         about: dict[str, Any],
         keys: tuple[str, ...] = ("needles", "asked", "length", "depth", "index"),
+        *,
+        kept: bool = True,
+        progress: Say | None = None,
     ) -> SampleLog:
         """The log of evaluation `name` in `folder`; earlier records count only if `about` is the same.
 
-        keys: the fields of a record that tell it from the others.
+        keys: the fields of a record that tell it from the others. kept: whether the finished file stays.
+        progress: is told now and then how many records there are.
         """
-        return cls(None if folder is None else folder / f"{name}.partial.jsonl", keys, about)
+        say = None if progress is None else lambda count: progress(f"{name}: {count} so far")
+        path = None if folder is None else folder / f"{name}.partial.jsonl"
+        return cls(path, keys, about, kept=kept, progress=say)
 
     def _keep(self, record: dict[str, Any]) -> None:
         key = tuple(record[name] for name in self.keys)
@@ -69,6 +91,9 @@ class SampleLog:
 
     def add(self, record: dict[str, Any]) -> None:
         self._keep(record)
+        if self.progress is not None and time.monotonic() - self.said > SILENCE:
+            self.said = time.monotonic()
+            self.progress(len(self.records))
         if self.file is not None and self.path is not None:
             with writing(self.path):
                 self.file.write(_checked(record))
@@ -85,8 +110,9 @@ class SampleLog:
         with writing(self.path):
             self.file.close()
         if kind is None:
-            whole = self.path.with_name(self.path.name.replace(".partial.", "."))
-            write_text(whole, "".join(f"{_text(line)}\n" for line in (self.head, *self.records)))
+            if self.kept:
+                whole = self.path.with_name(self.path.name.replace(".partial.", "."))
+                write_text(whole, "".join(f"{_text(line)}\n" for line in (self.head, *self.records)))
             self.path.unlink()
 
 

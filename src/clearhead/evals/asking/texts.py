@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,12 @@ from clearhead.data.needles import Tokenizer
 from clearhead.data.readers import SUFFIXES, CorpusError, Document, read_file, suffix_of
 from clearhead.data.store import TokenStore
 from clearhead.data.tokenizer import encode_texts
+from clearhead.evals.reasons import Unmeasured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from clearhead.evals.subject import Subject
 
 MOST_BYTES = 32 * 10**6
 """Text that is read of one source: an evaluation needs a few hundred documents, not a data set."""
@@ -76,6 +80,52 @@ def long_documents(
     long_enough = np.flatnonzero(np.diff(store.offsets) >= least).tolist()
     chosen = [long_enough[i] for i in choose(len(long_enough), wanted, seed)]
     return chosen, [np.asarray(store.document(i)[:most], dtype=np.int64) for i in chosen]
+
+
+@dataclass(frozen=True, eq=False)
+class Openings:
+    """The beginnings of documents, all of one length.
+
+    texts: their tokens without bos. rows: (documents, length), with it. documents: their names.
+    """
+
+    texts: list[Ids]
+    rows: Ids
+    documents: list[str]
+
+    def predicted(self, index: int) -> Ids:
+        """The tokens of a text that something predicts: all but its first where no bos stands before it."""
+        return self.texts[index][1 - self.rows.shape[1] :]
+
+
+def openings(
+    subject: Subject,
+    length: int,
+    wanted: int,
+    seed: int,
+    option: str,
+    *,
+    store: TokenStore | None = None,
+    bos: bool = True,
+    least: int = 1,
+) -> Openings:
+    """The first `length` tokens of at most `wanted` documents, a bos token among them where the tokenizer has one.
+
+    store: whose documents (default: the subject's). bos: False reads without.
+    Raises Unmeasured for fewer than `least` documents of that length, naming the `option` that asks for it.
+    """
+    store = subject.documents if store is None else store
+    token = subject.tokenizer.bos_token_id if bos else None
+    head = np.array([] if token is None else [token], dtype=np.int64)
+    size = length - len(head)
+    chosen, texts = long_documents(store, size, size, wanted, seed)
+    if len(texts) < least:
+        few = f"only {len(texts)} documents have {length} tokens, at least {least} are needed"
+        raise Unmeasured(
+            f"{few if least > 1 else f'no document has {length} tokens'}; lower evaluate.{option}"
+        )
+    rows = np.array([np.concatenate([head, text]) for text in texts], dtype=np.int64).reshape(-1, length)
+    return Openings(texts, rows, [store.ids[i] for i in chosen])
 
 
 def choose(available: int, wanted: int, seed: int) -> list[int]:

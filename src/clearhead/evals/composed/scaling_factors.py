@@ -11,22 +11,34 @@ Both measurements are those of `text.perplexity` and `retrieval.passkey`, with t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from clearhead.analysis.by_length import Values, every_length, first_values, left_out, shared_lengths, times
+from clearhead.analysis.by_length import (
+    T,
+    Values,
+    every_length,
+    first_values,
+    left_out,
+    shared_lengths,
+    times,
+)
 from clearhead.analysis.comparison import compare
 from clearhead.analysis.published import FACTORS
 from clearhead.analysis.sections import LineChart, Section, Series, Table
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.data.store import TokenStore
+from clearhead.evals.cells import Cell, CellEvaluation, Measured
+from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
+from clearhead.evals.reasons import Unmeasured
 from clearhead.evals.retrieval.passkey.evaluation import Passkey, PasskeyConfig
-from clearhead.evals.retrieval.passkey.section import accuracy
+from clearhead.evals.retrieval.passkey.section import PasskeyResult, accuracy
 from clearhead.evals.subject import Subject
 from clearhead.evals.text.perplexity.evaluation import Perplexity, PerplexityConfig
-from clearhead.evals.text.perplexity.section import perplexity_text
+from clearhead.evals.text.perplexity.section import PerplexityResult, SlidingCell, perplexity_text
 from clearhead.runs.results import RunResults
 
 ScalingName = Literal["dynamic", "linear", "ntk", "yarn"]
@@ -44,46 +56,80 @@ class ScalingFactorsConfig(EvaluationConfig):
     passkey: PasskeyConfig | None = PasskeyConfig()
 
 
-class ScalingFactors(Evaluation[ScalingFactorsConfig]):
+class Measurements(EvaluationResult):
+    """Under one factor; None where it could not be measured or was not asked for."""
+
+    perplexity: PerplexityResult | None = None
+    passkey: PasskeyResult | None = None
+
+
+class ScalingFactorsResult(EvaluationResult):
+    scaling: str
+    factors: dict[str, Measurements]
+    skipped_cells: dict[str, str]
+    training_length: int | None
+
+    def perplexities(self, factor: str) -> list[SlidingCell]:
+        found = self.factors.get(factor)
+        return found.perplexity.cells if found is not None and found.perplexity is not None else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factor(Cell):
+    """One of the two measurements under one factor."""
+
+    factor: float
+    measured: Literal["perplexity", "passkey"]
+
+
+class ScalingFactors(CellEvaluation[ScalingFactorsConfig, ScalingFactorsResult, Factor, Measurements]):
     name = "scaling_factors"
     Config = ScalingFactorsConfig
+    Result = ScalingFactorsResult
+    Value = Measurements
 
-    def run(self, subject: Subject, config: ScalingFactorsConfig) -> dict[str, Any]:
-        by_factor: dict[str, dict[str, Any]] = {}
-        skipped: dict[str, str] = {}
+    def cells(self, subject: Subject, config: ScalingFactorsConfig) -> Iterator[Factor]:
+        kinds: list[Literal["perplexity", "passkey"]] = ["perplexity"]
+        if config.passkey is not None:
+            kinds.append("passkey")
         for factor in sorted(set(config.factors)):
             if factor < 1:
-                return {"skipped": f"factors has {factor:g}; a scaling stretches, so at least 1"}
-            scaling = parameters(config.scaling, factor)
-            found = {
-                "perplexity": Perplexity().run(
-                    subject, config.perplexity.model_copy(update={"rope_parameters": scaling})
-                )
-            }
-            if config.passkey is not None:
-                found["passkey"] = Passkey().run(
-                    subject, config.passkey.model_copy(update={"rope_parameters": scaling})
-                )
-            for name, value in found.items():
-                if "skipped" in value:
-                    skipped[f"{name}, factor {factor:g}"] = value["skipped"]
-            by_factor[f"{factor:g}"] = {k: v for k, v in found.items() if "skipped" not in v}
-        if not any(by_factor.values()):
-            return {"skipped": "; ".join(dict.fromkeys(skipped.values()))}
-        return {
-            "scaling": config.scaling,
-            "factors": by_factor,
-            "skipped_cells": skipped,
-            "training_length": subject.training_length,
-        }
+                raise Unmeasured(f"factors has {factor:g}; a scaling stretches, so at least 1")
+            for kind in kinds:
+                yield Factor(name=f"{kind}, factor {factor:g}", factor=factor, measured=kind)
+
+    def text(self, subject: Subject, config: ScalingFactorsConfig) -> TokenStore | None:
+        return subject.texts(config.perplexity.texts)
+
+    def measure(self, subject: Subject, config: ScalingFactorsConfig, cell: Factor) -> Measurements:
+        scaled = {"rope_parameters": parameters(config.scaling, cell.factor)}
+        if cell.measured == "perplexity" or config.passkey is None:
+            wanted = config.perplexity.model_copy(update=scaled)
+            return Measurements(perplexity=Perplexity().result(subject, wanted))
+        asked = config.passkey.model_copy(update=scaled)
+        return Measurements(passkey=Passkey().result(subject, asked))
+
+    def gather(
+        self, subject: Subject, config: ScalingFactorsConfig, measured: Measured[Factor, Measurements]
+    ) -> ScalingFactorsResult:
+        factors: dict[str, dict[str, Any]] = {f"{factor:g}": {} for factor in sorted(set(config.factors))}
+        for cell, value in measured.pairs:
+            found = value.perplexity if cell.measured == "perplexity" else value.passkey
+            factors[f"{cell.factor:g}"][cell.measured] = found
+        return ScalingFactorsResult(
+            scaling=config.scaling,
+            factors={factor: Measurements(**found) for factor, found in factors.items()},
+            skipped_cells=measured.skipped,
+            training_length=subject.training_length,
+        )
 
     def section(self, run: RunResults) -> Section:
         title, question = "Scaling factors", "How much does the choice of a rotary scaling factor matter?"
-        values = run.values(self.name)
+        values = self.results(run)
         if not values:
             return self.missing(run, title, question)
         first = first_values(values)
-        trained = first["training_length"]
+        trained = first.training_length
         lengths = shared_lengths(values, _perplexity_lengths)
         result, answer, at = None, "Perplexity was not measured for all arms.", ""
         if lengths:
@@ -109,7 +155,7 @@ class ScalingFactors(Evaluation[ScalingFactorsConfig]):
             charts=_charts(values),
             tables=[*_tables(values), FACTORS],
             notes=[
-                f"Scaling {first['scaling']!r}, without any training; factor 1 is the model as it is. Options, "
+                f"Scaling {first.scaling!r}, without any training; factor 1 is the model as it is. Options, "
                 "intervals and chance levels: as in the sections on perplexity and passkeys.",
                 *left_out(values),
                 *run.skipped(self.name),
@@ -122,54 +168,57 @@ def parameters(scaling: str, factor: float) -> dict[str, Any] | None:
     return None if factor == 1 else {"rope_type": scaling, "factor": float(factor)}
 
 
-def swing(value: Mapping[str, Any], length: int) -> list[float]:
+def swing(value: ScalingFactorsResult, length: int) -> list[float]:
     """Largest minus smallest loss in nats per token over the factors above 1, for each document."""
     losses = [
-        np.array(cell["nats"]) / np.array(cell["tokens"])
-        for factor, found in value["factors"].items()
-        if float(factor) > 1 and "perplexity" in found
-        for cell in found["perplexity"]["cells"]
-        if cell["length"] == length
+        np.array(cell.nats) / np.array(cell.tokens)
+        for factor in value.factors
+        if float(factor) > 1
+        for cell in value.perplexities(factor)
+        if cell.length == length
     ]
     return np.ptp(np.stack(losses), axis=0).tolist() if len(losses) > 1 else []  # type: ignore[no-any-return]
 
 
-def _perplexity_lengths(value: Mapping[str, Any]) -> set[int]:
+def _perplexity_lengths(value: ScalingFactorsResult) -> set[int]:
     """The lengths that every factor has."""
     found = [
-        {cell["length"] for cell in by["perplexity"]["cells"]}
-        for by in value["factors"].values()
-        if "perplexity" in by
+        {cell.length for cell in by.perplexity.cells}
+        for by in value.factors.values()
+        if by.perplexity is not None
     ]
     return set.intersection(*found) if found else set()
 
 
-def _of(values: Values, factor: str, name: str) -> Values:
+def _under(
+    values: Values[ScalingFactorsResult], factor: str, read: Callable[[Measurements], T | None]
+) -> dict[str, dict[int, T]]:
     """The values of one measurement under one factor, in the form of that evaluation alone."""
     found = {
         arm: {
-            seed: v["factors"][factor][name]
+            seed: one
             for seed, v in seeds.items()
-            if name in v["factors"].get(factor, {})
+            if (one := read(v.factors.get(factor, Measurements()))) is not None
         }
         for arm, seeds in values.items()
     }
     return {arm: seeds for arm, seeds in found.items() if seeds}
 
 
-def _all_factors(values: Values) -> list[str]:
-    return sorted({f for seeds in values.values() for v in seeds.values() for f in v["factors"]}, key=float)
+def _all_factors(values: Values[ScalingFactorsResult]) -> list[str]:
+    return sorted({f for seeds in values.values() for v in seeds.values() for f in v.factors}, key=float)
 
 
-def _tables(values: Values) -> list[Table]:
+def _tables(values: Values[ScalingFactorsResult]) -> list[Table]:
     """Perplexity and accuracy, a row for each length and factor."""
     arms = list(values)
     rows: dict[str, list[list[str | None]]] = {"perplexity": [], "passkey": []}
     for factor in _all_factors(values):
-        perplexities, passkeys = (_of(values, factor, name) for name in rows)
+        perplexities = _under(values, factor, lambda found: found.perplexity)
+        passkeys = _under(values, factor, lambda found: found.passkey)
         if perplexities:
-            average = first_values(perplexities)["average"]
-            for length in every_length(perplexities, lambda v: {cell["length"] for cell in v["cells"]}):
+            average = first_values(perplexities).average
+            for length in every_length(perplexities, lambda v: {cell.length for cell in v.cells}):
                 rows["perplexity"].append(
                     [
                         f"factor {factor}, {length:,} tokens",
@@ -193,12 +242,12 @@ def _tables(values: Values) -> list[Table]:
     return [Table(titles[name], ["factor and length", *arms], found) for name, found in rows.items() if found]
 
 
-def _asked(values: Values) -> list[tuple[str, int]]:
+def _asked(values: Values[PasskeyResult]) -> list[tuple[str, int]]:
     """(form, length) of every passkey cell."""
-    return sorted({(c["form"], c["length"]) for s in values.values() for v in s.values() for c in v["cells"]})
+    return sorted({(c.form, c.length) for s in values.values() for v in s.values() for c in v.cells})
 
 
-def _charts(values: Values) -> list[LineChart]:
+def _charts(values: Values[ScalingFactorsResult]) -> list[LineChart]:
     """Bits per byte by length, one chart an arm and a line a factor: lines close together are what is hoped for."""
     charts: list[LineChart] = []
     for arm, seeds in values.items():
@@ -206,8 +255,8 @@ def _charts(values: Values) -> list[LineChart]:
         for factor in _all_factors(values):
             cells: dict[int, list[float]] = {}
             for v in seeds.values():
-                for cell in v["factors"].get(factor, {}).get("perplexity", {}).get("cells", []):
-                    cells.setdefault(cell["length"], []).append(cell["bits_per_byte"])
+                for cell in v.perplexities(factor):
+                    cells.setdefault(cell.length, []).append(cell.bits_per_byte)
             if cells:
                 mean = [float(np.mean(cells[length])) for length in sorted(cells)]
                 series.append(Series(f"factor {factor}", sorted(cells), mean))

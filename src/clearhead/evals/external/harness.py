@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from clearhead.evals.probing.rescaling import growing, rescaled
+from clearhead.evals.probing.adapter import adapter_of
+from clearhead.evals.probing.rescaling import rescaled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +58,7 @@ def harness_model(model: PreTrainedModel, tokenizer: Any, batch_size: int, **set
 
             return in_groups(requests, tokens, answer)
 
-    kind = OneLengthAtATime if growing(model) else HFLM
+    kind = OneLengthAtATime if adapter_of(model).frequencies_depend_on_length() else HFLM
     return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **settings)
 
 

@@ -8,7 +8,7 @@ with the reason. The retrieval tasks of this library are among them (`clearhead.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from clearhead.analysis.by_length import Values
 from clearhead.analysis.comparison import compare
 from clearhead.analysis.sections import Section, Table
 from clearhead.analysis.statistics import decimal
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.evaluation import Evaluation, EvaluationConfig, EvaluationResult, Say
 from clearhead.evals.external.harness import harness_model
-from clearhead.evals.reasons import reason_of
+from clearhead.evals.reasons import Unmeasured, reason_of
 from clearhead.evals.subject import Subject
 from clearhead.extras import need
 from clearhead.runs.results import RunResults
@@ -44,11 +44,34 @@ class LmEvalConfig(EvaluationConfig):
     metadata: dict[str, Any] = Field(default={})
 
 
-class LmEval(Evaluation[LmEvalConfig]):
+class Metric(EvaluationResult):
+    value: float
+    stderr: float | None
+
+
+class TaskResult(EvaluationResult):
+    """samples: what each question counts of the `main` number; none where a question has no part of it."""
+
+    metrics: dict[str, Metric]
+    main: str
+    samples: list[float]
+    n: int
+    version: str
+    num_fewshot: int | str | None
+
+
+class LmEvalResult(EvaluationResult):
+    tasks: dict[str, TaskResult]
+    skipped_tasks: dict[str, str]
+    n: int
+
+
+class LmEval(Evaluation[LmEvalConfig, LmEvalResult]):
     name = "lm_eval"
     Config = LmEvalConfig
+    Result = LmEvalResult
 
-    def run(self, subject: Subject, config: LmEvalConfig) -> dict[str, Any]:
+    def result(self, subject: Subject, config: LmEvalConfig, progress: Say | None = None) -> LmEvalResult:
         """Raises ValueError without lm-eval: that is no property of the model."""
         need("running the standard benchmarks", "lm-eval")
         from lm_eval.tasks import TaskManager
@@ -57,7 +80,7 @@ class LmEval(Evaluation[LmEvalConfig]):
         metadata = {"pretrained": tokenizer.name_or_path or None, **config.metadata}
         manager = TaskManager(include_path=str(INCLUDE_PATH), metadata=metadata)
         model = harness_model(subject.model, tokenizer, config.batch_size)
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, TaskResult] = {}
         skipped: dict[str, str] = {}
         for name in dict.fromkeys(config.tasks):
             # Whatever goes wrong with one task (no network, no such name) must not lose the others.
@@ -68,12 +91,12 @@ class LmEval(Evaluation[LmEvalConfig]):
             except Exception as error:
                 skipped[name] = reason_of(error)
         if not tasks:
-            return {"skipped": "; ".join(f"{name}: {why}" for name, why in skipped.items())}
-        return {"tasks": tasks, "skipped_tasks": skipped, "n": sum(task["n"] for task in tasks.values())}
+            raise Unmeasured("; ".join(f"{name}: {why}" for name, why in skipped.items()))
+        return LmEvalResult(tasks=tasks, skipped_tasks=skipped, n=sum(task.n for task in tasks.values()))
 
     def section(self, run: RunResults) -> Section:
         title, question = "Standard benchmarks", "How does it do on standard benchmarks?"
-        values = run.values(self.name)
+        values = self.results(run)
         if not values:
             return self.missing(run, title, question)
         return lm_eval_section(self.name, title, question, run, values)
@@ -81,7 +104,7 @@ class LmEval(Evaluation[LmEvalConfig]):
 
 def measured(
     model: Any, name: str, manager: Any, config: LmEvalConfig
-) -> tuple[dict[str, Any], dict[str, str]]:
+) -> tuple[dict[str, TaskResult], dict[str, str]]:
     """The tasks that `name` stands for: their numbers, and what each question counts of the main one.
 
     Beside them what is left out, with the reason: numbers that are NaN or infinite, and tasks that have no other.
@@ -97,10 +120,10 @@ def measured(
         log_samples=True,
         bootstrap_iters=1000,
     )
-    found: dict[str, Any] = {}
+    found: dict[str, TaskResult] = {}
     odd: dict[str, str] = {}
     for task, rows in done["samples"].items():
-        metrics: dict[str, dict[str, float | None]] = {}
+        metrics: dict[str, Metric] = {}
         for key, value in done["results"][task].items():
             metric, comma, kind = key.partition(",")
             if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
@@ -110,44 +133,46 @@ def measured(
                     odd[f"{task}, {shown}"] = f"it is {value}"
                     continue
                 known = isinstance(error, float) and math.isfinite(error)
-                metrics[shown] = {"value": float(value), "stderr": error if known else None}
+                metrics[shown] = Metric(value=float(value), stderr=error if known else None)
         if not metrics:
             odd.setdefault(task, "the harness gave no number for it")
             continue
         main = next((metric for metric in MAIN if metric in metrics), next(iter(metrics)))
         marks = [row[main] for row in sorted(rows, key=lambda row: int(row["doc_id"])) if main in row]
-        found[task] = {
-            "metrics": metrics,
-            "main": main,
+        found[task] = TaskResult(
+            metrics=metrics,
+            main=main,
             # Of some numbers (a perplexity over all documents) a question has no part.
-            "samples": [float(mark) for mark in marks]
+            samples=[float(mark) for mark in marks]
             if all(isinstance(m, int | float) and math.isfinite(m) for m in marks)
             else [],
-            "n": len(rows),
-            "version": str(done["versions"].get(task)),
-            "num_fewshot": done["n-shot"].get(task),
-        }
+            n=len(rows),
+            version=str(done["versions"].get(task)),
+            num_fewshot=done["n-shot"].get(task),
+        )
     return found, odd
 
 
-def lm_eval_section(name: str, title: str, question: str, run: RunResults, values: Values) -> Section:
+def lm_eval_section(
+    name: str, title: str, question: str, run: RunResults, values: Values[LmEvalResult]
+) -> Section:
     """A row a task and number; every task compared question by question."""
     every = [value for seeds in values.values() for value in seeds.values()]
-    tasks = list(dict.fromkeys(task for value in every for task in value["tasks"]))
+    tasks = list(dict.fromkeys(task for value in every for task in value.tasks))
     sentences = []
     result = None
     rows: list[list[str | None]] = []
     for task in tasks:
-        known = [task_of(value, task) for value in every if task in value["tasks"]]
+        known = [value.tasks[task] for value in every if task in value.tasks]
         if samples := samples_of(values, task):
-            main = known[0]["main"]
+            main = known[0].main
             result = compare(samples, "lower" if main in LOWER else "higher")
             sentences.append(f"{task} ({main}): {result.sentence()}")
-        for metric in dict.fromkeys(metric for one in known for metric in one["metrics"]):
+        for metric in dict.fromkeys(metric for one in known for metric in one.metrics):
             cells = [shown(list(seeds.values()), task, metric) for seeds in values.values()]
             rows.append([f"{task}, {metric}", *cells])
     one = len(sentences) == 1 and result is not None
-    skipped = [f"{task}: {why}." for value in every for task, why in value["skipped_tasks"].items()]
+    skipped = [f"{task}: {why}." for value in every for task, why in value.skipped_tasks.items()]
     return Section(
         name,
         title,
@@ -166,19 +191,13 @@ def lm_eval_section(name: str, title: str, question: str, run: RunResults, value
     )
 
 
-def task_of(value: Mapping[str, Any], task: str) -> Mapping[str, Any]:
-    """One task's numbers, empty where it was not measured."""
-    found: Mapping[str, Any] = value["tasks"].get(task, {})
-    return found
-
-
-def samples_of(values: Values, task: str) -> dict[str, dict[int, list[float]]]:
+def samples_of(values: Values[LmEvalResult], task: str) -> dict[str, dict[int, list[float]]]:
     """Arm -> seed -> what each question counts, of those models that answered all of them."""
     found = {
         arm: {
-            seed: list(task_of(v, task)["samples"])
+            seed: v.tasks[task].samples
             for seed, v in seeds.items()
-            if task_of(v, task).get("samples")
+            if task in v.tasks and v.tasks[task].samples
         }
         for arm, seeds in values.items()
     }
@@ -186,13 +205,13 @@ def samples_of(values: Values, task: str) -> dict[str, dict[int, list[float]]]:
     return {arm: seeds for arm, seeds in found.items() if seeds} if len(sizes) == 1 else {}
 
 
-def shown(seeds: Sequence[Mapping[str, Any]], task: str, metric: str) -> str | None:
+def shown(seeds: Sequence[LmEvalResult], task: str, metric: str) -> str | None:
     """`0.412 ± 0.010 (n=500)`, or None where it is missing."""
-    parts = [task_of(v, task) for v in seeds if metric in task_of(v, task).get("metrics", {})]
+    parts = [v.tasks[task] for v in seeds if task in v.tasks and metric in v.tasks[task].metrics]
     if not parts:
         return None
-    numbers = [part["metrics"][metric] for part in parts]
-    value = sum(number["value"] for number in numbers) / len(numbers)
-    error = numbers[0]["stderr"]
+    numbers = [part.metrics[metric] for part in parts]
+    value = sum(number.value for number in numbers) / len(numbers)
+    error = numbers[0].stderr
     spread = "" if error is None else f" ± {decimal(error, 3)}"
-    return f"{decimal(value, 3)}{spread} (n={parts[0]['n']})"
+    return f"{decimal(value, 3)}{spread} (n={parts[0].n})"

@@ -24,7 +24,7 @@ from transformers import DynamicCache
 from clearhead.evals.asking.decoding import KeysValues, beginning_of, prefill, shared
 from clearhead.evals.asking.running import batches, to_batch
 from clearhead.evals.in_context.prompts import LabelTrie, Tokens
-from clearhead.evals.probing.rescaling import grows
+from clearhead.evals.probing.adapter import adapter_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +54,7 @@ class Reader:
     ) -> None:
         self.model = model
         self.batch_tokens = batch_tokens
-        self.settled = {"rope_length": length} if grows(model) else {}
+        self.settled = {"rope_length": length} if adapter_of(model).keys_depend_on_request() else {}
         self.common = common
         self.kept: KeysValues | None = None
         self.cache: DynamicCache | None = None

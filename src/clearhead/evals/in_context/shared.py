@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from transformers import PreTrainedTokenizerFast
 
-from clearhead.evals.asking.answering import weights_of
+from clearhead.evals.asking.answering import answer_log, fast_tokenizer
 from clearhead.evals.asking.haystack import digest
 from clearhead.evals.asking.records import RecordError, UnreachableError
 from clearhead.evals.asking.running import inference
-from clearhead.evals.asking.sample_log import SampleLog
+from clearhead.evals.asking.sample_log import SampleLog, Say
 from clearhead.evals.evaluation import EvaluationConfig
 from clearhead.evals.in_context.labelled import Example, LabelledSet, open_labelled
 from clearhead.evals.in_context.prompts import SEPARATOR, Form, LabelTrie, make_prompts, make_trie
 from clearhead.evals.in_context.rounds import divide
 from clearhead.evals.in_context.scoring import Reader, Score, decide
-from clearhead.evals.probing.rescaling import growing, rescaled
-from clearhead.evals.reasons import NEEDS_FAST, reason_of
+from clearhead.evals.probing.rescaling import rescaled
+from clearhead.evals.reasons import Unmeasured, all_of, reason_of
 from clearhead.evals.subject import Subject
 
 CONTEXT = -1
@@ -165,16 +165,6 @@ def prepare(tokenizer: PreTrainedTokenizerFast, config: InContextConfig, data: L
     return Task(data, form, tuple(pool), tuple(asked), trie, tuple(tails), tokenizer)
 
 
-def about(subject: Subject, config: InContextConfig, sets: Sequence[LabelledSet]) -> dict[str, Any]:
-    """What answers must have in common to stand in one file: options, texts and weights."""
-    texts = [f"{e.text}\t{e.label}" for data in sets for e in (*data.examples, *(data.test or ()))]
-    return {
-        "config": config.model_dump(mode="json"),
-        "text": digest(texts),
-        "weights": weights_of(subject.model),
-    }
-
-
 def measure(
     subject: Subject,
     config: InContextConfig,
@@ -190,7 +180,9 @@ def measure(
     """
     model = subject.model
     failed: dict[tuple[Any, ...], str] = {}
-    for todo in _together(families, log, growing(model, config.rope_parameters)):
+    for todo in _together(
+        families, log, subject.adapter.frequencies_depend_on_length(config.rope_parameters)
+    ):
         longest = max(todo, key=lambda block: len(block.context))
         prompts = [block.prompts[row] for block, rows in todo.items() for row in rows]
         length = max(map(len, prompts)) + task.trie.longest
@@ -246,24 +238,39 @@ def _answer(
         )
 
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class OverSets(Generic[T]):
+    """What was measured of every set, why others or parts are left out, and a few answers."""
+
+    sets: list[tuple[Task, T]]
+    left_out: dict[str, str]
+    examples: list[dict[str, Any]]
+    bos: str | None
+
+
 def over_sets(
     subject: Subject,
     config: InContextConfig,
     name: str,
     keys: Sequence[str],
-    one: Callable[[Task, SampleLog, dict[str, str]], dict[str, Any] | None],
-) -> dict[str, Any]:
-    """What `one` makes of every set, with what both evaluations say of their prompts; why parts are left out.
+    one: Callable[[Task, SampleLog, dict[str, str]], T | None],
+    progress: Say | None = None,
+) -> OverSets[T]:
+    """What `one` makes of every set.
 
     one: (task, log, reasons that it may add to) -> the set's values, None when nothing of it could be measured; a
-    ValueError is the reason why the whole set is left out. Raises RecordError for a set that cannot be used.
+    ValueError is the reason why the whole set is left out. Raises RecordError for a set that cannot be used, Unmeasured
+    when no set is left.
     """
-    tokenizer = subject.tokenizer
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        return {"skipped": NEEDS_FAST}
+    tokenizer = fast_tokenizer(subject)
     sets, left_out = read_sets(config)
-    values: list[dict[str, Any]] = []
-    with SampleLog.open(subject.folder, name, about(subject, config, sets), (*keys, "index")) as log:
+    found: list[tuple[Task, T]] = []
+    text = digest([f"{e.text}\t{e.label}" for data in sets for e in (*data.examples, *(data.test or ()))])
+    options = config.model_dump(mode="json")
+    with answer_log(subject, name, options, (*keys, "index"), progress, text=text) as log:
         for data in sets:
             try:
                 task = prepare(tokenizer, config, data)
@@ -271,19 +278,12 @@ def over_sets(
             except ValueError as error:
                 left_out[data.name] = reason_of(error)
                 continue
-            if measured:
-                values.append({**task_values(task), **measured})
+            if measured is not None:
+                found.append((task, measured))
         examples = shown(log.records)
-    if not values:
-        return {"skipped": "; ".join(dict.fromkeys(left_out.values()))}
-    return {
-        "sets": values,
-        "left_out": left_out,
-        "examples": examples,
-        "score": config.score,
-        "bos": tokenizer.bos_token,
-        "rope_parameters": config.rope_parameters,
-    }
+    if not found:
+        raise Unmeasured(all_of(left_out))
+    return OverSets(found, left_out, examples, tokenizer.bos_token)
 
 
 def answered(log: SampleLog, blocks: Sequence[Block]) -> list[dict[str, Any]]:

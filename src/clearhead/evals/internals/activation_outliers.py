@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,16 +32,18 @@ from clearhead.analysis.comparison import compare
 from clearhead.analysis.sections import LineChart, Section, Series, Table
 from clearhead.analysis.statistics import ratio
 from clearhead.evals.asking.running import inference
-from clearhead.evals.asking.texts import long_documents
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.asking.texts import openings
+from clearhead.evals.cells import LengthEvaluation, TextLength
+from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
 from clearhead.evals.probing.magnitudes import Magnitudes
 from clearhead.evals.probing.recorder import Recorded, recorded
-from clearhead.evals.reasons import reason_of
+from clearhead.evals.reasons import unless
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
 
 TOPS = (1, 2, 3, 10, 100)
-KINDS = {"logits": "attention logits", "hidden": "hidden states"}
+Kind = Literal["logits", "hidden"]
+KINDS: dict[Kind, str] = {"logits": "attention logits", "hidden": "hidden states"}
 AT_ONCE = 2**20
 """Logits held at a time."""
 LONGEST = 2048
@@ -68,44 +70,66 @@ class ActivationOutliersConfig(EvaluationConfig):
     seed: int = 0
 
 
-class ActivationOutliers(Evaluation[ActivationOutliersConfig]):
+class Sizes(EvaluationResult):
+    """Of many values: the k-th largest of some k, their median, how many there were."""
+
+    top: dict[str, float | None]
+    median: float
+    count: int
+
+
+class Activations(Sizes):
+    """One kind of activation. by_text: the largest of each text. by_layer: of hidden states the input first."""
+
+    by_text: list[float]
+    by_layer: list[Sizes]
+
+
+class ActivationOutliersResult(EvaluationResult):
+    length: int
+    tokens: int
+    n: int
+    documents: list[str]
+    logits: Activations
+    hidden: Activations
+
+    def of(self, kind: Kind) -> Activations:
+        return self.logits if kind == "logits" else self.hidden
+
+
+class ActivationOutliers(LengthEvaluation[ActivationOutliersConfig, ActivationOutliersResult]):
     name = "activation_outliers"
     Config = ActivationOutliersConfig
+    Result = ActivationOutliersResult
 
-    def run(self, subject: Subject, config: ActivationOutliersConfig) -> dict[str, Any]:
-        length = config.length or min(subject.training_length or 256, LONGEST)
-        if reason := subject.too_long(length) or narrow_window(subject.model, length):
-            return {"skipped": reason}
-        bos = subject.tokenizer.bos_token_id
-        head = [] if bos is None else [bos]
-        texts = -(-config.tokens // length)
-        size = length - len(head)
-        chosen, documents = long_documents(subject.documents, size, size, texts, config.seed)
-        if not documents:
-            return {"skipped": f"no document has {length} tokens; lower evaluate.{self.name}.length"}
-        rows = [torch.from_numpy(np.concatenate([head, d]).astype(np.int64))[None] for d in documents]
-        try:
-            found = Tally(subject.model, [row.to(subject.device) for row in rows])
-            return {
-                "length": length,
-                "tokens": length * len(rows),
-                "n": len(rows),
-                "documents": [subject.documents.ids[i] for i in chosen],
-                "logits": found.result("logits"),
-                "hidden": found.result("hidden"),
-            }
-        except ValueError as error:
-            return {"skipped": reason_of(error)}
+    def length(self, subject: Subject, config: ActivationOutliersConfig) -> int:
+        return config.length or min(subject.training_length or 256, LONGEST)
+
+    def measure(
+        self, subject: Subject, config: ActivationOutliersConfig, cell: TextLength
+    ) -> ActivationOutliersResult:
+        length = cell.tokens
+        unless(narrow_window(subject.model, length))
+        read = openings(subject, length, -(-config.tokens // length), config.seed, f"{self.name}.length")
+        found = Tally(subject.model, [torch.from_numpy(row[None]).to(subject.device) for row in read.rows])
+        return ActivationOutliersResult(
+            length=length,
+            tokens=read.rows.size,
+            n=len(read.rows),
+            documents=read.documents,
+            logits=found.result("logits"),
+            hidden=found.result("hidden"),
+        )
 
     def section(self, run: RunResults) -> Section:
         title, question = "Activation outliers", "Does it compute with fewer extreme values?"
-        values = run.values(self.name)
+        values = self.results(run)
         if not values:
             return self.missing(run, title, question)
         first = first_values(values)
         results = {
             kind: compare(
-                {arm: {s: v[kind]["by_text"] for s, v in seeds.items()} for arm, seeds in values.items()},
+                {arm: {s: v.of(kind).by_text for s, v in seeds.items()} for arm, seeds in values.items()},
                 "lower",
                 digits=1,
             )
@@ -123,7 +147,7 @@ class ActivationOutliers(Evaluation[ActivationOutliersConfig]):
             charts=[_chart(values, kind) for kind in KINDS],
             tables=[_table(values), PUBLISHED],
             notes=[
-                f"{first['n']} texts of {first['length']} tokens ({first['tokens']:,} in all), each from its start. "
+                f"{first.n} texts of {first.length} tokens ({first.tokens:,} in all), each from its start. "
                 "Logits: |q k / √d| of every query with each key that it sees, heads, layers and both streams of a "
                 "differential layer pooled, before the softmax. Hidden states: after each layer, before the final "
                 "norm. Top-k is the k-th largest of all values and the median their middle, both exact; mean over "
@@ -150,13 +174,13 @@ class Tally:
 
     def __init__(self, model: PreTrainedModel, rows: list[Tensor]) -> None:
         layers = decoder_layers(model)
-        self.parts = {
+        self.parts: dict[Kind, list[Magnitudes]] = {
             "logits": [Magnitudes(max(TOPS)) for _ in layers],
             # The input of the first layer stands first.
             "hidden": [Magnitudes(max(TOPS)) for _ in range(len(layers) + 1)],
         }
-        self.by_text: dict[str, list[float]] = {kind: [0.0] * len(rows) for kind in KINDS}
-        self.whole: dict[str, Magnitudes] = {}
+        self.by_text: dict[Kind, list[float]] = {kind: [0.0] * len(rows) for kind in KINDS}
+        self.whole: dict[Kind, Magnitudes] = {}
         self._reading = 0
         with (
             inference(model, length=rows[0].shape[1]),
@@ -170,7 +194,7 @@ class Tally:
                     self._last: tuple[Tensor, ...] = ()
                     model.base_model(input_ids=row, use_cache=False)
 
-    def _pooled(self, kind: str) -> list[Magnitudes]:
+    def _pooled(self, kind: Kind) -> list[Magnitudes]:
         return self.parts[kind][1:] if kind == "hidden" else self.parts[kind]
 
     def _logits(self, streams: Recorded) -> None:
@@ -184,7 +208,7 @@ class Tally:
     def _hidden_states(self, place: int, states: Tensor) -> None:
         self._add("hidden", place, states)
 
-    def _add(self, kind: str, place: int, x: Tensor) -> None:
+    def _add(self, kind: Kind, place: int, x: Tensor) -> None:
         part = self.parts[kind][place]
         counts = kind == "logits" or place > 0
         if self.whole:
@@ -196,15 +220,18 @@ class Tally:
         if counts:
             self.by_text[kind][self._reading] = max(self.by_text[kind][self._reading], most)
 
-    def result(self, kind: str) -> dict[str, Any]:
-        """JSON values of one kind of activation."""
+    def result(self, kind: Kind) -> Activations:
+        """One kind of activation. Raises ValueError for layers without any."""
         if not all(part.count for part in self.parts[kind]):
             raise ValueError("some layers of the model gave no attention logits to look at")
-        return {
-            **_numbers(self.whole[kind]),
-            "by_text": [round(value, 6) for value in self.by_text[kind]],
-            "by_layer": [_numbers(part) for part in self.parts[kind]],
-        }
+        whole = _sizes(self.whole[kind])
+        return Activations(
+            top=whole.top,
+            median=whole.median,
+            count=whole.count,
+            by_text=[round(value, 6) for value in self.by_text[kind]],
+            by_layer=[_sizes(part) for part in self.parts[kind]],
+        )
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -251,24 +278,29 @@ def visible_logits(streams: Recorded) -> Iterator[Tensor]:
                 yield logits[seen]
 
 
-def _numbers(found: Magnitudes) -> dict[str, Any]:
-    tops = {str(k): found.top(k) for k in TOPS}
-    return {"top": tops, "median": found.median(), "count": found.count}
+def _sizes(found: Magnitudes) -> Sizes:
+    return Sizes(top={str(k): found.top(k) for k in TOPS}, median=found.median(), count=found.count)
 
 
-def _table(values: Values) -> Table:
+def _shown(found: list[float | None]) -> str | None:
+    """The mean over seeds; None where one has not as many values."""
+    numbers = [value for value in found if value is not None]
+    return f"{np.mean(numbers):.2f}" if len(numbers) == len(found) else None
+
+
+def _table(values: Values[ActivationOutliersResult]) -> Table:
     rows: list[list[str | None]] = []
     for kind, label in KINDS.items():
         for arm, seeds in values.items():
-            found = [v[kind] for v in seeds.values()]
-            tops = [[one["top"][str(k)] for one in found] for k in TOPS]
-            estimate = ratio([one["by_text"] for one in found], np.ones(len(found[0]["by_text"])))
+            found = [v.of(kind) for v in seeds.values()]
+            tops = [[one.top[str(k)] for one in found] for k in TOPS]
+            estimate = ratio([one.by_text for one in found], np.ones(len(found[0].by_text)))
             rows.append(
                 [
                     f"{arm}, {label}",
-                    *(None if None in top else f"{np.mean(top):.2f}" for top in tops),
-                    f"{np.mean([one['median'] for one in found]):.3f}",
-                    f"{found[0]['count']:,}",
+                    *(_shown(top) for top in tops),
+                    f"{np.mean([one.median for one in found]):.3f}",
+                    f"{found[0].count:,}",
                     f"{estimate.value:.2f} ({estimate.interval()})",
                 ]
             )
@@ -282,10 +314,10 @@ def _table(values: Values) -> Table:
     return Table("Largest and median activations", headers, rows)
 
 
-def _chart(values: Values, kind: str) -> LineChart:
+def _chart(values: Values[ActivationOutliersResult], kind: Kind) -> LineChart:
     series = []
     for arm, seeds in values.items():
-        tops = [[place["top"]["1"] for place in v[kind]["by_layer"]] for v in seeds.values()]
+        tops = [[place.top["1"] or 0.0 for place in v.of(kind).by_layer] for v in seeds.values()]
         first = 0 if kind == "hidden" else 1
         series.append(
             Series(arm, list(range(first, first + len(tops[0]))), np.mean(tops, axis=0).tolist(), arm=arm)

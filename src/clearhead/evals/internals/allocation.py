@@ -25,7 +25,7 @@ Any causal language model that gives its attention maps can be measured (`probin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from clearhead.analysis.by_length import Values, first_values
 from clearhead.analysis.comparison import Comparison, compare
 from clearhead.analysis.sections import (
     BarChart,
@@ -51,9 +52,10 @@ from clearhead.analysis.statistics import Estimate
 from clearhead.data.needles import NeedleSample
 from clearhead.evals.asking.needle_documents import documents, too_short
 from clearhead.evals.asking.running import batches, inference
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.cells import LengthEvaluation, TextLength
+from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
 from clearhead.evals.probing.attention_rows import query_rows
-from clearhead.evals.reasons import reason_of
+from clearhead.evals.reasons import Unmeasured, unless
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
 
@@ -98,67 +100,83 @@ class AllocationConfig(EvaluationConfig):
     seed: int = 3000
 
 
-class Allocation(Evaluation[AllocationConfig]):
+class AllocationResult(EvaluationResult):
+    """parts: a share of each document. Results of earlier versions have no level and nothing by depth and layer."""
+
+    normalisation: Normalisation
+    length: int
+    needles: int
+    n: int
+    depths: list[float]
+    parts: dict[str, list[float]]
+    by_depth: dict[str, list[float]]
+    uniform: dict[str, float] | None = None
+    by_depth_and_layer: dict[str, list[list[float]]] | None = None
+    by_layer: dict[str, list[float]]
+    answer_by_head: list[list[float]]
+    negative: float
+    negative_by_layer: list[float]
+
+
+class Allocation(LengthEvaluation[AllocationConfig, AllocationResult]):
     name = "allocation"
     Config = AllocationConfig
+    Result = AllocationResult
 
-    def run(self, subject: Subject, config: AllocationConfig) -> dict[str, Any]:
-        length = config.length or min(subject.training_length or 256, LONGEST)
+    def length(self, subject: Subject, config: AllocationConfig) -> int:
+        return config.length or min(subject.training_length or 256, LONGEST)
+
+    def measure(self, subject: Subject, config: AllocationConfig, cell: TextLength) -> AllocationResult:
+        length = cell.tokens
         spec = replace(
             subject.needles.spec(length, config.needles, 1),
             key_tokens=config.key_tokens or subject.needles.key_tokens,
             value_tokens=config.value_tokens or subject.needles.value_tokens,
         )
-        if reason := subject.too_long(length) or too_short(spec, subject.tokenizer):
-            return {"skipped": reason}
+        unless(too_short(spec, subject.tokenizer))
         if (found := len(subject.documents.tokens)) < length:
-            return {"skipped": f"the text has {found} tokens in all, fewer than a document of {length}"}
+            raise Unmeasured(f"the text has {found} tokens in all, fewer than a document of {length}")
         by_depth, uniform = [], []
-        try:
-            for depth in config.depths:
-                samples = documents(subject, spec, depth, config.samples, config.seed)
-                uniform += [evenly(sample) for sample in samples]
-                # (samples, layers, heads, parts), (samples, layers, heads)
-                by_depth.append(
-                    allocate(
-                        subject.model, samples, subject.device, config.normalisation, config.batch_tokens
-                    )
-                )
-        except ValueError as error:
-            return {"skipped": reason_of(error)}
+        for depth in config.depths:
+            samples = documents(subject, spec, depth, config.samples, config.seed)
+            uniform += [evenly(sample) for sample in samples]
+            # (samples, layers, heads, parts), (samples, layers, heads)
+            by_depth.append(
+                allocate(subject.model, samples, subject.device, config.normalisation, config.batch_tokens)
+            )
         every = np.concatenate([shares for shares, _ in by_depth])
         negatives = np.concatenate([negative for _, negative in by_depth])
-        return {
-            "normalisation": config.normalisation,
-            "length": length,
-            "needles": config.needles,
-            "n": len(every),
-            "depths": config.depths,
-            "parts": {part: _rounded(every[..., i].mean(axis=(1, 2))) for i, part in enumerate(PARTS)},
-            "by_depth": {
+        return AllocationResult(
+            normalisation=config.normalisation,
+            length=length,
+            needles=config.needles,
+            n=len(every),
+            depths=config.depths,
+            parts={part: _rounded(every[..., i].mean(axis=(1, 2))) for i, part in enumerate(PARTS)},
+            by_depth={
                 part: [float(shares[..., i].mean()) for shares, _ in by_depth] for i, part in enumerate(PARTS)
             },
-            "uniform": dict(zip(PARTS, _rounded(np.mean(uniform, axis=0)), strict=True)),
+            uniform=dict(zip(PARTS, _rounded(np.mean(uniform, axis=0)), strict=True)),
             # (depths, layers)
-            "by_depth_and_layer": {
+            by_depth_and_layer={
                 part: [_rounded(shares[..., i].mean(axis=(0, 2))) for shares, _ in by_depth]
                 for i, part in enumerate(PARTS)
             },
-            "by_layer": {part: _rounded(every[..., i].mean(axis=(0, 2))) for i, part in enumerate(PARTS)},
-            "answer_by_head": [_rounded(row) for row in every[..., 0].mean(axis=0)],
-            "negative": float(negatives.mean()),
-            "negative_by_layer": _rounded(negatives.mean(axis=(0, 2))),
-        }
+            by_layer={part: _rounded(every[..., i].mean(axis=(0, 2))) for i, part in enumerate(PARTS)},
+            answer_by_head=[_rounded(row) for row in every[..., 0].mean(axis=0)],
+            negative=float(negatives.mean()),
+            negative_by_layer=_rounded(negatives.mean(axis=(0, 2))),
+        )
 
     def section(self, run: RunResults) -> Section:
         title, question = "Attention allocation", "Does it look at the answer and away from the noise?"
-        values = run.values(self.name)
+        values = self.results(run)
         if not values:
             return self.missing(run, title, question)
-        first = next(iter(next(iter(values.values())).values()))
+        first = first_values(values)
         answer = _compare(values, "answer", "higher")
         noise = _compare(values, "noise", "lower")
-        level = f" Uniform attention gives it {first['uniform']['answer']:.3f}." if "uniform" in first else ""
+        level = f" Uniform attention gives it {first.uniform['answer']:.3f}." if first.uniform else ""
         shares = "; ".join(f"{arm} {estimate.value:.2f}" for arm, estimate in noise.estimates.items())
         text = f"{answer.sentence()}{level} Share given to noise: {shares}."
         return Section(
@@ -176,9 +194,9 @@ class Allocation(Evaluation[AllocationConfig]):
             ],
             tables=[_table(run, values), PUBLISHED],
             notes=[
-                f"From the effective maps at the position that predicts the first token of the answer, {first['n']} "
-                f"documents of {first['length']} tokens with {first['needles']} facts, averaged over heads and layers. "
-                f"{NORMALISATIONS[first['normalisation']]} Noise is the rest of the context.",
+                f"From the effective maps at the position that predicts the first token of the answer, {first.n} "
+                f"documents of {first.length} tokens with {first.needles} facts, averaged over heads and layers. "
+                f"{NORMALISATIONS[first.normalisation]} Noise is the rest of the context.",
                 *run.skipped(self.name),
             ],
         )
@@ -255,28 +273,20 @@ def _rounded(values: NDArray[np.float64]) -> list[float]:
     return [round(float(value), 6) for value in values]
 
 
-def _mean(seeds: dict[int, dict[str, Any]], *path: str) -> NDArray[np.float64]:
-    """Mean over seeds of the list found under `path`."""
-    found = []
-    for values in seeds.values():
-        node: Any = values
-        for key in path:
-            node = node[key]
-        found.append(node)
-    return np.asarray(np.mean(found, axis=0))
+def _mean(found: Iterable[Any]) -> NDArray[np.float64]:
+    """Mean over seeds of lists of one shape."""
+    return np.asarray(np.mean(list(found), axis=0))
 
 
-def _compare(
-    values: dict[str, dict[int, dict[str, Any]]], part: str, better: Literal["higher", "lower"]
-) -> Comparison:
-    samples = {arm: {seed: v["parts"][part] for seed, v in seeds.items()} for arm, seeds in values.items()}
-    normalisation = next(iter(next(iter(values.values())).values()))["normalisation"]
+def _compare(values: Values[AllocationResult], part: str, better: Literal["higher", "lower"]) -> Comparison:
+    samples = {arm: {seed: v.parts[part] for seed, v in seeds.items()} for arm, seeds in values.items()}
+    normalisation = first_values(values).normalisation
     return compare(samples, better, shares=normalisation in SHARES)
 
 
-def _stacked(values: dict[str, dict[int, dict[str, Any]]]) -> BarChart:
+def _stacked(values: Values[AllocationResult]) -> BarChart:
     shares = {
-        arm: {part: float(_mean(seeds, "parts", part).mean()) for part in PARTS}
+        arm: {part: float(_mean(v.parts[part] for v in seeds.values()).mean()) for part in PARTS}
         for arm, seeds in values.items()
     }
     return BarChart(
@@ -312,8 +322,8 @@ def _bars(parts: dict[str, dict[str, Estimate]]) -> BarChart:
     )
 
 
-def _by_depth(values: dict[str, dict[int, dict[str, Any]]], first: dict[str, Any]) -> list[LineChart]:
-    depths = [100 * depth for depth in first["depths"]]
+def _by_depth(values: Values[AllocationResult], first: AllocationResult) -> list[LineChart]:
+    depths = [100 * depth for depth in first.depths]
     return [
         LineChart(
             f"allocation-{part}-by-depth",
@@ -321,26 +331,29 @@ def _by_depth(values: dict[str, dict[int, dict[str, Any]]], first: dict[str, Any
             "depth of the answer in the context (%)",
             "share of attention",
             [
-                Series(arm, depths, _mean(seeds, "by_depth", part).tolist(), arm=arm)
+                Series(arm, depths, _mean(v.by_depth[part] for v in seeds.values()).tolist(), arm=arm)
                 for arm, seeds in values.items()
             ],
             markers=True,
             # Results of earlier versions have no level.
-            references=[Reference("uniform attention", first["uniform"][part])] if "uniform" in first else [],
+            references=[Reference("uniform attention", first.uniform[part])] if first.uniform else [],
         )
         for part in ("answer", "noise")
     ]
 
 
-def _by_depth_and_layer(values: dict[str, dict[int, dict[str, Any]]], first: dict[str, Any]) -> list[HeatMap]:
+def _by_depth_and_layer(values: Values[AllocationResult], first: AllocationResult) -> list[HeatMap]:
     # A heat map shows shares; results of earlier versions have no numbers by depth and layer.
-    if first["normalisation"] not in SHARES or not all(
-        "by_depth_and_layer" in v for seeds in values.values() for v in seeds.values()
+    if first.normalisation not in SHARES or not all(
+        v.by_depth_and_layer for seeds in values.values() for v in seeds.values()
     ):
         return []
     charts = []
     for part in ("answer", "noise"):
-        grids = {arm: _mean(seeds, "by_depth_and_layer", part) for arm, seeds in values.items()}
+        grids = {
+            arm: _mean(v.by_depth_and_layer[part] for v in seeds.values() if v.by_depth_and_layer)
+            for arm, seeds in values.items()
+        }
         charts.append(
             HeatMap(
                 f"allocation-{part}-by-depth-and-layer",
@@ -350,7 +363,7 @@ def _by_depth_and_layer(values: dict[str, dict[int, dict[str, Any]]], first: dic
                 [
                     Panel(
                         arm,
-                        [f"{depth:.0%}" for depth in first["depths"]],
+                        [f"{depth:.0%}" for depth in first.depths],
                         [str(layer) for layer in range(grid.shape[1])],
                         grid.T.tolist(),
                         arm,
@@ -363,7 +376,7 @@ def _by_depth_and_layer(values: dict[str, dict[int, dict[str, Any]]], first: dic
     return charts
 
 
-def _table(run: RunResults, values: dict[str, dict[int, dict[str, Any]]]) -> Table:
+def _table(run: RunResults, values: Values[AllocationResult]) -> Table:
     """Per arm and layer: every part, the share of negative weight and the head that looks at the answer most."""
     rows: list[list[str | None]] = []
     for arm in run.arms:
@@ -371,10 +384,10 @@ def _table(run: RunResults, values: dict[str, dict[int, dict[str, Any]]]) -> Tab
         if not seeds:
             rows.append([arm.name, *[None] * (len(PARTS) + 3)])
             continue
-        parts = [_mean(seeds, "by_layer", part) for part in PARTS]
-        negative = _mean(seeds, "negative_by_layer")
+        parts = [_mean(v.by_layer[part] for v in seeds.values()) for part in PARTS]
+        negative = _mean(v.negative_by_layer for v in seeds.values())
         for layer in range(len(negative)):
-            best = float(np.mean([max(v["answer_by_head"][layer]) for v in seeds.values()]))
+            best = float(np.mean([max(v.answer_by_head[layer]) for v in seeds.values()]))
             numbers = [*(float(part[layer]) for part in parts), float(negative[layer]), best]
             rows.append([arm.name, str(layer), *(f"{number:.3f}" for number in numbers)])
     headers = ["arm", "layer", *PARTS, "negative weight", "answer, best head"]

@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,10 +34,11 @@ from clearhead.analysis.sections import LineChart, Section, Series, Table
 from clearhead.analysis.statistics import ratio
 from clearhead.core.heads import repeat_kv
 from clearhead.evals.asking.running import inference
-from clearhead.evals.asking.texts import long_documents
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.asking.texts import openings
+from clearhead.evals.cells import LengthEvaluation, TextLength
+from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
 from clearhead.evals.probing.recorder import Recorded, recorded
-from clearhead.evals.reasons import reason_of
+from clearhead.evals.reasons import Unmeasured
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
 
@@ -64,23 +64,49 @@ class Tally:
     zeros: list[float] = field(default_factory=list)
     dead: list[float] = field(default_factory=list)
 
+    def result(self, layer: int) -> LayerAngles:
+        shares = self.histogram / (self.histogram.sum() or 1.0)
+        return LayerAngles(
+            layer=layer,
+            kind=self.kind,
+            histogram=[round(float(share), 6) for share in shares],
+            cosine=self.cosine,
+            anomaly=self.anomaly,
+            zeros=self.zeros,
+            dead=self.dead,
+        )
 
-class InitialAngles(Evaluation[InitialAnglesConfig]):
+
+class LayerAngles(EvaluationResult):
+    """cosine, anomaly, zeros, dead: one number a document; the last two of collinear layers alone."""
+
+    layer: int
+    kind: str
+    histogram: list[float]
+    cosine: list[float]
+    anomaly: list[float]
+    zeros: list[float]
+    dead: list[float]
+
+
+class InitialAnglesResult(EvaluationResult):
+    length: int
+    n: int
+    documents: list[str]
+    layers: list[LayerAngles]
+
+
+class InitialAngles(LengthEvaluation[InitialAnglesConfig, InitialAnglesResult]):
     name = "initial_angles"
     Config = InitialAnglesConfig
+    Result = InitialAnglesResult
 
-    def run(self, subject: Subject, config: InitialAnglesConfig) -> dict[str, Any]:
-        length = config.length or subject.training_length or 256
-        if reason := subject.too_long(length):
-            return {"skipped": reason}
-        bos = subject.tokenizer.bos_token_id
-        head = [] if bos is None else [bos]
-        store = subject.documents
-        chosen, documents = long_documents(
-            store, length - len(head), length - len(head), config.documents, config.seed
-        )
-        if not documents:
-            return {"skipped": f"no document has {length} tokens; lower evaluate.{self.name}.length"}
+    def length(self, subject: Subject, config: InitialAnglesConfig) -> int:
+        return config.length or subject.training_length or 256
+
+    def measure(self, subject: Subject, config: InitialAnglesConfig, cell: TextLength) -> InitialAnglesResult:
+        length = cell.tokens
+        read = openings(subject, length, config.documents, config.seed, f"{self.name}.length")
         at = torch.linspace(0, length - 1, min(config.positions, length)).round().long()
         layers: dict[int, Tally] = {}
 
@@ -88,43 +114,27 @@ class InitialAngles(Evaluation[InitialAnglesConfig]):
             if streams.pairs is not None:
                 tally(layers, streams, at, config.bins)
 
-        try:
-            with inference(subject.model, length=length), recorded(subject.model, record):
-                for document in documents:
-                    ids = torch.from_numpy(np.concatenate([head, document]).astype(np.int64))[None]
-                    subject.model.base_model(input_ids=ids.to(subject.device), use_cache=False)
-        except ValueError as error:
-            return {"skipped": reason_of(error)}
+        with inference(subject.model, length=length), recorded(subject.model, record):
+            for row in read.rows:
+                ids = torch.from_numpy(row)[None].to(subject.device)
+                subject.model.base_model(input_ids=ids, use_cache=False)
         if not layers:
-            return {"skipped": "no rotary position embedding for all layers, so there is no initial angle"}
-        return {
-            "length": length,
-            "n": len(documents),
-            "documents": [store.ids[i] for i in chosen],
-            "layers": [
-                {
-                    "layer": layer,
-                    "kind": found.kind,
-                    "histogram": [
-                        round(float(share), 6) for share in found.histogram / (found.histogram.sum() or 1.0)
-                    ],
-                    "cosine": found.cosine,
-                    "anomaly": found.anomaly,
-                    "zeros": found.zeros,
-                    "dead": found.dead,
-                }
-                for layer, found in sorted(layers.items())
-            ],
-        }
+            raise Unmeasured("no rotary position embedding for all layers, so there is no initial angle")
+        return InitialAnglesResult(
+            length=length,
+            n=len(read.rows),
+            documents=read.documents,
+            layers=[found.result(layer) for layer, found in sorted(layers.items())],
+        )
 
     def section(self, run: RunResults) -> Section:
         title, question = "Initial angles", "How far from collinear are queries and keys?"
-        values = run.values(self.name)
+        values = self.results(run)
         if not values:
             return self.missing(run, title, question)
         first = first_values(values)
         samples = {
-            arm: {s: np.mean([one["cosine"] for one in v["layers"]], axis=0) for s, v in seeds.items()}
+            arm: {s: np.mean([one.cosine for one in v.layers], axis=0) for s, v in seeds.items()}
             for arm, seeds in values.items()
         }
         result = compare(samples, "higher")
@@ -140,7 +150,7 @@ class InitialAngles(Evaluation[InitialAnglesConfig]):
             charts=_charts(values),
             tables=[_table(values)],
             notes=[
-                f"{first['n']} documents of {first['length']} tokens; angles weighted by what they weigh in the logit. "
+                f"{first.n} documents of {first.length} tokens; angles weighted by what they weigh in the logit. "
                 "Chance, for random vectors: collinearity 0, anomaly 0.50. Intervals: bootstrap over documents or "
                 "Student's t over seeds, the wider; differences are paired by document.",
                 *run.skipped(self.name),
@@ -213,13 +223,13 @@ def neutral(sentence: str) -> str:
     return sentence
 
 
-def _charts(values: Values) -> list[LineChart]:
+def _charts(values: Values[InitialAnglesResult]) -> list[LineChart]:
     """The histogram over all layers, one line an arm; angles that are 0 by construction would dwarf the others."""
     series = []
     for arm, seeds in values.items():
-        if all(one["kind"] == "0" for one in first_of(seeds)["layers"]):
+        if all(one.kind == "0" for one in first_of(seeds).layers):
             continue
-        tables = [np.array([one["histogram"] for one in v["layers"]]) for v in seeds.values()]
+        tables = [np.array([one.histogram for one in v.layers]) for v in seeds.values()]
         mean = np.mean([table.mean(axis=0) for table in tables], axis=0)
         centres = (np.arange(len(mean)) + 0.5) * 360 / len(mean)
         series.append(Series(arm, centres.tolist(), mean.tolist(), arm=arm))
@@ -232,24 +242,30 @@ def _charts(values: Values) -> list[LineChart]:
     return [chart] if series else []
 
 
-def _table(values: Values) -> Table:
+def _table(values: Values[InitialAnglesResult]) -> Table:
     rows: list[list[str | None]] = []
     for arm, seeds in values.items():
-        for index, one in enumerate(first_of(seeds)["layers"]):
-            cells = [v["layers"][index] for v in seeds.values()]
-            shown = [_mean(cells, key) for key in ("cosine", "anomaly", "zeros", "dead")]
-            rows.append([f"{arm}, layer {one['layer']}", one["kind"], *shown])
+        for index, one in enumerate(first_of(seeds).layers):
+            cells = [v.layers[index] for v in seeds.values()]
+            numbers = (
+                [cell.cosine for cell in cells],
+                [cell.anomaly for cell in cells],
+                [cell.zeros for cell in cells],
+                [cell.dead for cell in cells],
+            )
+            shown = [_mean(rows_of) for rows_of in numbers]
+            rows.append([f"{arm}, layer {one.layer}", one.kind, *shown])
     headers = ["arm and layer", "angle", "collinearity", "anomaly", "t = 0", "keys with all t = 0"]
     return Table("By layer", headers, rows, "Angle 0: by construction, not measured.")
 
 
-def first_of(seeds: Mapping[int, Mapping[str, Any]]) -> Mapping[str, Any]:
+def first_of(seeds: Mapping[int, InitialAnglesResult]) -> InitialAnglesResult:
     """The values of the first seed."""
     return next(iter(seeds.values()))
 
 
-def _mean(cells: list[Mapping[str, Any]], key: str) -> str | None:
-    rows = [cell[key] for cell in cells if cell[key]]
+def _mean(by_seed: list[list[float]]) -> str | None:
+    rows = [row for row in by_seed if row]
     if not rows:
         return None
     found = ratio(rows, np.ones(len(rows[0])))

@@ -18,7 +18,8 @@ the last queries at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,17 +33,25 @@ from clearhead.analysis.comparison import compare
 from clearhead.analysis.sections import LineChart, Reference, Section, Series, Table
 from clearhead.analysis.statistics import ratio
 from clearhead.evals.asking.running import inference
-from clearhead.evals.asking.texts import long_documents
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.asking.texts import Openings, openings
+from clearhead.evals.cells import Cell, CellEvaluation, Measured
+from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
 from clearhead.evals.probing.recorder import Recorded, recorded
 from clearhead.evals.probing.rescaling import rescaled
-from clearhead.evals.reasons import reason_of
+from clearhead.evals.reasons import Unmeasured, unless
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
 
 NEAR = 16
 """Keys, the query's own among them, that count as near."""
-NUMBERS = ("outlier", "near", "mean_within", "max_within", "mean_beyond", "max_beyond")
+NUMBERS: dict[str, Callable[[LayerLogits], list[float]]] = {
+    "outlier": lambda one: one.outlier,
+    "near": lambda one: one.near,
+    "mean_within": lambda one: one.mean_within,
+    "max_within": lambda one: one.max_within,
+    "mean_beyond": lambda one: one.mean_beyond,
+    "max_beyond": lambda one: one.max_beyond,
+}
 Scaling = dict[str, Any]
 
 
@@ -62,93 +71,128 @@ class LogitOutliersConfig(EvaluationConfig):
     seed: int = 0
 
 
-class LogitOutliers(Evaluation[LogitOutliersConfig]):
+class LayerLogits(EvaluationResult):
+    """One layer: logits by distance, and the numbers of each document."""
+
+    layer: int
+    distance: list[int]
+    mean: list[float]
+    largest: list[float]
+    outlier: list[float]
+    near: list[float]
+    mean_within: list[float]
+    max_within: list[float]
+    mean_beyond: list[float]
+    max_beyond: list[float]
+
+
+class ScaledLogits(EvaluationResult):
+    scaling: str
+    layers: list[LayerLogits]
+
+
+class LogitOutliersResult(EvaluationResult):
+    length: int
+    queries: int
+    training_length: int
+    n: int
+    documents: list[str]
+    scalings: list[ScaledLogits]
+    skipped_cells: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(Cell):
+    """The same texts under one rotary scaling, looked at in some layers."""
+
+    scaling: Scaling | None
+    read: Openings
+    layers: list[int]
+    trained: int
+
+
+class LogitOutliers(CellEvaluation[LogitOutliersConfig, LogitOutliersResult, Reading, ScaledLogits]):
     name = "logit_outliers"
     Config = LogitOutliersConfig
+    Result = LogitOutliersResult
+    Value = ScaledLogits
 
-    def run(self, subject: Subject, config: LogitOutliersConfig) -> dict[str, Any]:
+    def cells(self, subject: Subject, config: LogitOutliersConfig) -> list[Reading]:
         trained = subject.training_length or 256
         length = config.length or 4 * trained
-        if reason := subject.too_long(length):
-            return {"skipped": reason}
+        unless(subject.too_long(length))
         if length - config.queries <= trained:
-            return {
-                "skipped": f"the last {config.queries} of {length} tokens do not lie beyond the training length "
+            raise Unmeasured(
+                f"the last {config.queries} of {length} tokens do not lie beyond the training length "
                 f"{trained}; raise evaluate.{self.name}.length"
-            }
-        bos = subject.tokenizer.bos_token_id
-        head = [] if bos is None else [bos]
-        store = subject.documents
-        chosen, documents = long_documents(
-            store, length - len(head), length - len(head), config.documents, config.seed
-        )
-        if not documents:
-            return {"skipped": f"no document has {length} tokens; lower evaluate.{self.name}.length"}
+            )
+        read = openings(subject, length, config.documents, config.seed, f"{self.name}.length")
         count = int(subject.model.config.get_text_config().num_hidden_layers)
         layers = config.layers or sorted({max(0, round(count * part / 4) - 1) for part in (1, 2, 3, 4)})
         if unknown := [layer for layer in layers if not 0 <= layer < count]:
             raise ValueError(
                 f"logit_outliers.layers: the model has layers 0 to {count - 1}, not {unknown[0]}"
             )
-        rows = [torch.from_numpy(np.concatenate([head, d]).astype(np.int64))[None] for d in documents]
-        found: list[dict[str, Any]] = []
-        skipped: dict[str, str] = {}
-        for scaling in (None, *config.scalings):
-            tallies = {layer: Tally(length, config.queries, trained, config.buckets) for layer in layers}
+        return [
+            Reading(name=named(scaling), scaling=scaling, read=read, layers=layers, trained=trained)
+            for scaling in (None, *config.scalings)
+        ]
 
-            def record(streams: Recorded, tallies: dict[int, Tally] = tallies) -> None:
-                if streams.layer in tallies:
-                    tallies[streams.layer].add(streams)
-
-            try:
-                with (
-                    inference(subject.model),
-                    rescaled(subject.model, scaling, trained=subject.training_length, length=length),
-                    recorded(subject.model, record),
-                ):
-                    for row in rows:
-                        subject.model.base_model(input_ids=row.to(subject.device), use_cache=False)
-            except ValueError as error:
-                skipped[named(scaling)] = reason_of(error)
-                continue
-            found.append(
-                {
-                    "scaling": named(scaling),
-                    "layers": [{"layer": layer, **tallies[layer].result()} for layer in layers],
-                }
-            )
-        if not found:
-            return {"skipped": "; ".join(dict.fromkeys(skipped.values()))}
-        return {
-            "length": length,
-            "queries": config.queries,
-            "training_length": trained,
-            "n": len(documents),
-            "documents": [store.ids[i] for i in chosen],
-            "scalings": found,
-            "skipped_cells": skipped,
+    def measure(self, subject: Subject, config: LogitOutliersConfig, cell: Reading) -> ScaledLogits:
+        length = cell.read.rows.shape[1]
+        tallies = {
+            layer: Tally(length, config.queries, cell.trained, config.buckets) for layer in cell.layers
         }
+
+        def record(streams: Recorded) -> None:
+            if streams.layer in tallies:
+                tallies[streams.layer].add(streams)
+
+        trained = subject.training_length
+        with (
+            inference(subject.model),
+            rescaled(subject.model, cell.scaling, trained=trained, length=length),
+            recorded(subject.model, record),
+        ):
+            for row in cell.read.rows:
+                ids = torch.from_numpy(row)[None].to(subject.device)
+                subject.model.base_model(input_ids=ids, use_cache=False)
+        return ScaledLogits(scaling=cell.name, layers=[tallies[layer].result(layer) for layer in cell.layers])
+
+    def gather(
+        self, subject: Subject, config: LogitOutliersConfig, measured: Measured[Reading, ScaledLogits]
+    ) -> LogitOutliersResult:
+        one = measured.pairs[0][0]
+        return LogitOutliersResult(
+            length=one.read.rows.shape[1],
+            queries=config.queries,
+            training_length=one.trained,
+            n=len(one.read.rows),
+            documents=one.read.documents,
+            scalings=measured.values,
+            skipped_cells=measured.skipped,
+        )
 
     def section(self, run: RunResults) -> Section:
         title, question = (
             "Attention logits past training",
             "Do attention logits stay in the range of training?",
         )
-        values = run.values(self.name)
+        values = self.results(run)
         if not values:
             return self.missing(run, title, question)
         first = first_values(values)
         samples = {
-            arm: {s: mean_over_layers(v["scalings"][0], "outlier") for s, v in seeds.items()}
+            arm: {s: mean_over_layers(v.scalings[0], lambda one: one.outlier) for s, v in seeds.items()}
             for arm, seeds in values.items()
         }
         result = compare(samples, "lower", digits=1)
-        where = times(first["length"], first["training_length"])
+        where = times(first.length, first.training_length)
         return Section(
             self.name,
             title,
             question,
-            f"Largest logit beyond the training length over the mean within it, {first['scalings'][0]['scaling']}, "
+            f"Largest logit beyond the training length over the mean within it, {first.scalings[0].scaling}, "
             f"in {where}: {result.sentence()}",
             measure="logit outliers past training ↓",
             digits=1,
@@ -156,7 +200,7 @@ class LogitOutliers(Evaluation[LogitOutliersConfig]):
             charts=_charts(values),
             tables=[_table(values)],
             notes=[
-                f"Scaled logits of the last {first['queries']} tokens of {first['n']} documents, pooled over heads and "
+                f"Scaled logits of the last {first.queries} tokens of {first.n} documents, pooled over heads and "
                 f"streams, before the softmax. 'near': mean logit of the nearest {NEAR} keys less that of the rest, in "
                 "standard deviations of the rest; 0 is a query that cannot tell near from far. Intervals: bootstrap "
                 "over documents or Student's t over seeds, the wider; differences are paired by document.",
@@ -229,15 +273,16 @@ class Tally:
         for name, value in made.items():
             self.numbers[name].append(round(value, 6))
 
-    def result(self) -> dict[str, Any]:
-        """JSON values; a bucket is named by its end, so the query's own key is in "1", and empty ones are left out."""
+    def result(self, layer: int) -> LayerLogits:
+        """A bucket is named by its end, so the query's own key is in "1"; empty ones are left out."""
         kept = [i for i, count in enumerate(self.counts.tolist()) if count]
-        return {
-            "distance": [self.names[i] for i in kept],
-            "mean": [round(float(self.sums[i] / self.counts[i]), 6) for i in kept],
-            "largest": [round(float(self.largest[i]), 6) for i in kept],
+        return LayerLogits(
+            layer=layer,
+            distance=[self.names[i] for i in kept],
+            mean=[round(float(self.sums[i] / self.counts[i]), 6) for i in kept],
+            largest=[round(float(self.largest[i]), 6) for i in kept],
             **self.numbers,
-        }
+        )
 
 
 def one_head_at_a_time(streams: Recorded, queries: int, distance: Tensor) -> Any:
@@ -253,48 +298,53 @@ def one_head_at_a_time(streams: Recorded, queries: int, distance: Tensor) -> Any
             yield logits
 
 
-def mean_over_layers(found: Mapping[str, Any], name: str) -> NDArray[np.float64]:
+def mean_over_layers(
+    found: ScaledLogits, number: Callable[[LayerLogits], list[float]]
+) -> NDArray[np.float64]:
     """One number of each document, mean over layers."""
-    return np.mean([one[name] for one in found["layers"]], axis=0)  # type: ignore[no-any-return]
+    return np.mean([number(one) for one in found.layers], axis=0)  # type: ignore[no-any-return]
 
 
-def _charts(values: Values) -> list[LineChart]:
+KINDS: tuple[tuple[str, str, Callable[[LayerLogits], list[float]]], ...] = (
+    ("mean", "mean logit", lambda layer: layer.mean),
+    ("largest", "largest |logit|", lambda layer: layer.largest),
+)
+
+
+def _charts(values: Values[LogitOutliersResult]) -> list[LineChart]:
     """Mean logit by distance in the last layer, one chart a scaling."""
     first = first_values(values)
     charts = []
-    for index, scaling in enumerate(one["scaling"] for one in first["scalings"]):
-        for kind, label in (("mean", "mean logit"), ("largest", "largest |logit|")):
+    for index, scaling in enumerate(one.scaling for one in first.scalings):
+        for kind, label, read in KINDS:
             series = []
             for arm, seeds in values.items():
                 layers = [
-                    one["layers"][-1]
-                    for v in seeds.values()
-                    for one in v["scalings"]
-                    if one["scaling"] == scaling
+                    one.layers[-1] for v in seeds.values() for one in v.scalings if one.scaling == scaling
                 ]
                 if layers:
-                    y = np.mean([layer[kind] for layer in layers], axis=0).tolist()
-                    series.append(Series(arm, layers[0]["distance"], y, arm=arm))
-            layer = first["scalings"][index]["layers"][-1]["layer"]
+                    y = np.mean([read(layer) for layer in layers], axis=0).tolist()
+                    series.append(Series(arm, layers[0].distance, y, arm=arm))
+            layer = first.scalings[index].layers[-1].layer
             charts.append(
                 LineChart(
                     f"logits-{index}-{kind}", f"{label[0].upper()}{label[1:]} by distance, {scaling}",
                     "distance behind the query (tokens)", label, series, f"Layer {layer}, mean over seeds.", log_x=True,
-                    references=[Reference("training length", first["training_length"], "x")],
+                    references=[Reference("training length", first.training_length, "x")],
                 )
             )  # fmt: skip
     return charts
 
 
-def _table(values: Values) -> Table:
+def _table(values: Values[LogitOutliersResult]) -> Table:
     rows: list[list[str | None]] = []
     for arm, seeds in values.items():
-        for index, scaling in enumerate(one["scaling"] for one in next(iter(seeds.values()))["scalings"]):
-            found = [v["scalings"][index] for v in seeds.values() if len(v["scalings"]) > index]
-            for place, layer in enumerate(one["layer"] for one in found[0]["layers"]):
+        for index, scaling in enumerate(one.scaling for one in next(iter(seeds.values())).scalings):
+            found = [v.scalings[index] for v in seeds.values() if len(v.scalings) > index]
+            for place, layer in enumerate(one.layer for one in found[0].layers):
                 row: list[str | None] = [f"{arm}, {scaling}, layer {layer}"]
-                for name in NUMBERS:
-                    numbers = [one["layers"][place][name] for one in found]
+                for read in NUMBERS.values():
+                    numbers = [read(one.layers[place]) for one in found]
                     estimate = ratio(numbers, np.ones(len(numbers[0])))
                     row.append(f"{estimate.value:.2f} ({estimate.interval()})")
                 rows.append(row)

@@ -17,8 +17,9 @@ step is made from all logits of a text, later tokens' included, as in any evalua
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -30,15 +31,16 @@ from clearhead.analysis.comparison import compare
 from clearhead.analysis.sections import LineChart, Reference, Section, Series, Table
 from clearhead.analysis.statistics import Estimate, paired_difference, proportion, ratio, verdict
 from clearhead.data.needles import NeedleSample, NeedleSpec, chance_level
-from clearhead.evals.asking.losses import suffix_losses
+from clearhead.evals.asking.losses import finite, suffix_losses
 from clearhead.evals.asking.needle_documents import documents as needle_documents
 from clearhead.evals.asking.needle_documents import exact_match, marks, too_short
 from clearhead.evals.asking.running import batches, inference
-from clearhead.evals.asking.texts import long_documents, utf8_size
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.asking.texts import Openings, openings, utf8_size
+from clearhead.evals.cells import Cell, CellEvaluation, Measured
+from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
 from clearhead.evals.finite import watched
 from clearhead.evals.probing.rounding import Scheme, quantised
-from clearhead.evals.reasons import reason_of
+from clearhead.evals.reasons import Unmeasured, all_of, reason_of, unless
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
 
@@ -85,111 +87,137 @@ class QuantisationConfig(EvaluationConfig):
     seed: int = 5000
 
 
-class Quantisation(Evaluation[QuantisationConfig]):
+class QuantisationCell(EvaluationResult):
+    """One scheme: loss of each text, and one character an answer. target "none", bits None: not quantised."""
+
+    target: str
+    bits: int | None
+    nats: list[float]
+    correct: str
+
+
+class QuantisationResult(EvaluationResult):
+    """cells: the unquantised model first. chance: of a needle, None where none was asked."""
+
+    cells: list[QuantisationCell]
+    skipped_cells: dict[str, str]
+    length: int
+    n: int
+    documents: list[str]
+    bytes: list[int]
+    needles: int
+    chance: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantised(Cell):
+    """The same texts and needles under one scheme."""
+
+    target: str
+    bits: int | None
+    read: Openings
+    needles: list[NeedleSample]
+
+
+class Quantisation(CellEvaluation[QuantisationConfig, QuantisationResult, Quantised, QuantisationCell]):
     name = "quantisation"
     Config = QuantisationConfig
+    Result = QuantisationResult
+    Value = QuantisationCell
     tells_overflow = True
 
-    def run(self, subject: Subject, config: QuantisationConfig) -> dict[str, Any]:
+    def cells(self, subject: Subject, config: QuantisationConfig) -> Iterator[Quantised]:
         length = config.length or min(subject.training_length or 256, LONGEST)
-        if reason := subject.too_long(length):
-            return {"skipped": reason}
+        unless(subject.too_long(length))
         wanted = {"logits": config.logits, "weights": config.weights, "cache": config.cache}
         if not any(wanted.values()):
-            return {"skipped": "nothing is to be quantised; give bits for logits, weights or cache"}
-        bos = subject.tokenizer.bos_token_id
-        head = [] if bos is None else [bos]
-        size = length - len(head)
-        chosen, texts = long_documents(subject.documents, size, size, config.documents, config.seed)
-        if len(texts) < FEWEST_DOCUMENTS:
-            return {
-                "skipped": f"only {len(texts)} documents have {length} tokens, at least {FEWEST_DOCUMENTS} are "
-                f"needed; lower evaluate.{self.name}.length"
-            }
-        rows = np.stack([np.concatenate([head, text]) for text in texts]).astype(np.int64)
-        spec = subject.needles.spec(length, 1, 1)
-        needles, skipped = self._needles(subject, config, spec)
-        cells: list[dict[str, Any]] = []
-        schemes = [("none", None, Scheme())] + [
-            (target, bits, Scheme(**{target: bits}, per=config.per, group=config.group))  # type: ignore[arg-type]
-            for target in TARGETS
-            for bits in wanted[target]
-        ]
-        for target, bits, scheme in schemes:
-            try:
-                with quantised(subject.model, scheme) as active, watched(subject.model) as watch:
-                    nats = losses(subject, rows, config.batch_tokens)
-                    hits = (
-                        exact_match(subject.model, needles, subject.device, config.batch_tokens)
-                        if needles
-                        else []
-                    )
-                if watch.reason is not None:
-                    raise ValueError(watch.reason)
-                if not active.calls:
-                    raise ValueError(
-                        f"the attention of {type(subject.model).__name__} does not go through Hugging Face's attention "
-                        "interface, so its logits cannot be quantised"
-                    )
-            except ValueError as error:
-                skipped[target if bits is None else f"{target}, {bits} bits"] = reason_of(error)
-                continue
-            cell = {"target": target, "bits": bits, "nats": [round(float(v), 4) for v in nats]}
-            cells.append({**cell, "correct": marks(hits)})
-        if len(cells) < 2 or cells[0]["target"] != "none":
-            return {"skipped": "; ".join(dict.fromkeys(skipped.values()))}
-        return {
-            "cells": cells,
-            "skipped_cells": skipped,
-            "length": length,
-            "n": len(rows),
-            "documents": [subject.documents.ids[i] for i in chosen],
-            # Nothing predicts the first token of a text without a bos.
-            "bytes": [utf8_size(subject.tokenizer, text[1 - len(head) :]) for text in texts],
-            "needles": len(needles),
-            "chance": chance_level(spec, subject.tokenizer) if needles else None,
-        }
+            raise Unmeasured("nothing is to be quantised; give bits for logits, weights or cache")
+        option = f"{self.name}.length"
+        read = openings(subject, length, config.documents, config.seed, option, least=FEWEST_DOCUMENTS)
+        needles, reason = self._needles(subject, config, subject.needles.spec(length, 1, 1))
+        if reason is not None:
+            yield Quantised(name="needles", reason=reason, target="none", bits=None, read=read, needles=[])
+        schemes = [("none", None), *((target, bits) for target in TARGETS for bits in wanted[target])]
+        for target, bits in schemes:
+            name = target if bits is None else f"{target}, {bits} bits"
+            yield Quantised(name=name, target=target, bits=bits, read=read, needles=needles)
+
+    def measure(self, subject: Subject, config: QuantisationConfig, cell: Quantised) -> QuantisationCell:
+        few = {} if cell.bits is None else {cell.target: cell.bits}
+        scheme = Scheme(**few, per=config.per, group=config.group)  # type: ignore[arg-type]
+        model, device, hits = subject.model, subject.device, []
+        with quantised(model, scheme) as active, watched(model) as watch:
+            nats = losses(subject, cell.read.rows, config.batch_tokens)
+            if cell.needles:
+                hits = exact_match(model, cell.needles, device, config.batch_tokens)
+        unless(watch.reason)
+        if not active.calls:
+            raise Unmeasured(
+                f"the attention of {type(model).__name__} does not go through Hugging Face's attention "
+                "interface, so its logits cannot be quantised"
+            )
+        rounded = [round(float(v), 4) for v in nats]
+        return QuantisationCell(target=cell.target, bits=cell.bits, nats=rounded, correct=marks(hits))
+
+    def gather(
+        self, subject: Subject, config: QuantisationConfig, measured: Measured[Quantised, QuantisationCell]
+    ) -> QuantisationResult:
+        cells = measured.values
+        if len(cells) < 2 or cells[0].target != "none":
+            raise Unmeasured(all_of(measured.skipped))
+        read, needles = measured.pairs[0][0].read, measured.pairs[0][0].needles
+        length = read.rows.shape[1]
+        return QuantisationResult(
+            cells=cells,
+            skipped_cells=measured.skipped,
+            length=length,
+            n=len(read.rows),
+            documents=read.documents,
+            bytes=[utf8_size(subject.tokenizer, read.predicted(i)) for i in range(len(read.texts))],
+            needles=len(needles),
+            chance=chance_level(subject.needles.spec(length, 1, 1), subject.tokenizer) if needles else None,
+        )
 
     def _needles(
         self, subject: Subject, config: QuantisationConfig, spec: NeedleSpec
-    ) -> tuple[list[NeedleSample], dict[str, str]]:
-        """The needle documents, or none and the reason why."""
+    ) -> tuple[list[NeedleSample], str | None]:
+        """The needle documents, or none and the reason why if they were asked for."""
         if not config.samples:
-            return [], {}
+            return [], None
         try:
             if reason := too_short(spec, subject.tokenizer):
-                return [], {"needles": reason}
-            return needle_documents(subject, spec, None, config.samples, config.seed), {}
+                return [], reason
+            return needle_documents(subject, spec, None, config.samples, config.seed), None
         except ValueError as error:
-            return [], {"needles": reason_of(error)}
+            return [], reason_of(error)
 
     def section(self, run: RunResults) -> Section:
         title, question = "Quantisation", "Does it stand being computed with few bits?"
-        values = run.values(self.name)
+        values = self.results(run)
         if not values:
             return self.missing(run, title, question)
         first = first_values(values)
-        target, bits = hardest(first["cells"])
+        target, bits = hardest(first.cells)
         costs = {
             arm: {
-                s: _bits(cell) - _bits(v["cells"][0])
+                s: _bits(cell) - _bits(v.cells[0])
                 for s, v in seeds.items()
                 if (cell := _cell(v, target, bits))
             }
             for arm, seeds in values.items()
         }
         costs = {arm: seeds for arm, seeds in costs.items() if seeds}
-        result = compare(costs, "lower", denominators=first["bytes"], digits=3)
+        result = compare(costs, "lower", denominators=first.bytes, digits=3)
         own = "; ".join(
             f"{arm} {verdict(difference, 'lower', digits=3)}" for arm, difference in result.estimates.items()
         )
         asked = f"{TARGETS[target]} at {bits} bits"
-        chance = "" if first["chance"] is None else f" Chance of a needle: {first['chance']:.1e}."
+        chance = "" if first.chance is None else f" Chance of a needle: {first.chance:.1e}."
         return Section(
             self.name,
             title,
             question,
-            f"Bits per byte with {asked}, against the same model unquantised (n={first['n']}): {own}."
+            f"Bits per byte with {asked}, against the same model unquantised (n={first.n}): {own}."
             + (f" What that costs, compared: {result.sentence()}" if result.differences else ""),
             measure=f"bits per byte lost, {asked} ↓",
             digits=3,
@@ -197,7 +225,7 @@ class Quantisation(Evaluation[QuantisationConfig]):
             charts=_charts(values),
             tables=[_table(values), PUBLISHED],
             notes=[
-                f"The first {first['length']} tokens of {first['n']} documents, and {first['needles']} documents of as "
+                f"The first {first.length} tokens of {first.n} documents, and {first.needles} documents of as "
                 f"many tokens with one fact.{chance} Absmax, symmetric; logits with a step for each layer, stream and "
                 "text, weights for each output channel, keys and values for each token and head; each alone. Rounded, "
                 "then used at full precision: an emulation, neither faster nor smaller. Differences are from the same "
@@ -216,54 +244,51 @@ def losses(subject: Subject, rows: NDArray[np.int64], batch_tokens: int) -> NDAr
         for span in batches(len(rows), batch_tokens // rows.shape[1]):
             ids = torch.from_numpy(rows[span.start : span.stop]).to(subject.device)
             found.append(suffix_losses(subject.model, ids, 1).double().sum(dim=1).cpu().numpy())
-    nats = np.concatenate(found)
-    if not np.isfinite(nats).all():
-        raise ValueError("the losses are not numbers")
-    return nats
+    return finite(np.concatenate(found))
 
 
-def hardest(cells: Sequence[Mapping[str, Any]]) -> tuple[str, int]:
+def hardest(cells: Sequence[QuantisationCell]) -> tuple[str, int]:
     """What the first screen shows: fewest bits of the logits, as in the paper, else of what was tried first."""
-    target = next((c["target"] for c in cells if c["target"] == "logits"), cells[1]["target"])
-    return target, min(c["bits"] for c in cells if c["target"] == target)
+    target = next((c.target for c in cells if c.target == "logits"), cells[1].target)
+    return target, min(c.bits for c in cells if c.target == target and c.bits is not None)
 
 
-def _cell(values: Mapping[str, Any], target: str, bits: int | None) -> Mapping[str, Any] | None:
-    return next((c for c in values["cells"] if (c["target"], c["bits"]) == (target, bits)), None)
+def _cell(values: QuantisationResult, target: str, bits: int | None) -> QuantisationCell | None:
+    return next((c for c in values.cells if (c.target, c.bits) == (target, bits)), None)
 
 
-def _bits(cell: Mapping[str, Any]) -> NDArray[np.float64]:
-    return np.asarray(cell["nats"]) / math.log(2)
+def _bits(cell: QuantisationCell) -> NDArray[np.float64]:
+    return np.asarray(cell.nats) / math.log(2)
 
 
 def _found(
-    seeds: Mapping[int, Mapping[str, Any]], target: str, bits: int | None
-) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    seeds: Mapping[int, QuantisationResult], target: str, bits: int | None
+) -> list[tuple[QuantisationCell, QuantisationCell]]:
     """(this cell, the unquantised one) of each seed that has it."""
-    pairs = [(_cell(v, target, bits), v["cells"][0]) for v in seeds.values()]
+    pairs = [(_cell(v, target, bits), v.cells[0]) for v in seeds.values()]
     return [(cell, base) for cell, base in pairs if cell is not None]
 
 
-def _loss(seeds: Mapping[int, Mapping[str, Any]], target: str, bits: int | None) -> Estimate | None:
-    size = next(iter(seeds.values()))["bytes"]
+def _loss(seeds: Mapping[int, QuantisationResult], target: str, bits: int | None) -> Estimate | None:
+    size = next(iter(seeds.values())).bytes
     found = _found(seeds, target, bits)
     return ratio([_bits(cell) for cell, _ in found], size) if found else None
 
 
-def _accuracy(seeds: Mapping[int, Mapping[str, Any]], target: str, bits: int | None) -> Estimate | None:
-    counts = [(c["correct"].count("1"), len(c["correct"])) for c, _ in _found(seeds, target, bits)]
+def _accuracy(seeds: Mapping[int, QuantisationResult], target: str, bits: int | None) -> Estimate | None:
+    counts = [(c.correct.count("1"), len(c.correct)) for c, _ in _found(seeds, target, bits)]
     return proportion(counts) if counts and counts[0][1] else None
 
 
-def _marks(cell: Mapping[str, Any]) -> list[float]:
-    return [float(mark) for mark in cell["correct"]]
+def _marks(cell: QuantisationCell) -> list[float]:
+    return [float(mark) for mark in cell.correct]
 
 
-def _charts(values: Values) -> list[LineChart]:
+def _charts(values: Values[QuantisationResult]) -> list[LineChart]:
     first = first_values(values)
     charts = []
     for target, label in TARGETS.items():
-        tried = sorted({c["bits"] for c in first["cells"] if c["target"] == target})
+        tried = sorted({c.bits for c in first.cells if c.target == target and c.bits is not None})
         if not tried:
             continue
         for read, slug, name in (
@@ -290,13 +315,13 @@ def _charts(values: Values) -> list[LineChart]:
     return charts
 
 
-def _table(values: Values) -> Table:
+def _table(values: Values[QuantisationResult]) -> Table:
     """A row for each arm, target and number of bits, with the differences from the unquantised model."""
     rows: list[list[str | None]] = []
     for arm, seeds in values.items():
-        cells = next(iter(seeds.values()))["cells"]
-        size = next(iter(seeds.values()))["bytes"]
-        for target, bits in ((c["target"], c["bits"]) for c in cells):
+        cells = next(iter(seeds.values())).cells
+        size = next(iter(seeds.values())).bytes
+        for target, bits in ((c.target, c.bits) for c in cells):
             loss, accuracy = _loss(seeds, target, bits), _accuracy(seeds, target, bits)
             change = answers = None
             if bits is not None:

@@ -13,10 +13,12 @@ from typing import Any
 
 from pydantic import Field
 
+from clearhead.analysis.by_length import Values, first_values
 from clearhead.analysis.comparison import join
 from clearhead.analysis.sections import Headline, LineChart, Section, Series, Table
 from clearhead.analysis.statistics import Survival, holm, kaplan_meier, logrank, seeds_clause
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.evaluation import Evaluation, EvaluationConfig, EvaluationResult, Say
+from clearhead.evals.reasons import Unmeasured
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
 
@@ -30,33 +32,46 @@ class MasteryConfig(EvaluationConfig):
     threshold: float = Field(default=0.9, gt=0, le=1)
 
 
-class Mastery(Evaluation[MasteryConfig]):
+class MasteryResult(EvaluationResult):
+    """tokens: until mastery, or seen in all. budget: of training."""
+
+    threshold: float
+    mastered: bool
+    tokens: int
+    budget: int | None
+    final_accuracy: float
+    best_accuracy: float
+    n: int
+
+
+class Mastery(Evaluation[MasteryConfig, MasteryResult]):
     name = "mastery"
     Config = MasteryConfig
+    Result = MasteryResult
 
-    def run(self, subject: Subject, config: MasteryConfig) -> dict[str, Any]:
+    def result(self, subject: Subject, config: MasteryConfig, progress: Say | None = None) -> MasteryResult:
         probes = probe_curve(subject.metrics)
         if not probes:
-            return {"skipped": "no probe was measured while training; set train.probe_every"}
+            raise Unmeasured("no probe was measured while training; set train.probe_every")
         reached = next((tokens for tokens, accuracy in probes if accuracy >= config.threshold), None)
-        return {
-            "threshold": config.threshold,
-            "mastered": reached is not None,
-            "tokens": probes[-1][0] if reached is None else reached,
-            "budget": subject.budget,
-            "final_accuracy": probes[-1][1],
-            "best_accuracy": max(accuracy for _, accuracy in probes),
-            "n": len(probes),
-        }
+        return MasteryResult(
+            threshold=config.threshold,
+            mastered=reached is not None,
+            tokens=probes[-1][0] if reached is None else reached,
+            budget=subject.budget,
+            final_accuracy=probes[-1][1],
+            best_accuracy=max(accuracy for _, accuracy in probes),
+            n=len(probes),
+        )
 
     def section(self, run: RunResults) -> Section:
         title, question = "Tokens until mastery", "Does it learn to retrieve sooner?"
-        values = run.values(self.name)
+        values = self.results(run)
         if not values:
             return self.missing(run, title, question)
-        threshold = next(iter(next(iter(values.values())).values()))["threshold"]
-        times = {arm: [float(v["tokens"]) for v in seeds.values()] for arm, seeds in values.items()}
-        events = {arm: [bool(v["mastered"]) for v in seeds.values()] for arm, seeds in values.items()}
+        threshold = first_values(values).threshold
+        times = {arm: [float(v.tokens) for v in seeds.values()] for arm, seeds in values.items()}
+        events = {arm: [bool(v.mastered) for v in seeds.values()] for arm, seeds in values.items()}
         curves = {arm: kaplan_meier(times[arm], events[arm]) for arm in values}
         baseline = next(iter(values))
         others = [arm for arm in values if arm != baseline]
@@ -160,7 +175,7 @@ def _chart(curves: dict[str, Survival], threshold: float) -> LineChart:
 
 def _table(
     run: RunResults,
-    values: dict[str, dict[int, dict[str, Any]]],
+    values: Values[MasteryResult],
     curves: dict[str, Survival],
     adjusted: dict[str, float],
 ) -> Table:
@@ -170,7 +185,7 @@ def _table(
         if curve is None:
             rows.append([arm.name, None, None, None, None])
             continue
-        finals = [v["final_accuracy"] for v in values[arm.name].values()]
+        finals = [v.final_accuracy for v in values[arm.name].values()]
         rows.append(
             [
                 arm.name,

@@ -12,14 +12,14 @@ training, measured).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field
 
-from clearhead.analysis.by_length import left_out
+from clearhead.analysis.by_length import Values, first_values, left_out
 from clearhead.analysis.comparison import compare
 from clearhead.analysis.sections import HeatMap, LineChart, Panel, Reference, Section, Series, Table
 from clearhead.analysis.statistics import Estimate, proportion
@@ -27,18 +27,17 @@ from clearhead.data.needles import (
     NeedleSpec,
     chance_level,
 )
-from clearhead.evals.asking.needle_documents import documents, exact_match, too_short
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.asking.needle_documents import documents, exact_match, marks, too_short
+from clearhead.evals.cells import Cell, CellEvaluation, Measured
+from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
 
 if TYPE_CHECKING:
-    pass
+    from transformers import PreTrainedModel
 
 HARDLY = 0.1
 """Below this share of right answers, differences between arms are not what a reader should take away first."""
-Cell = tuple[int, int, float]
-"""(number of needles, length, depth)."""
 
 
 class NeedlesConfig(EvaluationConfig):
@@ -61,49 +60,79 @@ class NeedlesConfig(EvaluationConfig):
     seed: int = 1000
 
 
-class Needles(Evaluation[NeedlesConfig]):
+class NeedlesCell(EvaluationResult):
+    """correct: one character an answer, 1 where it is right. untrained_*: the same before training, where asked for."""
+
+    needles: int
+    length: int
+    depth: float
+    n: int
+    hits: int
+    correct: str
+    untrained_n: int | None = None
+    untrained_hits: int | None = None
+
+
+class NeedlesResult(EvaluationResult):
+    cells: list[NeedlesCell]
+    skipped_cells: dict[str, str]
+    chance: float
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place(Cell):
+    """Documents of one kind with the asked fact at one depth; `untrained` answers some of them too."""
+
+    spec: NeedleSpec
+    depth: float
+    untrained: PreTrainedModel | None
+
+
+class Needles(CellEvaluation[NeedlesConfig, NeedlesResult, Place, NeedlesCell]):
     name = "needles"
     Config = NeedlesConfig
+    Result = NeedlesResult
+    Value = NeedlesCell
 
-    def run(self, subject: Subject, config: NeedlesConfig) -> dict[str, Any]:
+    def cells(self, subject: Subject, config: NeedlesConfig) -> Iterator[Place]:
         trained = subject.training_length or 256
-        lengths = config.lengths or [trained, 2 * trained, 4 * trained]
         untrained = subject.untrained() if config.untrained_samples else None
-        cells: list[dict[str, Any]] = []
-        skipped: dict[str, str] = {}
         for needles in config.needles:
-            for length in lengths:
-                spec = self._spec(subject, config, needles, length)
-                reason = subject.too_long(length) or too_short(spec, subject.tokenizer)
-                if reason:
-                    skipped[f"{needles} x {length}"] = reason
-                    continue
+            for length in config.lengths or [trained, 2 * trained, 4 * trained]:
+                spec, name = self._spec(subject, config, needles, length), f"{needles} x {length}"
                 for depth in config.depths:
-                    samples = documents(subject, spec, depth, config.samples, config.seed)
-                    hits = exact_match(subject.model, samples, subject.device, config.batch_tokens)
-                    cell = {
-                        "needles": needles,
-                        "length": length,
-                        "depth": depth,
-                        "n": len(hits),
-                        "hits": sum(hits),
-                        "correct": "".join("01"[hit] for hit in hits),
-                    }
-                    if untrained is not None:
-                        few = samples[: config.untrained_samples]
-                        cell["untrained_n"] = len(few) * spec.questions
-                        cell["untrained_hits"] = sum(
-                            exact_match(untrained, few, subject.device, config.batch_tokens)
-                        )
-                    cells.append(cell)
-        if not cells:
-            return {"skipped": "; ".join(dict.fromkeys(skipped.values()))}
-        return {
-            "cells": cells,
-            "skipped_cells": skipped,
-            "chance": chance_level(self._spec(subject, config, 1, 1), subject.tokenizer, "validation"),
-            "n": sum(cell["n"] for cell in cells),
-        }
+                    reason = subject.too_long(length) or too_short(spec, subject.tokenizer)
+                    where = name if reason else f"{name}, depth {depth:.0%}"
+                    yield Place(name=where, reason=reason, spec=spec, depth=depth, untrained=untrained)
+
+    def measure(self, subject: Subject, config: NeedlesConfig, cell: Place) -> NeedlesCell:
+        samples = documents(subject, cell.spec, cell.depth, config.samples, config.seed)
+        hits = exact_match(subject.model, samples, subject.device, config.batch_tokens)
+        levels = {}
+        if cell.untrained is not None:
+            few = samples[: config.untrained_samples]
+            found = exact_match(cell.untrained, few, subject.device, config.batch_tokens)
+            levels = {"untrained_n": len(few) * cell.spec.questions, "untrained_hits": sum(found)}
+        return NeedlesCell(
+            needles=cell.spec.needles,
+            length=cell.spec.length,
+            depth=cell.depth,
+            n=len(hits),
+            hits=sum(hits),
+            correct=marks(hits),
+            **levels,
+        )
+
+    def gather(
+        self, subject: Subject, config: NeedlesConfig, measured: Measured[Place, NeedlesCell]
+    ) -> NeedlesResult:
+        return NeedlesResult(
+            cells=measured.values,
+            skipped_cells=measured.skipped,
+            chance=chance_level(self._spec(subject, config, 1, 1), subject.tokenizer, "validation"),
+            n=sum(cell.n for cell in measured.values),
+        )
 
     def _spec(self, subject: Subject, config: NeedlesConfig, needles: int, length: int) -> NeedleSpec:
         return replace(
@@ -114,11 +143,11 @@ class Needles(Evaluation[NeedlesConfig]):
 
     def section(self, run: RunResults) -> Section:
         title, question = "Needle retrieval", "Does it find a fact in its context?"
-        values = run.values(self.name)
+        values = self.results(run)
         if not values:
             return self.missing(run, title, question)
-        first = next(iter(next(iter(values.values())).values()))
-        pairs = sorted({(cell["needles"], cell["length"]) for cell in first["cells"]})
+        first = first_values(values)
+        pairs = sorted({(cell.needles, cell.length) for cell in first.cells})
         needles, length = headline_cell(pairs, run.training_length)
         samples = {
             arm: {seed: _correct(v, needles, length) for seed, v in seeds.items()}
@@ -141,7 +170,7 @@ class Needles(Evaluation[NeedlesConfig]):
             charts=[*_length_charts(values, pairs, run.training_length), *_heat_maps(run, values, pairs)],
             tables=[_table(run, values, pairs), PUBLISHED],
             notes=[
-                f"Keys and values never occur in training. Chance: {first['chance']:.1e} (a blind guess). "
+                f"Keys and values never occur in training. Chance: {first.chance:.1e} (a blind guess). "
                 "With several needles, copying any one of them is right 1 time in that number. 'Untrained' is the same "
                 "model before training. Intervals: Wilson over documents or Student's t over seeds, the wider; "
                 "differences are paired by document and seed.",
@@ -167,13 +196,13 @@ def headline_cell(pairs: Sequence[tuple[int, int]], trained: int | None) -> tupl
     return needles, max(within) if within else min(lengths)
 
 
-def _correct(values: dict[str, Any], needles: int, length: int) -> list[float]:
+def _correct(values: NeedlesResult, needles: int, length: int) -> list[float]:
     """All answers of one number of needles and length, over depths, as 0 and 1."""
-    cells = [c for c in values["cells"] if (c["needles"], c["length"]) == (needles, length)]
-    return [float(mark) for cell in cells for mark in cell["correct"]]
+    cells = [c for c in values.cells if (c.needles, c.length) == (needles, length)]
+    return [float(mark) for cell in cells for mark in cell.correct]
 
 
-def _estimate(seeds: dict[int, dict[str, Any]], needles: int, length: int) -> Estimate | None:
+def _estimate(seeds: Mapping[int, NeedlesResult], needles: int, length: int) -> Estimate | None:
     rows = [_correct(values, needles, length) for values in seeds.values()]
     counts = [(int(sum(row)), len(row)) for row in rows if row]
     return proportion(counts) if counts else None
@@ -184,7 +213,7 @@ def _label(needles: int) -> str:
 
 
 def _length_charts(
-    values: dict[str, dict[int, dict[str, Any]]], pairs: Sequence[tuple[int, int]], trained: int | None
+    values: Values[NeedlesResult], pairs: Sequence[tuple[int, int]], trained: int | None
 ) -> list[LineChart]:
     """Accuracy against length, one chart per number of needles."""
     charts = []
@@ -218,19 +247,19 @@ def _length_charts(
 
 
 def _heat_maps(
-    run: RunResults, values: dict[str, dict[int, dict[str, Any]]], pairs: Sequence[tuple[int, int]]
+    run: RunResults, values: Values[NeedlesResult], pairs: Sequence[tuple[int, int]]
 ) -> list[HeatMap]:
     """Accuracy over length x depth, one map per number of needles, one panel per arm; missing arms are empty panels."""
     charts = []
     for needles in sorted({count for count, _ in pairs}):
         lengths = [length for count, length in pairs if count == needles]
-        depths = sorted({c["depth"] for seeds in values.values() for v in seeds.values() for c in v["cells"]})
+        depths = sorted({c.depth for seeds in values.values() for v in seeds.values() for c in v.cells})
         panels = []
         for arm in run.arms:
-            cells: dict[Cell, list[float]] = {}
+            cells: dict[tuple[int, int, float], list[float]] = {}
             for result in values.get(arm.name, {}).values():
-                for c in result["cells"]:
-                    cells.setdefault((c["needles"], c["length"], c["depth"]), []).append(c["hits"] / c["n"])
+                for c in result.cells:
+                    cells.setdefault((c.needles, c.length, c.depth), []).append(c.hits / c.n)
             grid = [
                 [
                     float(np.mean(cells[needles, length, depth]))
@@ -258,9 +287,7 @@ def _heat_maps(
     return charts
 
 
-def _table(
-    run: RunResults, values: dict[str, dict[int, dict[str, Any]]], pairs: Sequence[tuple[int, int]]
-) -> Table:
+def _table(run: RunResults, values: Values[NeedlesResult], pairs: Sequence[tuple[int, int]]) -> Table:
     """Accuracy with its interval for each number of needles and length, with the untrained level."""
     rows: list[list[str | None]] = []
     for needles, length in pairs:
@@ -269,11 +296,13 @@ def _table(
             estimate = _estimate(values.get(arm.name, {}), needles, length)
             row.append(None if estimate is None else f"{estimate.value:.2f} ({estimate.interval()})")
         counts = [
-            (c["untrained_hits"], c["untrained_n"])
+            (c.untrained_hits, c.untrained_n)
             for seeds in values.values()
             for v in seeds.values()
-            for c in v["cells"]
-            if (c["needles"], c["length"]) == (needles, length) and "untrained_n" in c
+            for c in v.cells
+            if (c.needles, c.length) == (needles, length)
+            and c.untrained_n is not None
+            and c.untrained_hits is not None
         ]
         hits, trials = sum(k for k, _ in counts), sum(n for _, n in counts)
         row.append(f"{hits / trials:.2f} (n={trials})" if trials else None)

@@ -13,10 +13,10 @@ token; arms read the same texts, so hits and others are the same tokens for all,
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -24,14 +24,17 @@ from clearhead.analysis.by_length import Values, first_values
 from clearhead.analysis.comparison import Comparison, compare
 from clearhead.analysis.sections import BarChart, BarSeries, Section, Table
 from clearhead.analysis.statistics import Estimate
-from clearhead.evals.asking.losses import suffix_losses
-from clearhead.evals.asking.running import batches, inference
-from clearhead.evals.asking.texts import long_documents
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.asking.losses import row_losses
+from clearhead.evals.asking.texts import openings
+from clearhead.evals.cells import LengthEvaluation, TextLength
+from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
+from clearhead.evals.reasons import Unmeasured
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
 
 LONGEST = 4096
+Part = Literal["all", "hit", "others"]
+PARTS: tuple[Part, ...] = ("all", "hit", "others")
 FEWEST_DOCUMENTS = 4
 
 PUBLISHED = Table(
@@ -64,69 +67,85 @@ class ArHitConfig(EvaluationConfig):
     seed: int = 0
 
 
-class ArHit(Evaluation[ArHitConfig]):
+class Slices(EvaluationResult):
+    """Nats and numbers of tokens of both slices, by text."""
+
+    hit_nats: list[float]
+    hit_tokens: list[int]
+    others_nats: list[float]
+    others_tokens: list[int]
+
+    def nats(self, part: Part) -> NDArray[np.float64]:
+        return _added(self.hit_nats, self.others_nats, part)
+
+    def tokens(self, part: Part) -> NDArray[np.float64]:
+        return _added(self.hit_tokens, self.others_tokens, part)
+
+
+class ArHitResult(EvaluationResult):
+    """slices: by n of the n-grams."""
+
+    length: int
+    n: int
+    n_gram: int
+    documents: list[str]
+    slices: dict[str, Slices]
+
+
+class ArHit(LengthEvaluation[ArHitConfig, ArHitResult]):
     name = "ar_hit"
     Config = ArHitConfig
+    Result = ArHitResult
 
-    def run(self, subject: Subject, config: ArHitConfig) -> dict[str, Any]:
-        length = config.length or min(subject.training_length or 256, LONGEST)
-        if reason := subject.too_long(length):
-            return {"skipped": reason}
-        bos = subject.tokenizer.bos_token_id
-        head = [] if bos is None else [bos]
-        size = length - len(head)
-        chosen, texts = long_documents(subject.documents, size, size, config.max_documents, config.seed)
+    def length(self, subject: Subject, config: ArHitConfig) -> int:
+        return config.length or min(subject.training_length or 256, LONGEST)
+
+    def measure(self, subject: Subject, config: ArHitConfig, cell: TextLength) -> ArHitResult:
+        length = cell.tokens
         sizes = [config.n, *(n for n in config.longer if n != config.n)]
-        hits = {n: [seen_before(text, n) for text in texts] for n in sizes}
+        read = openings(subject, length, config.max_documents, config.seed, f"{self.name}.length", least=0)
         # Without a bos nothing predicts a text's first token.
-        hits = {n: [mask[1 - len(head) :] for mask in masks] for n, masks in hits.items()}
+        hits = {n: [seen_before(text, n)[1 - length :] for text in read.texts] for n in sizes}
         # Both slices of a text are needed for a difference between them.
         kept = [i for i, mask in enumerate(hits[config.n]) if mask.any() and not mask.all()]
         if len(kept) < FEWEST_DOCUMENTS:
-            return {
-                "skipped": f"only {len(kept)} documents have {length} tokens, of which some repeat an n-gram of "
-                f"{config.n} and some do not, at least {FEWEST_DOCUMENTS} are needed; lower evaluate.{self.name}.length"
-            }
-        rows = np.stack([np.concatenate([head, texts[i]]) for i in kept]).astype(np.int64)
-        losses = []
-        with inference(subject.model, length=length):
-            for span in batches(len(rows), config.batch_tokens // length):
-                ids = torch.from_numpy(rows[span.start : span.stop]).to(subject.device)
-                losses.append(suffix_losses(subject.model, ids, 1).double().cpu().numpy())
-        table = np.concatenate(losses)
-        if not np.isfinite(table).all():
-            return {"skipped": "the losses are not numbers"}
-        return {
-            "length": length,
-            "n": len(rows),
-            "n_gram": config.n,
-            "documents": [subject.documents.ids[chosen[i]] for i in kept],
-            "slices": {str(n): sliced(table, np.stack([hits[n][i] for i in kept])) for n in sizes},
-        }
+            raise Unmeasured(
+                f"only {len(kept)} documents have {length} tokens, of which some repeat an n-gram of "
+                f"{config.n} and some do not, at least {FEWEST_DOCUMENTS} are needed; "
+                f"lower evaluate.{self.name}.length"
+            )
+        table = row_losses(subject, read.rows[kept], config.batch_tokens)
+        return ArHitResult(
+            length=length,
+            n=len(kept),
+            n_gram=config.n,
+            documents=[read.documents[i] for i in kept],
+            slices={str(n): sliced(table, np.stack([hits[n][i] for i in kept])) for n in sizes},
+        )
 
     def section(self, run: RunResults) -> Section:
         title, question = "Recall from the context", "Does it use what its context has already said?"
-        values = run.values(self.name)
+        values = self.results(run)
         if not values:
             return self.missing(run, title, question)
         first = first_values(values)
-        n = str(first["n_gram"])
-        hit, others = (compared(values, n, part) for part in ("hit", "others"))
+        n = str(first.n_gram)
+        hit, others = compared(values, n, "hit"), compared(values, n, "others")
         rest = f"On all other tokens: {others.sentence()}"
-        share = sum(first["slices"][n]["hit_tokens"]) / (first["n"] * len_of(first, n))
+        share = sum(first.slices[n].hit_tokens) / (first.n * len_of(first, n))
         return Section(
             self.name,
             title,
             question,
-            f"Loss on tokens that end {_grams(first['n_gram'])} seen before in the text: {hit.sentence()} {rest}",
+            f"Loss on tokens that end {_grams(first.n_gram)} seen before in the text: {hit.sentence()} {rest}",
             measure="nats per recalled token ↓",
             digits=3,
             headlines=hit.headlines(),
             charts=[_bars(hit, others)],
             tables=[_table(values, first), PUBLISHED],
             notes=[
-                f"The first {first['length']} tokens of {first['n']} documents; {share:.0%} of them are hits. A hit "
-                f"ends {_grams(first['n_gram'])} of which all tokens, the last included, stood earlier in the text. "
+                f"The first {first.length} tokens of {first.n} documents; {share:.0%} of them are hits. A hit "
+                f"ends {_grams(first.n_gram)} of which all tokens, the last included, stood earlier in the text. "
                 "Intervals: bootstrap over documents or Student's t over seeds, the wider; differences are paired by "
                 "document.",
                 *run.skipped(self.name),
@@ -146,38 +165,32 @@ def seen_before(tokens: NDArray[np.integer], n: int) -> NDArray[np.bool_]:
     return found
 
 
-def sliced(losses: NDArray[np.float64], hits: NDArray[np.bool_]) -> dict[str, list[Any]]:
+def sliced(losses: NDArray[np.float64], hits: NDArray[np.bool_]) -> Slices:
     """(texts, tokens) losses and hits -> sums of nats and numbers of tokens of both slices, by text."""
-    return {
-        "hit_nats": [round(float(v), 4) for v in (losses * hits).sum(axis=1)],
-        "hit_tokens": hits.sum(axis=1).tolist(),
-        "others_nats": [round(float(v), 4) for v in (losses * ~hits).sum(axis=1)],
-        "others_tokens": (~hits).sum(axis=1).tolist(),
-    }
-
-
-def compared(values: Values, n: str, part: str) -> Comparison:
-    """Nats per token of one slice, or of "all" tokens, by arm."""
-    parts = ("hit", "others") if part == "all" else (part,)
-    samples = {
-        arm: {seed: _added(v["slices"][n], parts, "nats") for seed, v in seeds.items()}
-        for arm, seeds in values.items()
-    }
-    return compare(
-        samples,
-        "lower",
-        denominators=_added(first_values(values)["slices"][n], parts, "tokens"),
-        digits=3,
+    return Slices(
+        hit_nats=[round(float(v), 4) for v in (losses * hits).sum(axis=1)],
+        hit_tokens=hits.sum(axis=1).tolist(),
+        others_nats=[round(float(v), 4) for v in (losses * ~hits).sum(axis=1)],
+        others_tokens=(~hits).sum(axis=1).tolist(),
     )
 
 
-def _added(found: dict[str, list[float]], parts: tuple[str, ...], what: str) -> NDArray[np.float64]:
-    return np.sum([found[f"{part}_{what}"] for part in parts], axis=0, dtype=np.float64)  # type: ignore[no-any-return]
+def compared(values: Values[ArHitResult], n: str, part: Part) -> Comparison:
+    """Nats per token of one slice, or of all tokens, by arm."""
+    samples = {
+        arm: {seed: v.slices[n].nats(part) for seed, v in seeds.items()} for arm, seeds in values.items()
+    }
+    return compare(samples, "lower", denominators=first_values(values).slices[n].tokens(part), digits=3)
 
 
-def len_of(values: Any, n: str) -> int:
+def _added(hit: Sequence[float], others: Sequence[float], part: Part) -> NDArray[np.float64]:
+    parts = {"hit": [hit], "others": [others], "all": [hit, others]}[part]
+    return np.sum(parts, axis=0, dtype=np.float64)  # type: ignore[no-any-return]
+
+
+def len_of(values: ArHitResult, n: str) -> int:
     """Tokens of a text that are predicted."""
-    return int(values["slices"][n]["hit_tokens"][0] + values["slices"][n]["others_tokens"][0])
+    return int(values.slices[n].hit_tokens[0] + values.slices[n].others_tokens[0])
 
 
 def _grams(n: int) -> str:
@@ -198,10 +211,10 @@ def _bars(hit: Comparison, others: Comparison) -> BarChart:
     )
 
 
-def _table(values: Values, first: Any) -> Table:
+def _table(values: Values[ArHitResult], first: ArHitResult) -> Table:
     rows: list[list[str | None]] = []
-    for n in first["slices"]:
-        made = [compared(values, n, part) for part in ("all", "hit", "others")] if _enough(first, n) else None
+    for n in first.slices:
+        made = [compared(values, n, part) for part in PARTS] if _enough(first, n) else None
         for arm in values:
             cells: list[str | None] = [None] * 3
             if made is not None:
@@ -211,8 +224,8 @@ def _table(values: Values, first: Any) -> Table:
     return Table("Loss by slice, nats per token", ["arm and n-gram", "all", "AR hit", "others"], rows)
 
 
-def _enough(values: Any, n: str) -> bool:
+def _enough(values: ArHitResult, n: str) -> bool:
     """Whether resamples of the texts practically always have tokens of both slices, so that the averages exist."""
-    found = values["slices"][n]
-    lacking = sum(min(pair) == 0 for pair in zip(found["hit_tokens"], found["others_tokens"], strict=True))
-    return lacking == 0 or (values["n"] >= 16 and lacking <= values["n"] / 4)
+    found = values.slices[n]
+    lacking = sum(min(pair) == 0 for pair in zip(found.hit_tokens, found.others_tokens, strict=True))
+    return lacking == 0 or (values.n >= 16 and lacking <= values.n / 4)

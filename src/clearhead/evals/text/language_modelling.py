@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import math
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from clearhead.analysis.by_length import first_values
 from clearhead.analysis.comparison import compare
 from clearhead.analysis.sections import Section, Table
+from clearhead.evals.asking.losses import finite
 from clearhead.evals.asking.running import batches, inference, to_batch, token_losses
-from clearhead.evals.asking.texts import choose
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
-from clearhead.evals.probing.rescaling import growing
+from clearhead.evals.asking.texts import choose, utf8_size
+from clearhead.evals.cells import LengthEvaluation, TextLength
+from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
+from clearhead.evals.reasons import Unmeasured
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
 
@@ -37,17 +39,39 @@ class LanguageModellingConfig(EvaluationConfig):
     seed: int = 0
 
 
-class LanguageModelling(Evaluation[LanguageModellingConfig]):
+class LanguageModellingResult(EvaluationResult):
+    """bits, bytes: of each document. perplexity: None where it is too large to be a number."""
+
+    bits_per_byte: float
+    perplexity: float | None
+    length: int
+    stride: int
+    n: int
+    tokens: int
+    documents: list[str]
+    bits: list[float]
+    bytes: list[int]
+
+
+class LanguageModelling(LengthEvaluation[LanguageModellingConfig, LanguageModellingResult]):
     name = "language_modelling"
     Config = LanguageModellingConfig
+    Result = LanguageModellingResult
 
-    def run(self, subject: Subject, config: LanguageModellingConfig) -> dict[str, Any]:
+    def length(self, subject: Subject, config: LanguageModellingConfig) -> int:
         length = config.length or subject.training_length or 256
-        stride = config.stride or max(1, length // 2)
+        stride = self._stride(config, length)
         if stride >= length:
-            return {"skipped": f"stride {stride} must be shorter than the window of {length} tokens"}
-        if reason := subject.too_long(length):
-            return {"skipped": reason}
+            raise Unmeasured(f"stride {stride} must be shorter than the window of {length} tokens")
+        return length
+
+    def _stride(self, config: LanguageModellingConfig, length: int) -> int:
+        return config.stride or max(1, length // 2)
+
+    def measure(
+        self, subject: Subject, config: LanguageModellingConfig, cell: TextLength
+    ) -> LanguageModellingResult:
+        length, stride = cell.tokens, self._stride(config, cell.tokens)
         store = subject.documents
         chosen = choose(len(store), config.max_documents, config.seed)
         documents = [np.asarray(store.document(i)[: config.max_tokens], dtype=np.int64) for i in chosen]
@@ -55,26 +79,24 @@ class LanguageModelling(Evaluation[LanguageModellingConfig]):
         sizes = [
             int(store.utf8_bytes[i])
             if len(document) == len(store.document(i))
-            else len(str(subject.tokenizer.decode(document.tolist())).encode())
+            else utf8_size(subject.tokenizer, document)
             for i, document in zip(chosen, documents, strict=True)
         ]
-        nats = self._losses(subject, documents, length, stride, config.batch_tokens)
-        if not np.isfinite(nats).all():
-            return {"skipped": "the losses are not numbers"}
+        nats = finite(self._losses(subject, documents, length, stride, config.batch_tokens))
         mean = nats.sum() / sum(map(len, documents))
         bits = nats / math.log(2)
-        return {
-            "bits_per_byte": float(bits.sum() / sum(sizes)),
+        return LanguageModellingResult(
+            bits_per_byte=float(bits.sum() / sum(sizes)),
             # Past e^709 there is no such number; bits per byte say the same.
-            "perplexity": math.exp(mean) if mean < 709 else None,
-            "length": length,
-            "stride": stride,
-            "n": len(documents),
-            "tokens": sum(map(len, documents)),
-            "documents": [store.ids[i] for i in chosen],
-            "bits": [round(float(value), 4) for value in bits],
-            "bytes": sizes,
-        }
+            perplexity=math.exp(mean) if mean < 709 else None,
+            length=length,
+            stride=stride,
+            n=len(documents),
+            tokens=sum(map(len, documents)),
+            documents=[store.ids[i] for i in chosen],
+            bits=[round(float(value), 4) for value in bits],
+            bytes=sizes,
+        )
 
     def _losses(
         self,
@@ -94,7 +116,7 @@ class LanguageModelling(Evaluation[LanguageModellingConfig]):
         # Similar lengths side by side keep the padding small.
         windows.sort(key=lambda window: -len(window[1]))
         totals = np.zeros(len(documents))
-        apart = growing(subject.model)
+        apart = subject.adapter.frequencies_depend_on_length()
         for size, same in groupby(windows, lambda window: len(window[1]) if apart else None):
             rows = list(same)
             with inference(subject.model, length=size):
@@ -108,17 +130,17 @@ class LanguageModelling(Evaluation[LanguageModellingConfig]):
 
     def section(self, run: RunResults) -> Section:
         title, question = "Language modelling", "Does it predict unseen text better?"
-        values = run.values(self.name)
+        values = self.results(run)
         if not values:
             return self.missing(run, title, question)
-        first = next(iter(next(iter(values.values())).values()))
-        samples = {arm: {seed: v["bits"] for seed, v in seeds.items()} for arm, seeds in values.items()}
-        result = compare(samples, "lower", denominators=first["bytes"], digits=3)
+        first = first_values(values)
+        samples = {arm: {seed: v.bits for seed, v in seeds.items()} for arm, seeds in values.items()}
+        result = compare(samples, "lower", denominators=first.bytes, digits=3)
         rows = [
             [
                 arm.name,
                 *(
-                    f"{values[arm.name][seed]['bits_per_byte']:.3f}"
+                    f"{values[arm.name][seed].bits_per_byte:.3f}"
                     if seed in values.get(arm.name, {})
                     else None
                     for seed in arm.seeds
@@ -128,8 +150,8 @@ class LanguageModelling(Evaluation[LanguageModellingConfig]):
         ]
         headers = ["arm", *(f"seed {seed}" for seed in run.baseline.seeds)]
         notes = [
-            f"{first['n']} validation documents, {first['tokens']:,} tokens, in windows of {first['length']} tokens "
-            f"that move on by {first['stride']}; every token counts once. Intervals: bootstrap over "
+            f"{first.n} validation documents, {first.tokens:,} tokens, in windows of {first.length} tokens "
+            f"that move on by {first.stride}; every token counts once. Intervals: bootstrap over "
             "documents or Student's t over seeds, whichever is wider; differences are paired by document and seed.",
             *run.skipped(self.name),
         ]

@@ -11,22 +11,22 @@ all documents, stand beside it: only they compare across tokenizers. `length` ma
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from clearhead.analysis.by_length import bucket_edges
+from clearhead.analysis.by_length import Values, bucket_edges, first_values
 from clearhead.analysis.comparison import compare
 from clearhead.analysis.sections import LineChart, Reference, Section, Series
 from clearhead.analysis.statistics import bootstrap_mean, bootstrap_ratio, decimal
-from clearhead.evals.asking.losses import suffix_losses
-from clearhead.evals.asking.running import batches, inference
-from clearhead.evals.asking.texts import long_documents, utf8_size
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.asking.losses import row_losses
+from clearhead.evals.asking.texts import openings, utf8_size
+from clearhead.evals.cells import LengthEvaluation, TextLength
+from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
 
@@ -51,81 +51,96 @@ class LossByPositionConfig(EvaluationConfig):
     seed: int = 0
 
 
-class LossByPosition(Evaluation[LossByPositionConfig]):
+class Curve(EvaluationResult):
+    """A number for each point, with its interval."""
+
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+
+class LossByPositionResult(EvaluationResult):
+    """within, beyond: mean loss of each document inside and past the training length, None where nothing lies past."""
+
+    length: int
+    n: int
+    positions: list[int]
+    loss: Curve
+    cumulative: Curve
+    # Results of earlier versions have neither of these two.
+    bits_per_byte: Curve | None = None
+    bos: bool = True
+    documents: list[str]
+    within: list[float]
+    beyond: list[float] | None
+
+
+class LossByPosition(LengthEvaluation[LossByPositionConfig, LossByPositionResult]):
     name = "loss_by_position"
     Config = LossByPositionConfig
+    Result = LossByPositionResult
     tells_overflow = True
 
-    def run(self, subject: Subject, config: LossByPositionConfig) -> dict[str, Any]:
+    def length(self, subject: Subject, config: LossByPositionConfig) -> int:
         length = config.length or 2 * (subject.training_length or 256)
-        if config.length is None and subject.external:
-            length = min(length, LONGEST)
-        if reason := subject.too_long(length):
-            return {"skipped": reason}
-        store = subject.texts(config.texts)
-        bos = None if config.bos == "none" else subject.tokenizer.bos_token_id
-        head = np.array([] if bos is None else [bos], dtype=np.int64)
-        size = length - len(head)
-        chosen, texts = long_documents(store, size, size, config.max_documents, config.seed)
-        if len(texts) < FEWEST_DOCUMENTS:
-            return {
-                "skipped": f"only {len(texts)} documents have {length} tokens, at least "
-                f"{FEWEST_DOCUMENTS} are needed; lower evaluate.{self.name}.length"
-            }
-        rows = np.stack([np.concatenate([head, text]) for text in texts])
-        losses = []
-        with inference(subject.model, length=length):
-            for span in batches(len(rows), config.batch_tokens // length):
-                ids = torch.from_numpy(rows[span.start : span.stop]).to(subject.device)
-                losses.append(suffix_losses(subject.model, ids, 1).double().cpu().numpy())
-        table = np.concatenate(losses)
-        if not np.isfinite(table).all():
-            return {"skipped": "the losses are not numbers"}
+        return min(length, LONGEST) if config.length is None and subject.external else length
+
+    def measure(
+        self, subject: Subject, config: LossByPositionConfig, cell: TextLength
+    ) -> LossByPositionResult:
+        length = cell.tokens
+        read = openings(
+            subject,
+            length,
+            config.max_documents,
+            config.seed,
+            f"{self.name}.length",
+            store=subject.texts(config.texts),
+            bos=config.bos == "document",
+            least=FEWEST_DOCUMENTS,
+        )
+        table = row_losses(subject, read.rows, config.batch_tokens)
         edges = bucket_edges(length - 1, config.buckets)
         cumulative = np.cumsum(table, axis=1) / np.arange(1, length)
-        means = [table[:, a:b].mean(axis=1) for a, b in pairwise(edges)]
-        averages = [cumulative[:, b - 1] for b in edges[1:]]
+        predicted = [read.predicted(i) for i in range(len(read.texts))]
         # A character that an edge cuts counts as the sign that stands for it.
-        sizes = [
-            np.array([utf8_size(subject.tokenizer, text[1 - len(head) :][:b]) for text in texts])
-            for b in edges[1:]
-        ]
-        sums = [table[:, :b].sum(axis=1) / math.log(2) for b in edges[1:]]
+        sizes = [np.array([utf8_size(subject.tokenizer, text[:b]) for text in predicted]) for b in edges[1:]]
         within = min(length, subject.training_length or length) - 1
-        return {
-            "length": length,
-            "n": len(rows),
+        beyond = table[:, within:].mean(axis=1) if within < length - 1 else None
+        return LossByPositionResult(
+            length=length,
+            n=len(read.rows),
             # A bucket is named by its last position: tokens of context its last prediction had.
-            "positions": [int(b) for b in edges[1:]],
-            "loss": _curve(means),
-            "cumulative": _curve(averages),
-            "bits_per_byte": _ratios(sums, sizes),
-            "bos": bos is not None,
-            "documents": [store.ids[i] for i in chosen],
-            "within": [round(float(v), 5) for v in table[:, :within].mean(axis=1)],
-            "beyond": [round(float(v), 5) for v in table[:, within:].mean(axis=1)]
-            if within < length - 1
-            else None,
-        }
+            positions=[int(b) for b in edges[1:]],
+            loss=_curve([table[:, a:b].mean(axis=1) for a, b in pairwise(edges)]),
+            cumulative=_curve([cumulative[:, b - 1] for b in edges[1:]]),
+            bits_per_byte=_ratios([table[:, :b].sum(axis=1) / math.log(2) for b in edges[1:]], sizes),
+            bos=len(read.texts[0]) < length,
+            documents=read.documents,
+            within=[round(float(v), 5) for v in table[:, :within].mean(axis=1)],
+            beyond=None if beyond is None else [round(float(v), 5) for v in beyond],
+        )
 
     def section(self, run: RunResults) -> Section:
         title, question = "Loss by position", "Does it keep working past its training length?"
-        values = run.values(self.name)
+        values = self.results(run)
         if not values:
             return self.missing(run, title, question)
-        first = next(iter(next(iter(values.values())).values()))
+        first = first_values(values)
         trained = run.training_length
         charts = [
-            _chart(values, "loss", "Loss by position", trained),
-            _chart(values, "cumulative", "Cumulative average of the loss", trained),
+            _chart(values, "loss", lambda v: v.loss, "Loss by position", trained),
+            _chart(values, "cumulative", lambda v: v.cumulative, "Cumulative average of the loss", trained),
         ]
         # Results of earlier versions have none.
-        if all("bits_per_byte" in v for seeds in values.values() for v in seeds.values()):
-            charts.append(
-                _chart(values, "bits_per_byte", "Cumulative bits per byte", trained, "bits per byte")
-            )
-        part = "beyond" if first["beyond"] is not None else "within"
-        samples = {arm: {s: v[part] for s, v in seeds.items()} for arm, seeds in values.items()}
+        if all(v.bits_per_byte is not None for seeds in values.values() for v in seeds.values()):
+            title_of, unit = "Cumulative bits per byte", "bits per byte"
+            charts.append(_chart(values, "bits-per-byte", lambda v: v.bits_per_byte, title_of, trained, unit))
+        part = "beyond" if first.beyond is not None else "within"
+        samples = {
+            arm: {s: v.within if v.beyond is None or part == "within" else v.beyond for s, v in seeds.items()}
+            for arm, seeds in values.items()
+        }
         result = compare(samples, "lower", digits=3)
         changes = []
         if part == "beyond":
@@ -136,9 +151,9 @@ class LossByPosition(Evaluation[LossByPositionConfig]):
         else:
             answer = f"Measured within the training length only. {result.sentence()}"
             measure = "nats per token ↓"
-        opened = ", a bos token among them," if first.get("bos", True) else ""
+        opened = ", a bos token among them," if first.bos else ""
         notes = [
-            f"The first {first['length']} tokens{opened} of {first['n']} documents in one pass, loss in nats per "
+            f"The first {first.length} tokens{opened} of {first.n} documents in one pass, loss in nats per "
             "token. A point is the mean over a range of positions that ends there. Bands: bootstrap over documents, "
             "mean over seeds; differences are paired by document.",
             "The Differential Transformer paper shows the cumulative average on books of up to 64K tokens in a figure "
@@ -159,51 +174,55 @@ class LossByPosition(Evaluation[LossByPositionConfig]):
         )
 
 
-def _curve(columns: list[NDArray[np.float64]]) -> dict[str, list[float]]:
+def _curve(columns: list[NDArray[np.float64]]) -> Curve:
     """Mean over documents with its bootstrap interval, for each bucket."""
     bounds = [bootstrap_mean(column, resamples=500) for column in columns]
-    return {
-        "mean": [round(float(column.mean()), 5) for column in columns],
-        "low": [round(low, 5) for low, _ in bounds],
-        "high": [round(high, 5) for _, high in bounds],
-    }
+    return Curve(
+        mean=[round(float(column.mean()), 5) for column in columns],
+        low=[round(low, 5) for low, _ in bounds],
+        high=[round(high, 5) for _, high in bounds],
+    )
 
 
-def _ratios(tops: list[NDArray[np.float64]], bottoms: list[NDArray[np.int64]]) -> dict[str, list[float]]:
+def _ratios(tops: list[NDArray[np.float64]], bottoms: list[NDArray[np.int64]]) -> Curve:
     """Σ top / Σ bottom over documents with its bootstrap interval, for each bucket."""
     # A first token may be no text at all.
     pairs = [(top, bottom.clip(min=1).astype(np.float64)) for top, bottom in zip(tops, bottoms, strict=True)]
     bounds = [bootstrap_ratio(top, bottom, resamples=500) for top, bottom in pairs]
-    return {
-        "mean": [round(float(top.sum() / bottom.sum()), 5) for top, bottom in pairs],
-        "low": [round(low, 5) for low, _ in bounds],
-        "high": [round(high, 5) for _, high in bounds],
-    }
+    return Curve(
+        mean=[round(float(top.sum() / bottom.sum()), 5) for top, bottom in pairs],
+        low=[round(low, 5) for low, _ in bounds],
+        high=[round(high, 5) for _, high in bounds],
+    )
 
 
-def _change(seeds: dict[int, dict[str, Any]]) -> float:
+def _change(seeds: Mapping[int, LossByPositionResult]) -> float:
     """Mean loss beyond minus within the training length, over documents and seeds."""
-    return float(np.mean([np.mean(v["beyond"]) - np.mean(v["within"]) for v in seeds.values()]))
+    return float(
+        np.mean([np.mean(v.beyond) - np.mean(v.within) for v in seeds.values() if v.beyond is not None])
+    )
 
 
 def _chart(
-    values: dict[str, dict[int, dict[str, Any]]],
-    key: str,
+    values: Values[LossByPositionResult],
+    slug: str,
+    read: Callable[[LossByPositionResult], Curve | None],
     title: str,
     trained: int | None,
     y_label: str = "nats per token",
 ) -> LineChart:
     series = []
     for arm, seeds in values.items():
-        positions = next(iter(seeds.values()))["positions"]
+        positions = next(iter(seeds.values())).positions
+        curves = [curve for v in seeds.values() if (curve := read(v)) is not None]
         mean, low, high = (
-            np.mean([v[key][part] for v in seeds.values()], axis=0).tolist()
-            for part in ("mean", "low", "high")
+            np.mean(part, axis=0).tolist()
+            for part in ([c.mean for c in curves], [c.low for c in curves], [c.high for c in curves])
         )
         series.append(Series(arm, positions, mean, low, high, arm))
     references = [] if trained is None else [Reference("training length", trained, "x")]
     return LineChart(
-        slug=f"loss-by-position-{key.replace('_', '-')}",
+        slug=f"loss-by-position-{slug}",
         title=title,
         x_label="position in the context (tokens)",
         y_label=y_label,

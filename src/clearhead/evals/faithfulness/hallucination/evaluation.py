@@ -22,15 +22,28 @@ from transformers import PreTrainedTokenizerFast
 
 from clearhead.analysis.sections import Section
 from clearhead.data.cache import digest_json
-from clearhead.evals.asking.answering import FormName, encode, form_of, frame, greedy_answers, weights_of
+from clearhead.evals.asking.answering import (
+    FormName,
+    answer_log,
+    encode,
+    fast_tokenizer,
+    form_of,
+    frame,
+    greedy_answers,
+)
 from clearhead.evals.asking.haystack import specials
 from clearhead.evals.asking.records import RecordError, UnreachableError
 from clearhead.evals.asking.sample_log import SampleLog
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.evaluation import Evaluation, EvaluationConfig, Say
 from clearhead.evals.faithfulness.hallucination.data import FIELDS, Item, ItemSet, known_source, open_set
-from clearhead.evals.faithfulness.hallucination.section import hallucination_section
+from clearhead.evals.faithfulness.hallucination.section import (
+    HallucinationResult,
+    JudgedAnswer,
+    JudgedSet,
+    hallucination_section,
+)
 from clearhead.evals.faithfulness.judges.base import Case, Judge, JudgeError, Task, Verdict, make_judge
-from clearhead.evals.reasons import NEEDS_FAST, reason_of
+from clearhead.evals.reasons import Unmeasured, all_of, reason_of
 from clearhead.evals.subject import Subject
 from clearhead.registry import resolve
 from clearhead.runs.results import RunResults
@@ -100,68 +113,50 @@ class HallucinationConfig(EvaluationConfig):
         return self.max_new_tokens or NEW_TOKENS[task]
 
 
-class Hallucination(Evaluation[HallucinationConfig]):
+class Hallucination(Evaluation[HallucinationConfig, HallucinationResult]):
     name = "hallucination"
     Config = HallucinationConfig
+    Result = HallucinationResult
 
-    def run(self, subject: Subject, config: HallucinationConfig) -> dict[str, Any]:
+    def result(
+        self, subject: Subject, config: HallucinationConfig, progress: Say | None = None
+    ) -> HallucinationResult:
         """Raises RecordError for a file and JudgeError for a judge that cannot be used: no property of the model."""
         judge = make_judge(config.judge, config.judge_options)
         for source in config.data:
             known_source(source)
         judge.prepare()
-        skipped: dict[str, str] = {}
-        sets: list[ItemSet] = []
-        for source in dict.fromkeys(config.data):
-            try:
-                sets.append(open_set(source, config.fields, config.samples, config.seed))
-            except UnreachableError as error:
-                skipped[source] = reason_of(error)
-        names = [part.name for part in sets]
-        if len(set(names)) < len(names):
-            raise RecordError(f"two files of {', '.join(config.data)} have one name: rename one of them")
-        tokenizer = subject.tokenizer
+        sets, skipped = read_sets(config)
         if not sets:
-            return {"skipped": "; ".join(dict.fromkeys(skipped.values()))}
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            return {"skipped": NEEDS_FAST}
-        try:
-            form = form_of(tokenizer, config.form)
-            frame(tokenizer, form, INTRO["qa"], OUTRO["qa"], CUE["qa"])
-        except ValueError as error:
-            return {"skipped": reason_of(error)}
-        about = {
-            "config": config.model_dump(
-                mode="json", exclude={"data", "judge", "judge_options", "fields", "batch_tokens"}
-            ),
-            "form": form,
-            "data": digest_json(
-                [[s.name, s.task, [[i.document, i.question, *i.references] for i in s.items]] for s in sets]
-            ),
-            "weights": weights_of(subject.model),
-        }
+            raise Unmeasured(all_of(skipped))
+        tokenizer = fast_tokenizer(subject)
+        form = asked_in(tokenizer, config.form)
+        about: dict[str, Any] = {"form": form, "data": digest_of(sets)}
+        options = config.model_dump(
+            mode="json", exclude={"data", "judge", "judge_options", "fields", "batch_tokens"}
+        )
         judged = {**about, "judge": config.judge, "options": config.judge_options}
         reopen(subject.folder, ANSWERS)
-        with SampleLog.open(subject.folder, ANSWERS, about, KEYS) as answers:
+        with answer_log(subject, ANSWERS, options, KEYS, progress, **about) as answers:
             for part in sets:
                 skipped |= ask(subject, tokenizer, config, form, part, answers)
             reopen(subject.folder, VERDICTS)
-            with SampleLog.open(subject.folder, VERDICTS, judged, KEYS) as verdicts:
+            with answer_log(subject, VERDICTS, options, KEYS, progress, **judged) as verdicts:
                 pass_judgement(judge, sets, answers.records, verdicts)
         texts = {(row["set"], row["index"]): row for row in answers.records}
         rows = [{**row, **texts[row["set"], row["index"]]} for row in verdicts.records]
         if not rows:
-            return {"skipped": "; ".join(dict.fromkeys(skipped.values()))}
-        return {
-            "sets": [summary(part, rows) for part in sets if any(row["set"] == part.name for row in rows)],
-            "judge": judge.described(),
-            "usage": judge.usage(),
-            "spent": judge.spent(),
-            "skipped_items": skipped,
-            "examples": shown(rows),
-            "form": form,
-            "n": len(rows),
-        }
+            raise Unmeasured(all_of(skipped))
+        return HallucinationResult(
+            sets=[summary(part, rows) for part in sets if any(row["set"] == part.name for row in rows)],
+            judge=judge.described(),
+            usage=judge.usage(),
+            spent=judge.spent(),
+            skipped_items=skipped,
+            examples=[JudgedAnswer.model_validate(row) for row in shown(rows)],
+            form=form,
+            n=len(rows),
+        )
 
     def remark(self, values: dict[str, Any]) -> str:
         """What the judge has cost."""
@@ -169,10 +164,42 @@ class Hallucination(Evaluation[HallucinationConfig]):
 
     def section(self, run: RunResults) -> Section:
         title, question = "Hallucination", "Does it say what its document does not support?"
-        values = run.values(self.name)
+        values = self.results(run)
         if not values:
             return self.missing(run, title, question)
         return hallucination_section(self.name, title, question, run, values)
+
+
+def digest_of(sets: Sequence[ItemSet]) -> str:
+    """Tells what is asked from anything else."""
+    return digest_json(
+        [[s.name, s.task, [[i.document, i.question, *i.references] for i in s.items]] for s in sets]
+    )
+
+
+def read_sets(config: HallucinationConfig) -> tuple[list[ItemSet], dict[str, str]]:
+    """All sets, and why some are not there. Raises RecordError for files that cannot be told apart."""
+    skipped: dict[str, str] = {}
+    sets: list[ItemSet] = []
+    for source in dict.fromkeys(config.data):
+        try:
+            sets.append(open_set(source, config.fields, config.samples, config.seed))
+        except UnreachableError as error:
+            skipped[source] = reason_of(error)
+    names = [part.name for part in sets]
+    if len(set(names)) < len(names):
+        raise RecordError(f"two files of {', '.join(config.data)} have one name: rename one of them")
+    return sets, skipped
+
+
+def asked_in(tokenizer: PreTrainedTokenizerFast, wanted: FormName | None) -> FormName:
+    """The form of the prompts. Raises Unmeasured for a tokenizer that cannot ask in it."""
+    try:
+        form = form_of(tokenizer, wanted)
+        frame(tokenizer, form, INTRO["qa"], OUTRO["qa"], CUE["qa"])
+    except ValueError as error:
+        raise Unmeasured(reason_of(error)) from error
+    return form
 
 
 def reopen(folder: Path | None, name: str) -> None:
@@ -265,18 +292,18 @@ def line(row: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
     return {"set": row["set"], "index": row["index"], "free": verdict.faithful, "why": verdict.reason}
 
 
-def summary(part: ItemSet, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summary(part: ItemSet, rows: Sequence[dict[str, Any]]) -> JudgedSet:
     """What the report needs of a set."""
     own = sorted((row for row in rows if row["set"] == part.name), key=lambda row: int(row["index"]))
-    return {
-        "name": part.name,
-        "task": part.task,
-        "n": len(own),
-        "index": [row["index"] for row in own],
-        "free": [row["free"] for row in own],
-        "empty": sum(not row["answer"].strip() for row in own),
-        "tokens": sum(row["tokens"] for row in own) / len(own),
-    }
+    return JudgedSet(
+        name=part.name,
+        task=part.task,
+        n=len(own),
+        index=[row["index"] for row in own],
+        free=[row["free"] for row in own],
+        empty=sum(not row["answer"].strip() for row in own),
+        tokens=sum(row["tokens"] for row in own) / len(own),
+    )
 
 
 def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

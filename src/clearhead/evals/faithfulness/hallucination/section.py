@@ -10,6 +10,7 @@ from clearhead.analysis.comparison import compare
 from clearhead.analysis.paired import few, paired_samples, shared_items, shortened
 from clearhead.analysis.sections import BarChart, BarSeries, Section, Table
 from clearhead.analysis.statistics import Estimate, proportion
+from clearhead.evals.evaluation import EvaluationResult
 from clearhead.runs.results import RunResults
 
 PUBLISHED = Table(
@@ -22,19 +23,55 @@ PUBLISHED = Table(
     "100 samples a set, so an interval of about ±.10 each. Judges differ: a share by another judge, or by another "
     "prompt, does not stand beside these; only the direction does.",
 )
+
+
+class JudgedSet(EvaluationResult):
+    """free: whether each answer is free of hallucination, None where the judge did not decide. tokens: of a prompt."""
+
+    name: str
+    task: str
+    n: int
+    index: list[int]
+    free: list[bool | None]
+    empty: int
+    tokens: float
+
+
+class JudgedAnswer(EvaluationResult):
+    set: str
+    index: int
+    free: bool | None
+    why: str
+    tokens: int
+    answer: str
+
+
+class HallucinationResult(EvaluationResult):
+    sets: list[JudgedSet]
+    judge: str
+    usage: Any
+    spent: str
+    skipped_items: dict[str, str]
+    examples: list[JudgedAnswer]
+    form: str
+    n: int
+
+
 MARKS = {True: "free", False: "hallucinates", None: "undecided"}
 
 
-def verdicts(value: Mapping[str, Any]) -> dict[tuple[str, int], bool | None]:
+def verdicts(value: HallucinationResult) -> dict[tuple[str, int], bool | None]:
     """(set, record) -> free of hallucination, None where the judge did not decide."""
     return {
-        (part["name"], index): free
-        for part in value["sets"]
-        for index, free in zip(part["index"], part["free"], strict=True)
+        (part.name, index): free
+        for part in value.sets
+        for index, free in zip(part.index, part.free, strict=True)
     }
 
 
-def hallucination_section(name: str, title: str, question: str, run: RunResults, values: Values) -> Section:
+def hallucination_section(
+    name: str, title: str, question: str, run: RunResults, values: Values[HallucinationResult]
+) -> Section:
     """The share over all sets decides, on the answers that were decided for every arm."""
     shared = shared_items(values, verdicts, lambda free: free is not None)
     result, answer = None, "No answer was decided for all arms."
@@ -43,10 +80,10 @@ def hallucination_section(name: str, title: str, question: str, run: RunResults,
         result = compare(samples, "higher", proportions=True)
         answer = f"Free of hallucination: {result.sentence()}"
     first = first_values(values)
-    judges = sorted({value["judge"] for seeds in values.values() for value in seeds.values()})
-    spent = dict.fromkeys(value["spent"] for seeds in values.values() for value in seeds.values())
+    judges = sorted({value.judge for seeds in values.values() for value in seeds.values()})
+    spent = dict.fromkeys(value.spent for seeds in values.values() for value in seeds.values())
     left_out = {
-        item: why for s in values.values() for v in s.values() for item, why in v["skipped_items"].items()
+        item: why for s in values.values() for v in s.values() for item, why in v.skipped_items.items()
     }
     return Section(
         name,
@@ -58,7 +95,7 @@ def hallucination_section(name: str, title: str, question: str, run: RunResults,
         charts=[_bars(values)],
         tables=[_table(values), _examples(values), PUBLISHED],
         notes=[
-            f"Judge: {'; '.join(judges)}. Form: {first['form']}. Greedy answers. Undecided: the judge came to no "
+            f"Judge: {'; '.join(judges)}. Form: {first.form}. Greedy answers. Undecided: the judge came to no "
             "conclusion, or the answer is empty; such answers are neither right nor wrong, and the table gives the "
             "share if all of them were one or the other. There is no chance level: a judge that tosses a coin gives "
             "0.50, and a model that repeats a sentence of its document is always free.",
@@ -73,14 +110,14 @@ def hallucination_section(name: str, title: str, question: str, run: RunResults,
     )
 
 
-def _parts(seeds: Mapping[int, Mapping[str, Any]], name: str | None) -> list[list[bool | None]]:
+def _parts(seeds: Mapping[int, HallucinationResult], name: str | None) -> list[list[bool | None]]:
     """The verdicts of each seed on one set, or on all."""
     return [
         [free for (of, _), free in verdicts(value).items() if name in (None, of)] for value in seeds.values()
     ]
 
 
-def share(seeds: Mapping[int, Mapping[str, Any]], name: str | None) -> Estimate | None:
+def share(seeds: Mapping[int, HallucinationResult], name: str | None) -> Estimate | None:
     """Of the decided answers, those that are free of hallucination."""
     counts = [
         (sum(free is True for free in part), sum(free is not None for free in part))
@@ -89,13 +126,11 @@ def share(seeds: Mapping[int, Mapping[str, Any]], name: str | None) -> Estimate 
     return proportion(counts) if counts and all(n for _, n in counts) else None
 
 
-def _names(values: Values) -> list[str]:
-    return list(
-        dict.fromkeys(part["name"] for s in values.values() for v in s.values() for part in v["sets"])
-    )
+def _names(values: Values[HallucinationResult]) -> list[str]:
+    return list(dict.fromkeys(part.name for s in values.values() for v in s.values() for part in v.sets))
 
 
-def _cell(seeds: Mapping[int, Mapping[str, Any]], name: str | None) -> str | None:
+def _cell(seeds: Mapping[int, HallucinationResult], name: str | None) -> str | None:
     every = [free for part in _parts(seeds, name) for free in part]
     if not every:
         return None
@@ -109,7 +144,7 @@ def _cell(seeds: Mapping[int, Mapping[str, Any]], name: str | None) -> str | Non
     return said
 
 
-def _table(values: Values) -> Table:
+def _table(values: Values[HallucinationResult]) -> Table:
     names: Sequence[str | None] = [*_names(values), *([None] if len(_names(values)) > 1 else [])]
     rows: list[list[str | None]] = [
         [name or "all sets", *(_cell(seeds, name) for seeds in values.values())] for name in names
@@ -117,7 +152,7 @@ def _table(values: Values) -> Table:
     return Table("Free of hallucination", ["set", *values], rows)
 
 
-def _bars(values: Values) -> BarChart:
+def _bars(values: Values[HallucinationResult]) -> BarChart:
     names = _names(values)
     series = []
     for arm, seeds in values.items():
@@ -133,12 +168,10 @@ def _bars(values: Values) -> BarChart:
     )  # fmt: skip
 
 
-def _examples(values: Values) -> Table:
+def _examples(values: Values[HallucinationResult]) -> Table:
     rows: list[list[str | None]] = []
     for arm, seeds in values.items():
-        for row in next(iter(seeds.values()))["examples"]:
-            where = f"{row['set']}, record {row['index']}"
-            rows.append(
-                [f"{arm}, {MARKS[row['free']]}", where, shortened(row["answer"]), shortened(row["why"])]
-            )
+        for row in next(iter(seeds.values())).examples:
+            where = f"{row.set}, record {row.index}"
+            rows.append([f"{arm}, {MARKS[row.free]}", where, shortened(row.answer), shortened(row.why)])
     return Table("Answers and the judge's words", ["arm", "document", "answer", "judge"], rows)

@@ -29,20 +29,25 @@ from clearhead.data.cache import digest_json
 from clearhead.evals.asking.answering import (
     FormName,
     Ids,
+    answer_log,
     continued,
     encode,
+    fast_tokenizer,
     form_of,
     frame,
     greedy_answers,
     likelihoods,
-    weights_of,
 )
 from clearhead.evals.asking.records import RecordError, read_records, text_of, value_of
-from clearhead.evals.asking.sample_log import SampleLog
 from clearhead.evals.asking.squad_rules import within
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
-from clearhead.evals.faithfulness.knowledge_conflicts.section import conflicts_section
-from clearhead.evals.reasons import NEEDS_FAST, reason_of
+from clearhead.evals.evaluation import Evaluation, EvaluationConfig, Say
+from clearhead.evals.faithfulness.knowledge_conflicts.section import (
+    ConflictExample,
+    ConflictItem,
+    ConflictsResult,
+    conflicts_section,
+)
+from clearhead.evals.reasons import Unmeasured, reason_of
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
 
@@ -118,65 +123,81 @@ def draw(conflicts: Sequence[Conflict], samples: int, seed: int) -> list[Conflic
     return [conflicts[i] for i in sorted(order.tolist())]
 
 
-class KnowledgeConflicts(Evaluation[KnowledgeConflictsConfig]):
+class KnowledgeConflicts(Evaluation[KnowledgeConflictsConfig, ConflictsResult]):
     name = "knowledge_conflicts"
     Config = KnowledgeConflictsConfig
+    Result = ConflictsResult
 
-    def run(self, subject: Subject, config: KnowledgeConflictsConfig) -> dict[str, Any]:
+    def result(
+        self, subject: Subject, config: KnowledgeConflictsConfig, progress: Say | None = None
+    ) -> ConflictsResult:
         """Raises RecordError for a file that cannot be used: that is no property of the model."""
         conflicts = read_conflicts(config.data)
-        tokenizer = subject.tokenizer
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            return {"skipped": NEEDS_FAST}
-        chosen = draw(conflicts, config.samples, config.seed)
-        try:
-            form = form_of(tokenizer, config.form)
-            greedily(tokenizer, form, "?")
-        except ValueError as error:
-            return {"skipped": reason_of(error)}
-        bos = str(tokenizer.bos_token or "")
-        fits, skipped = [], {}
-        for one in chosen:
-            prompt = f"{bos}{one.asked}{CUE}"
-            longest = max(
-                [len(continued(tokenizer, prompt, f" {answer}")[0]) for answer in one.answers]
-                + [len(greedily(tokenizer, form, one.asked)) + config.max_new_tokens]
-            )
-            if reason := subject.too_long(longest):
-                skipped[f"question {one.index}"] = reason
-            else:
-                fits.append(one)
+        tokenizer = fast_tokenizer(subject)
+        form = asked_in(tokenizer, config.form)
+        fits, skipped = fitting(
+            subject, tokenizer, config, form, draw(conflicts, config.samples, config.seed)
+        )
         if not fits:
-            return {"skipped": next(iter(skipped.values()))}
-        about = {
-            "config": config.model_dump(mode="json", exclude={"data", "batch_tokens"}),
-            "form": form,
-            "data": digest_json([[one.asked, *one.answers] for one in fits]),
-            "weights": weights_of(subject.model),
-        }
-        with SampleLog.open(subject.folder, self.name, about, ("index",)) as log:
+            raise Unmeasured(next(iter(skipped.values())))
+        options = config.model_dump(mode="json", exclude={"data", "batch_tokens"})
+        data = digest_json([[one.asked, *one.answers] for one in fits])
+        with answer_log(subject, self.name, options, ("index",), progress, form=form, data=data) as log:
             todo = [one for one in fits if not log.has((one.index,))]
             for start in range(0, len(todo), AT_ONCE):
                 part = todo[start : start + AT_ONCE]
                 for record in measured(subject, tokenizer, config, form, part):
                     log.add(record)
             records = sorted(log.records, key=lambda record: int(record["index"]))
-        return {
-            "items": [summary(record) for record in records],
-            "chance": float(np.mean([1 / len(one.answers) for one in fits])),
-            "skipped_items": skipped,
-            "examples": shown(records),
-            "form": form,
-            "bos": tokenizer.bos_token,
-            "n": len(records),
-        }
+        return ConflictsResult(
+            items=[summary(record) for record in records],
+            chance=float(np.mean([1 / len(one.answers) for one in fits])),
+            skipped_items=skipped,
+            examples=[ConflictExample.model_validate(row) for row in shown(records)],
+            form=form,
+            bos=tokenizer.bos_token,
+            n=len(records),
+        )
 
     def section(self, run: RunResults) -> Section:
         title, question = "Knowledge conflicts", "Does it answer from the text or from memory?"
-        values = run.values(self.name)
+        values = self.results(run)
         if not values:
             return self.missing(run, title, question)
         return conflicts_section(self.name, title, question, run, values)
+
+
+def asked_in(tokenizer: PreTrainedTokenizerFast, wanted: FormName | None) -> FormName:
+    """The form of the greedy answers. Raises Unmeasured for a tokenizer that cannot ask in it."""
+    try:
+        form = form_of(tokenizer, wanted)
+        greedily(tokenizer, form, "?")
+    except ValueError as error:
+        raise Unmeasured(reason_of(error)) from error
+    return form
+
+
+def fitting(
+    subject: Subject,
+    tokenizer: PreTrainedTokenizerFast,
+    config: KnowledgeConflictsConfig,
+    form: FormName,
+    chosen: Sequence[Conflict],
+) -> tuple[list[Conflict], dict[str, str]]:
+    """The questions that the model can take, and why others are left out."""
+    bos = str(tokenizer.bos_token or "")
+    fits, skipped = [], {}
+    for one in chosen:
+        prompt = f"{bos}{one.asked}{CUE}"
+        longest = max(
+            [len(continued(tokenizer, prompt, f" {answer}")[0]) for answer in one.answers]
+            + [len(greedily(tokenizer, form, one.asked)) + config.max_new_tokens]
+        )
+        if reason := subject.too_long(longest):
+            skipped[f"question {one.index}"] = reason
+        else:
+            fits.append(one)
+    return fits, skipped
 
 
 def greedily(tokenizer: PreTrainedTokenizerFast, form: FormName, asked: str) -> Ids:
@@ -254,16 +275,16 @@ def prefers(scores: Sequence[Sequence[float]], measure: int) -> bool | None:
     return scores[0][measure] > max(score[measure] for score in scores[1:])
 
 
-def summary(record: dict[str, Any]) -> dict[str, Any]:
+def summary(record: dict[str, Any]) -> ConflictItem:
     """What the report needs of a line."""
-    return {
-        "index": record["index"],
-        "mean": prefers(record["with"], 0),
-        "total": prefers(record["with"], 1),
-        "mean_without": prefers(record["without"], 0),
-        "total_without": prefers(record["without"], 1),
-        "said": record["said"],
-    }
+    return ConflictItem(
+        index=record["index"],
+        mean=prefers(record["with"], 0),
+        total=prefers(record["with"], 1),
+        mean_without=prefers(record["without"], 0),
+        total_without=prefers(record["without"], 1),
+        said=record["said"],
+    )
 
 
 def shown(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

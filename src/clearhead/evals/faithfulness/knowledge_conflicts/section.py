@@ -3,17 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Literal
+
+from pydantic import Field
 
 from clearhead.analysis.by_length import Values, first_values
 from clearhead.analysis.comparison import compare
 from clearhead.analysis.paired import few, paired_samples, shared_items, shortened
 from clearhead.analysis.sections import BarChart, BarSeries, Reference, Section, Table
 from clearhead.analysis.statistics import Estimate, proportion
+from clearhead.evals.evaluation import EvaluationResult
 from clearhead.runs.results import RunResults
 
-Item = Mapping[str, Any]
-MEASURES = {
+Measure = Literal["mean", "total", "mean_without", "total_without"]
+
+
+class ConflictItem(EvaluationResult):
+    """One question: whether the context's answer is preferred, by both measures, with the context and without it.
+
+    None where there is no telling the question from its context.
+    """
+
+    index: int
+    mean: bool | None
+    total: bool | None
+    mean_without: bool | None
+    total_without: bool | None
+    said: str
+
+    def preferred(self, measure: Measure) -> bool | None:
+        return {
+            "mean": self.mean,
+            "total": self.total,
+            "mean_without": self.mean_without,
+            "total_without": self.total_without,
+        }[measure]
+
+
+class ConflictExample(EvaluationResult):
+    """answers: the context's first."""
+
+    index: int
+    answers: list[str]
+    with_context: list[list[float]] | None = Field(default=None, alias="with")
+    without_context: list[list[float]] | None = Field(default=None, alias="without")
+    answer: str
+    said: str
+
+
+class ConflictsResult(EvaluationResult):
+    items: list[ConflictItem]
+    chance: float
+    skipped_items: dict[str, str]
+    examples: list[ConflictExample]
+    form: str
+    bos: str | None
+    n: int
+
+
+MEASURES: dict[Measure, str] = {
     "mean": "context's answer preferred, mean log-likelihood per token",
     "total": "context's answer preferred, total log-likelihood",
     "mean_without": "the same without the context, mean",
@@ -21,17 +69,19 @@ MEASURES = {
 }
 
 
-def items(value: Mapping[str, Any]) -> dict[int, Item]:
-    return {item["index"]: item for item in value["items"]}
+def items(value: ConflictsResult) -> dict[int, ConflictItem]:
+    return {item.index: item for item in value.items}
 
 
-def conflicts_section(name: str, title: str, question: str, run: RunResults, values: Values) -> Section:
+def conflicts_section(
+    name: str, title: str, question: str, run: RunResults, values: Values[ConflictsResult]
+) -> Section:
     """The preference by the mean per token decides."""
     shared = shared_items(values, items)
     result, answer = None, "No question was asked of all arms."
     if shared:
         result = compare(
-            paired_samples(values, items, shared, lambda item: float(item["mean"])),
+            paired_samples(values, items, shared, lambda item: float(bool(item.mean))),
             "higher",
             proportions=True,
         )
@@ -44,18 +94,18 @@ def conflicts_section(name: str, title: str, question: str, run: RunResults, val
         answer,
         measure="" if result is None else "answers from the context ↑",
         headlines=[] if result is None else result.headlines(),
-        charts=[_bars(values, first["chance"])],
-        tables=[_table(values, first["chance"]), _examples(values)],
+        charts=[_bars(values, first.chance)],
+        tables=[_table(values, first.chance), _examples(values)],
         notes=[
             "Preferred: a higher log-likelihood than every remembered answer, after the question, its context and "
-            f"'Answer:'. Chance: {first['chance']:.2f} (one of the answers drawn blindly); what is reached without the "
+            f"'Answer:'. Chance: {first.chance:.2f} (one of the answers drawn blindly); what is reached without the "
             "context says what the model brings along. Known: questions whose remembered answer it prefers without the "
             "context. Said: which answer a greedy one names, by SQuAD's normalisation; memorisation ratio: remembered "
-            f"/ (remembered + context's). Form of the greedy answers: {first['form']}.",
+            f"/ (remembered + context's). Form of the greedy answers: {first.form}.",
             "Every arm is asked the same questions; differences are paired by question. Intervals: Wilson over "
             "questions or Student's t over seeds, the wider. All answers: knowledge_conflicts.jsonl beside the "
             "results.",
-            *few([f"{item}: {why}." for item, why in first["skipped_items"].items()]),
+            *few([f"{item}: {why}." for item, why in first.skipped_items.items()]),
             *run.skipped(name),
         ],
     )
@@ -67,22 +117,25 @@ def share(marks: Sequence[Sequence[bool]]) -> Estimate | None:
     return proportion(counts) if counts and all(n for _, n in counts) else None
 
 
-def preference(seeds: Mapping[int, Mapping[str, Any]], measure: str, known: bool = False) -> Estimate | None:
+def preference(
+    seeds: Mapping[int, ConflictsResult], measure: Measure, known: bool = False
+) -> Estimate | None:
     """known: of the questions alone whose remembered answer the model prefers without the context."""
     marks = [
         [
-            item[measure]
-            for item in value["items"]
-            if item[measure] is not None and (not known or item["mean_without"] is False)
+            preferred
+            for item in value.items
+            if (preferred := item.preferred(measure)) is not None
+            and (not known or item.mean_without is False)
         ]
         for value in seeds.values()
     ]
     return share(marks)
 
 
-def spoken(seeds: Mapping[int, Mapping[str, Any]], kind: str, among: Sequence[str] = ()) -> Estimate | None:
+def spoken(seeds: Mapping[int, ConflictsResult], kind: str, among: Sequence[str] = ()) -> Estimate | None:
     marks = [
-        [item["said"] == kind for item in value["items"] if not among or item["said"] in among]
+        [item.said == kind for item in value.items if not among or item.said in among]
         for value in seeds.values()
     ]
     return share(marks)
@@ -92,7 +145,7 @@ def cell(estimate: Estimate | None) -> str | None:
     return None if estimate is None else f"{estimate.value:.2f} ({estimate.interval()}, n={estimate.n})"
 
 
-def _table(values: Values, chance: float) -> Table:
+def _table(values: Values[ConflictsResult], chance: float) -> Table:
     rows: list[list[str | None]] = [
         [label, *(cell(preference(seeds, measure)) for seeds in values.values()), f"{chance:.2f}"]
         for measure, label in MEASURES.items()
@@ -107,7 +160,7 @@ def _table(values: Values, chance: float) -> Table:
     return Table("Context against memory", ["", *values, "chance"], rows)
 
 
-def _bars(values: Values, chance: float) -> BarChart:
+def _bars(values: Values[ConflictsResult], chance: float) -> BarChart:
     groups = ["with the context", "without it", "with it, of the known"]
     series = []
     for arm, seeds in values.items():
@@ -125,11 +178,11 @@ def _bars(values: Values, chance: float) -> BarChart:
     )  # fmt: skip
 
 
-def _examples(values: Values) -> Table:
+def _examples(values: Values[ConflictsResult]) -> Table:
     rows: list[list[str | None]] = []
     for arm, seeds in values.items():
-        for row in next(iter(seeds.values()))["examples"]:
-            context, *remembered = row["answers"]
-            mark = "right" if row["said"] == "context" else "wrong"
-            rows.append([f"{arm}, {mark}", context, "; ".join(remembered), shortened(row["answer"])])
+        for row in next(iter(seeds.values())).examples:
+            context, *remembered = row.answers
+            mark = "right" if row.said == "context" else "wrong"
+            rows.append([f"{arm}, {mark}", context, "; ".join(remembered), shortened(row.answer)])
     return Table("Greedy answers, word for word", ["arm", "context says", "remembered", "answer"], rows)

@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from pydantic import Field, field_validator
-from transformers import PreTrainedTokenizerFast
 
 from clearhead.analysis.sections import Section
 from clearhead.data.cache import digest_json
-from clearhead.evals.asking.answering import FormName, form_of, greedy_answers, weights_of
+from clearhead.evals.asking.answering import FormName, answer_log, fast_tokenizer, form_of, greedy_answers
 from clearhead.evals.asking.sample_log import SampleLog
 from clearhead.evals.asking.squad_rules import covered, exact, f1, normalised, within
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.evaluation import Evaluation, EvaluationConfig, Say
 from clearhead.evals.faithfulness.long_document_qa.prompts import (
     Article,
     Asker,
@@ -32,8 +31,13 @@ from clearhead.evals.faithfulness.long_document_qa.prompts import (
     draw,
     read_articles,
 )
-from clearhead.evals.faithfulness.long_document_qa.section import long_document_section
-from clearhead.evals.reasons import NEEDS_FAST, reason_of
+from clearhead.evals.faithfulness.long_document_qa.section import (
+    DocumentAnswer,
+    DocumentCell,
+    LongDocumentQaResult,
+    long_document_section,
+)
+from clearhead.evals.reasons import Unmeasured, all_of, reason_of
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
 
@@ -86,22 +90,17 @@ class Cell:
     depth: float
 
 
-class LongDocumentQa(Evaluation[LongDocumentQaConfig]):
+class LongDocumentQa(Evaluation[LongDocumentQaConfig, LongDocumentQaResult]):
     name = "long_document_qa"
     Config = LongDocumentQaConfig
+    Result = LongDocumentQaResult
 
-    def run(self, subject: Subject, config: LongDocumentQaConfig) -> dict[str, Any]:
+    def result(
+        self, subject: Subject, config: LongDocumentQaConfig, progress: Say | None = None
+    ) -> LongDocumentQaResult:
         """Raises RecordError for a file that cannot be used: that is no property of the model."""
         articles = read_articles(config.data, unique=config.unique)
-        tokenizer = subject.tokenizer
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            return {"skipped": NEEDS_FAST}
-        try:
-            form = form_of(tokenizer, config.form)
-            asker = Asker(articles, tokenizer, form)
-            asker.around("?")
-        except ValueError as error:
-            return {"skipped": reason_of(error)}
+        asker = self._asker(subject, config, articles)
         skipped: dict[str, str] = {}
         lengths = []
         for length in config.all_lengths(subject.training_length):
@@ -112,54 +111,73 @@ class LongDocumentQa(Evaluation[LongDocumentQaConfig]):
         lengths, questions, reasons = fitting(asker, articles, lengths)
         skipped |= reasons
         if not lengths:
-            return {"skipped": "; ".join(dict.fromkeys(skipped.values()))}
+            raise Unmeasured(all_of(skipped))
         chosen = draw(questions, config.samples, config.seed)
         cells = [Cell(length, depth) for length in lengths for depth in dict.fromkeys(config.depths)]
         if config.closed_book:
             cells.insert(0, Cell(CLOSED, 0.0))
-        about = {
-            "config": config.model_dump(mode="json", exclude={"data", "batch_tokens"}),
-            "form": form,
-            "data": digest_json([[a.title, *a.paragraphs] for a in articles]),
-            "lengths": lengths,
-            "weights": weights_of(subject.model),
-        }
-        unmade: set[int] = set()
-        failed: set[Cell] = set()
-        with SampleLog.open(subject.folder, self.name, about, ("length", "depth", "index")) as log:
-            for cell in cells:
-                try:
-                    unmade |= measure(subject, asker, config, cell, chosen, log)
-                except (ValueError, torch.OutOfMemoryError) as error:
-                    skipped[f"{cell.length} tokens, depth {cell.depth:.0%}"] = reason_of(error)
-                    failed.add(cell)
+        options = config.model_dump(mode="json", exclude={"data", "batch_tokens"})
+        data = digest_json([[a.title, *a.paragraphs] for a in articles])
+        about = {"form": asker.form, "data": data, "lengths": lengths}
+        with answer_log(subject, self.name, options, ("length", "depth", "index"), progress, **about) as log:
+            failed, unmade = every_cell(subject, asker, config, cells, chosen, log)
             records = [row for row in log.records if row["index"] not in unmade]
+        skipped |= {f"{cell.length} tokens, depth {cell.depth:.0%}": why for cell, why in failed.items()}
         if unmade:
             skipped[f"{len(unmade)} questions"] = (
                 "no prompt of exactly these tokens could be made of their articles"
             )
         done = [cell for cell in cells if cell not in failed and any(_of(row, cell) for row in records)]
         if not any(cell.length for cell in done):
-            return {"skipped": "; ".join(dict.fromkeys(skipped.values()))}
-        return {
-            "cells": [values(cell, records) for cell in done],
-            "articles": {str(i): chosen[i].article for i in range(len(chosen)) if i not in unmade},
-            "skipped_cells": skipped,
-            "examples": shown(records),
-            "form": form,
-            "bos": tokenizer.bos_token,
-            "unique": config.unique,
-            "training_length": subject.training_length,
-            "rope_parameters": config.rope_parameters,
-            "n": len(records),
-        }
+            raise Unmeasured(all_of(skipped))
+        return LongDocumentQaResult(
+            cells=[values(cell, records) for cell in done],
+            articles={str(i): chosen[i].article for i in range(len(chosen)) if i not in unmade},
+            skipped_cells=skipped,
+            examples=[DocumentAnswer.model_validate(row) for row in shown(records)],
+            form=asker.form,
+            bos=asker.tokenizer.bos_token,
+            unique=config.unique,
+            training_length=subject.training_length,
+            rope_parameters=config.rope_parameters,
+            n=len(records),
+        )
+
+    def _asker(self, subject: Subject, config: LongDocumentQaConfig, articles: Sequence[Article]) -> Asker:
+        """Raises Unmeasured for a tokenizer that cannot ask in the form."""
+        tokenizer = fast_tokenizer(subject)
+        try:
+            asker = Asker(articles, tokenizer, form_of(tokenizer, config.form))
+            asker.around("?")
+        except ValueError as error:
+            raise Unmeasured(reason_of(error)) from error
+        return asker
 
     def section(self, run: RunResults) -> Section:
         title, question = "Long documents", "Does it answer questions from a long text?"
-        values = run.values(self.name)
+        values = self.results(run)
         if not values:
             return self.missing(run, title, question)
         return long_document_section(self.name, title, question, run, values)
+
+
+def every_cell(
+    subject: Subject,
+    asker: Asker,
+    config: LongDocumentQaConfig,
+    cells: Sequence[Cell],
+    questions: Sequence[Question],
+    log: SampleLog,
+) -> tuple[dict[Cell, str], set[int]]:
+    """Answers what `log` does not have; why cells were left out, and the questions of which no prompt could be made."""
+    failed: dict[Cell, str] = {}
+    unmade: set[int] = set()
+    for cell in cells:
+        try:
+            unmade |= measure(subject, asker, config, cell, questions, log)
+        except (ValueError, torch.OutOfMemoryError) as error:
+            failed[cell] = reason_of(error)
+    return failed, unmade
 
 
 def fitting(
@@ -273,22 +291,23 @@ def _of(row: dict[str, Any], cell: Cell) -> bool:
     return bool(row["length"] == cell.length and row["depth"] == cell.depth)
 
 
-def values(cell: Cell, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def values(cell: Cell, records: Sequence[dict[str, Any]]) -> DocumentCell:
     """One number of everything for each question, under its index."""
     rows = sorted((row for row in records if _of(row, cell)), key=lambda row: int(row["index"]))
-    return {
-        "length": cell.length,
-        "depth": cell.depth,
-        "n": len(rows),
-        "index": [row["index"] for row in rows],
-        **{name: [float(row[name]) for row in rows] for name in ("exact", "f1", "contains")},
-        **{
-            name: None if cell.length == CLOSED else [float(row[name]) for row in rows]
-            for name in ("extractive", "words")
-        },
-        "chance": sum(row["chance"] for row in rows) / max(1, len(rows)),
-        "at": None if cell.length == CLOSED else sum(row["at"] for row in rows) / max(1, len(rows)),
-    }
+    text = cell.length != CLOSED
+    return DocumentCell(
+        length=cell.length,
+        depth=cell.depth,
+        n=len(rows),
+        index=[row["index"] for row in rows],
+        exact=[float(row["exact"]) for row in rows],
+        f1=[float(row["f1"]) for row in rows],
+        contains=[float(row["contains"]) for row in rows],
+        extractive=[float(row["extractive"]) for row in rows] if text else None,
+        words=[float(row["words"]) for row in rows] if text else None,
+        chance=sum(row["chance"] for row in rows) / max(1, len(rows)),
+        at=sum(row["at"] for row in rows) / max(1, len(rows)) if text else None,
+    )
 
 
 def shown(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

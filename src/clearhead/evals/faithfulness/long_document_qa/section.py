@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,11 +13,75 @@ from clearhead.analysis.comparison import Comparison, compare
 from clearhead.analysis.paired import shortened
 from clearhead.analysis.sections import Chart, HeatMap, Section, Table
 from clearhead.analysis.statistics import Estimate, ratio, wilson
+from clearhead.evals.evaluation import EvaluationResult
 from clearhead.runs.results import RunResults
 
 Cell = tuple[int, float]
 """(length, depth); length 0: the question alone."""
-MEASURES = {
+Measure = Literal["f1", "exact", "contains", "extractive", "words"]
+
+
+class DocumentCell(EvaluationResult):
+    """One number a question, under its `index`. extractive, words, at: None without a text."""
+
+    length: int
+    depth: float
+    n: int
+    index: list[int]
+    exact: list[float]
+    f1: list[float]
+    contains: list[float]
+    extractive: list[float] | None
+    words: list[float] | None
+    chance: float
+    at: float | None
+
+    def scores(self, measure: Measure) -> list[float]:
+        found = {
+            "f1": self.f1,
+            "exact": self.exact,
+            "contains": self.contains,
+            "extractive": self.extractive,
+            "words": self.words,
+        }
+        return found[measure] or []
+
+
+class DocumentAnswer(EvaluationResult):
+    """One answer, word for word."""
+
+    length: int
+    depth: float
+    index: int
+    article: int
+    question: str
+    answers: list[str]
+    answer: str
+    exact: bool
+    f1: float
+    contains: bool
+    extractive: bool | None
+    words: float | None
+    chance: float
+    at: float | None
+
+
+class LongDocumentQaResult(EvaluationResult):
+    """articles: the article of each question, by its index."""
+
+    cells: list[DocumentCell]
+    articles: dict[str, int]
+    skipped_cells: dict[str, str]
+    examples: list[DocumentAnswer]
+    form: str
+    bos: str | None
+    unique: bool
+    training_length: int | None
+    rope_parameters: dict[str, Any] | None
+    n: int
+
+
+MEASURES: dict[Measure, str] = {
     "f1": "F1",
     "exact": "exact match",
     "contains": "contains a right answer",
@@ -26,16 +90,18 @@ MEASURES = {
 }
 
 
-def long_document_section(name: str, title: str, question: str, run: RunResults, values: Values) -> Section:
+SPOKEN: tuple[Measure, ...] = ("f1", "exact", "contains")
+"""What is measured without a text too."""
+
+
+def long_document_section(
+    name: str, title: str, question: str, run: RunResults, values: Values[LongDocumentQaResult]
+) -> Section:
     """F1 over all lengths and depths that every arm has decides."""
     first = first_values(values)
     every = [value for seeds in values.values() for value in seeds.values()]
-    asked = {cell: (_cell(first, cell)["index"], first["articles"]) for cell in cells(first)}
-    shared = [
-        cell
-        for cell in asked
-        if all((_cell(v, cell).get("index"), v["articles"]) == asked[cell] for v in every)
-    ]
+    asked = {cell: (_index(first, cell), first.articles) for cell in cells(first)}
+    shared = [cell for cell in asked if all((_index(v, cell), v.articles) == asked[cell] for v in every)]
     result, answer = None, "No cell was measured for all arms."
     if shared:
         result = compared(values, shared, "f1")
@@ -44,10 +110,10 @@ def long_document_section(name: str, title: str, question: str, run: RunResults,
         answer = f"F1 of greedy answers, {where}: {result.sentence()}"
     unique = (
         " Only questions are asked whose answers stand in one paragraph of the article alone."
-        if first["unique"]
+        if first.unique
         else " Answers may stand elsewhere in the article too."
     )
-    scaling = "" if first["rope_parameters"] is None else f" Rotary scaling: {first['rope_parameters']}."
+    scaling = "" if first.rope_parameters is None else f" Rotary scaling: {first.rope_parameters}."
     return Section(
         name,
         title,
@@ -58,7 +124,7 @@ def long_document_section(name: str, title: str, question: str, run: RunResults,
         charts=_charts(run, values),
         tables=[_table(values), _by_length(values), _examples(values)],
         notes=[
-            f"Form: {first['form']}. Exact match and F1 by SQuAD v1.1's rules; extractive: what the model says, "
+            f"Form: {first.form}. Exact match and F1 by SQuAD v1.1's rules; extractive: what the model says, "
             "written alike, stands in the text word for word (a model that invents says other things); closed book: "
             "the same questions without the text. Blind: as many neighbouring words as the right answer has, drawn "
             f"from the text.{unique}{scaling}",
@@ -72,26 +138,33 @@ def long_document_section(name: str, title: str, question: str, run: RunResults,
     )
 
 
-def cells(value: Mapping[str, Any]) -> list[Cell]:
+def cells(value: LongDocumentQaResult) -> list[Cell]:
     """All that have a text."""
-    return [(cell["length"], cell["depth"]) for cell in value["cells"] if cell["length"]]
+    return [(cell.length, cell.depth) for cell in value.cells if cell.length]
 
 
-def _cell(value: Mapping[str, Any], key: Cell) -> Mapping[str, Any]:
-    return next((c for c in value["cells"] if (c["length"], c["depth"]) == key), {})
+def _cell(value: LongDocumentQaResult, key: Cell) -> DocumentCell | None:
+    return next((c for c in value.cells if (c.length, c.depth) == key), None)
 
 
-def by_article(value: Mapping[str, Any], keys: Sequence[Cell], measure: str) -> dict[int, list[float]]:
+def _index(value: LongDocumentQaResult, key: Cell) -> list[int] | None:
+    cell = _cell(value, key)
+    return None if cell is None else cell.index
+
+
+def by_article(value: LongDocumentQaResult, keys: Sequence[Cell], measure: Measure) -> dict[int, list[float]]:
     """Article -> what its questions scored over these cells."""
     found: dict[int, list[float]] = {}
     for key in keys:
         cell = _cell(value, key)
-        for index, score in zip(cell["index"], cell[measure], strict=True):
-            found.setdefault(value["articles"][str(index)], []).append(score)
+        if cell is None:
+            continue
+        for index, score in zip(cell.index, cell.scores(measure), strict=True):
+            found.setdefault(value.articles[str(index)], []).append(score)
     return found
 
 
-def compared(values: Values, keys: Sequence[Cell], measure: str) -> Comparison:
+def compared(values: Values[LongDocumentQaResult], keys: Sequence[Cell], measure: Measure) -> Comparison:
     """Arms article by article: the ratio of all scores to all questions."""
     sums: dict[str, dict[int, list[float]]] = {}
     counts: list[int] = []
@@ -103,7 +176,9 @@ def compared(values: Values, keys: Sequence[Cell], measure: str) -> Comparison:
     return compare(sums, "higher", denominators=np.array(counts, np.float64), shares=True)
 
 
-def estimate(values: Values, arm: str, keys: Sequence[Cell], measure: str) -> Estimate | None:
+def estimate(
+    values: Values[LongDocumentQaResult], arm: str, keys: Sequence[Cell], measure: Measure
+) -> Estimate | None:
     """One arm's share over the cells that all of its seeds have; over articles, or answers where that is wider."""
     rows = [by_article(value, _having(value, keys), measure) for value in values[arm].values()]
     if any(not row for row in rows) or len({tuple(sorted(row)) for row in rows}) > 1:
@@ -120,34 +195,34 @@ def estimate(values: Values, arm: str, keys: Sequence[Cell], measure: str) -> Es
     return replace(found, low=max(0.0, low), high=min(1.0, high), n=n)
 
 
-def _having(value: Mapping[str, Any], keys: Sequence[Cell]) -> list[Cell]:
-    return [key for key in keys if _cell(value, key).get("n")]
+def _having(value: LongDocumentQaResult, keys: Sequence[Cell]) -> list[Cell]:
+    return [key for key in keys if _index(value, key)]
 
 
 def _said(found: Estimate | None) -> str | None:
     return None if found is None else f"{found.value:.2f} ({found.interval()}, n={found.n})"
 
 
-def _all_cells(values: Values) -> list[Cell]:
+def _all_cells(values: Values[LongDocumentQaResult]) -> list[Cell]:
     return list(dict.fromkeys(c for s in values.values() for v in s.values() for c in cells(v)))
 
 
-def _table(values: Values) -> Table:
+def _table(values: Values[LongDocumentQaResult]) -> Table:
     every = _all_cells(values)
     rows: list[list[str | None]] = [
         [label, *(_said(estimate(values, arm, every, measure)) for arm in values)]
         for measure, label in MEASURES.items()
     ]
-    for measure in ("f1", "exact", "contains"):
+    for measure in SPOKEN:
         closed = [_said(estimate(values, arm, [(0, 0.0)], measure)) for arm in values]
         if any(closed):
             rows.append([f"closed book, {MEASURES[measure]}", *closed])
-    chance = [cell["chance"] for cell in first_values(values)["cells"] if cell["length"]]
+    chance = [cell.chance for cell in first_values(values).cells if cell.length]
     rows.append(["blind, exact match", *([f"{float(np.mean(chance)):.4f}"] * len(values))])
     return Table("All lengths and depths", ["", *values], rows)
 
 
-def _by_length(values: Values) -> Table:
+def _by_length(values: Values[LongDocumentQaResult]) -> Table:
     every = _all_cells(values)
     rows: list[list[str | None]] = []
     for length in sorted({length for length, _ in every}):
@@ -161,7 +236,7 @@ def _by_length(values: Values) -> Table:
     return Table("By length, all depths", ["length", *values], rows)
 
 
-def _charts(run: RunResults, values: Values) -> list[Chart]:
+def _charts(run: RunResults, values: Values[LongDocumentQaResult]) -> list[Chart]:
     every = _all_cells(values)
     lengths, depths = sorted({length for length, _ in every}), sorted({depth for _, depth in every})
 
@@ -181,18 +256,18 @@ def _charts(run: RunResults, values: Values) -> list[Chart]:
             length_chart(
                 "long-document-length", "F1 by length, all depths", "F1", list(values), lengths,
                 lambda arm, length: estimate(values, arm, [key for key in every if key[0] == length], "f1"),
-                trained=first_values(values)["training_length"], y_range=(0.0, 1.0),
+                trained=first_values(values).training_length, y_range=(0.0, 1.0),
             )
         )  # fmt: skip
     return charts
 
 
-def _examples(values: Values) -> Table:
+def _examples(values: Values[LongDocumentQaResult]) -> Table:
     rows: list[list[str | None]] = []
     for arm, seeds in values.items():
-        for row in next(iter(seeds.values()))["examples"]:
-            mark = "right" if row["exact"] else "wrong"
-            where = f"{row['length']:,} tokens, depth {row['depth']:.0%}"
-            text = f"{shortened(row['answer'])}" + ("" if row["extractive"] else " [not in the text]")
-            rows.append([f"{arm}, {mark}", where, row["question"], "; ".join(row["answers"]), text])
+        for row in next(iter(seeds.values())).examples:
+            mark = "right" if row.exact else "wrong"
+            where = f"{row.length:,} tokens, depth {row.depth:.0%}"
+            text = f"{shortened(row.answer)}" + ("" if row.extractive else " [not in the text]")
+            rows.append([f"{arm}, {mark}", where, row.question, "; ".join(row.answers), text])
     return Table("Answers, word for word", ["arm", "cell", "question", "right", "answer"], rows)

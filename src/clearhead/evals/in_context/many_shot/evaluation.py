@@ -13,16 +13,22 @@ Every answer is a line of `results/many_shot.jsonl`; an interrupted evaluation g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field, field_validator
 
 from clearhead.analysis.sections import Section
 from clearhead.evals.asking.sample_log import SampleLog
-from clearhead.evals.evaluation import Evaluation
+from clearhead.evals.evaluation import Evaluation, Say
 from clearhead.evals.in_context.labelled import PUBLISHED, Example
-from clearhead.evals.in_context.many_shot.section import many_shot_section
+from clearhead.evals.in_context.many_shot.section import (
+    ManyShotAnswer,
+    ManyShotResult,
+    ManyShotSet,
+    Point,
+    many_shot_section,
+)
 from clearhead.evals.in_context.rounds import in_rounds
 from clearhead.evals.in_context.shared import (
     Block,
@@ -32,7 +38,9 @@ from clearhead.evals.in_context.shared import (
     marks,
     measure,
     over_sets,
+    task_values,
 )
+from clearhead.evals.reasons import Unmeasured, unless
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
 
@@ -59,56 +67,46 @@ class ManyShotConfig(InContextConfig):
         return value
 
 
-class ManyShot(Evaluation[ManyShotConfig]):
+class ManyShot(Evaluation[ManyShotConfig, ManyShotResult]):
     name = "many_shot"
     Config = ManyShotConfig
+    Result = ManyShotResult
 
-    def run(self, subject: Subject, config: ManyShotConfig) -> dict[str, Any]:
+    def result(self, subject: Subject, config: ManyShotConfig, progress: Say | None = None) -> ManyShotResult:
         """Raises RecordError for a set that cannot be used: that is no property of the model."""
 
-        def one(task: Task, log: SampleLog, left_out: dict[str, str]) -> dict[str, Any] | None:
-            points = self._points(subject, config, task, log, left_out)
-            return {"points": points} if points else None
+        def one(task: Task, log: SampleLog, left_out: dict[str, str]) -> list[Point] | None:
+            return self._points(subject, config, task, log, left_out) or None
 
-        measured = over_sets(subject, config, self.name, KEYS, one)
-        if "skipped" in measured:
-            return measured
-        n = sum(point["n"] for values in measured["sets"] for point in values["points"])
-        return {**measured, "length": config.length_for(subject), "draws": config.draws, "n": n}
+        found = over_sets(subject, config, self.name, KEYS, one, progress)
+        return ManyShotResult(
+            sets=[ManyShotSet(**task_values(task), points=points) for task, points in found.sets],
+            left_out=found.left_out,
+            examples=[ManyShotAnswer.model_validate(row) for row in found.examples],
+            score=config.score,
+            bos=found.bos,
+            rope_parameters=config.rope_parameters,
+            length=config.length_for(subject),
+            draws=config.draws,
+            n=sum(point.n for _, points in found.sets for point in points),
+        )
 
     def _points(
         self, subject: Subject, config: ManyShotConfig, task: Task, log: SampleLog, skipped: dict[str, str]
-    ) -> list[dict[str, Any]]:
+    ) -> list[Point]:
         """Accuracy by number of demonstrations; why points are left out goes to `skipped`."""
         length = config.length_for(subject)
         draws = range(min(config.draws, len(task.asked)))
         orders = [in_rounds(task.pool, config.seed, draw) for draw in draws]
         full = min(most(task, order, length) for order in orders)
+        wanted = numbers(config.shots, full)
         blocks: dict[int, list[Block]] = {}
-        for shots in numbers(config.shots, full):
-            where = f"{task.name}, {shots} demonstrations"
-            if shots > len(task.pool):
-                skipped[where] = f"the set has {len(task.pool)} texts to demonstrate with"
-                continue
-            made = [
-                Block.of(
-                    task,
-                    (task.name, shots, draw),
-                    orders[draw][:shots],
-                    range(draw, len(task.asked), len(draws)),
-                )
-                for draw in draws
-            ]
-            needed = max(block.tokens for block in made) + task.trie.longest
-            if needed > length:
-                skipped[where] = (
-                    f"a prompt and its answer have up to {needed} tokens, more than length {length}"
-                )
-            elif reason := subject.too_long(needed):
-                skipped[where] = reason
-            else:
-                blocks[shots] = made
-        if not blocks and not numbers(config.shots, full):
+        for shots in wanted:
+            try:
+                blocks[shots] = self._blocks(subject, task, orders, shots, length)
+            except Unmeasured as reason:
+                skipped[f"{task.name}, {shots} demonstrations"] = str(reason)
+        if not wanted:
             skipped[task.name] = f"not one demonstration and a question fit into {length} tokens"
         failed = measure(subject, config, task, [[b[draw] for b in blocks.values()] for draw in draws], log)
         points = []
@@ -117,24 +115,34 @@ class ManyShot(Evaluation[ManyShotConfig]):
             if reasons:
                 skipped[f"{task.name}, {shots} demonstrations"] = reasons[0]
                 continue
-            rows = answered(log, made)
+            rows, tokens = answered(log, made), max(block.tokens for block in made)
             points.append(
-                {
-                    "shots": shots,
-                    "full": shots == full,
-                    "tokens": max(block.tokens for block in made),
-                    "n": len(rows),
-                    "correct": marks(rows),
-                }
+                Point(shots=shots, full=shots == full, tokens=tokens, n=len(rows), correct=marks(rows))
             )
         return points
+
+    def _blocks(
+        self, subject: Subject, task: Task, orders: Sequence[Sequence[Example]], shots: int, length: int
+    ) -> list[Block]:
+        """The prompts of a number of demonstrations, a block a draw. Raises Unmeasured where they cannot be asked."""
+        if shots > len(task.pool):
+            raise Unmeasured(f"the set has {len(task.pool)} texts to demonstrate with")
+        made = [
+            Block.of(task, (task.name, shots, draw), order[:shots], range(draw, len(task.asked), len(orders)))
+            for draw, order in enumerate(orders)
+        ]
+        needed = max(block.tokens for block in made) + task.trie.longest
+        if needed > length:
+            raise Unmeasured(f"a prompt and its answer have up to {needed} tokens, more than length {length}")
+        unless(subject.too_long(needed))
+        return made
 
     def section(self, run: RunResults) -> Section:
         title, question = (
             "Many-shot learning in context",
             "Does it learn from many demonstrations in its context?",
         )
-        values = run.values(self.name)
+        values = self.results(run)
         if not values:
             return self.missing(run, title, question)
         return many_shot_section(self.name, title, question, run, values)

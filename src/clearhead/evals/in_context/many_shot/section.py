@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from clearhead.analysis.by_length import Values, first_values
 from clearhead.analysis.comparison import compare
 from clearhead.analysis.sections import LineChart, Reference, Section, Series, Table
 from clearhead.analysis.statistics import Estimate, paired_difference, proportion, verdict
+from clearhead.evals.evaluation import EvaluationResult
+from clearhead.evals.in_context.results import AskedSet, E, InContextResult, InSet, LabelledAnswer, S
+from clearhead.evals.in_context.scoring import Score
 from clearhead.runs.results import RunResults
+
+
+class Point(EvaluationResult):
+    """One number of demonstrations. full: whether no more fit. correct: one character an asked text."""
+
+    shots: int
+    full: bool
+    tokens: int
+    n: int
+    correct: str
+
+
+class ManyShotSet(AskedSet):
+    points: list[Point]
+
+
+class ManyShotPlace(InSet):
+    shots: int
+    draw: int
+
+
+class ManyShotAnswer(LabelledAnswer, ManyShotPlace):
+    """An answer after one draw of demonstrations."""
+
+
+class ManyShotResult(InContextResult[ManyShotSet, ManyShotAnswer]):
+    length: int
+    draws: int
+    n: int
+
 
 PUBLISHED = Table(
     "The Differential Transformer paper, 64K tokens, models of 3B parameters",
@@ -20,16 +52,18 @@ PUBLISHED = Table(
 )
 LONGEST = 200
 """Characters of a question that the report shows."""
-RULES = {
+RULES: dict[Score, str] = {
     "greedy": "greedy decoding among the labels' tokens (the published rule), decided where labels part",
     "likelihood": "the label of the greatest log-likelihood, its end of line included, not normalised by length",
 }
 
 
-def many_shot_section(name: str, title: str, question: str, run: RunResults, values: Values) -> Section:
+def many_shot_section(
+    name: str, title: str, question: str, run: RunResults, values: Values[ManyShotResult]
+) -> Section:
     """The most demonstrations that all arms have, of every set, decide."""
     first = first_values(values)
-    sets = [s for s in names_of(first["sets"]) if _shared(values, s)]
+    sets = [s for s in names_of(first.sets) if _shared(values, s)]
     decide = [(s, max(_shared(values, s))) for s in sets]
     result = None
     answer = "No number of demonstrations was measured for all arms."
@@ -41,7 +75,7 @@ def many_shot_section(name: str, title: str, question: str, run: RunResults, val
         result = compare(samples, "higher", proportions=True)
         where = ", ".join(f"{s} with {shots} demonstrations" for s, shots in decide)
         answer = f"Labels right ({where}): {result.sentence()}"
-    every = names_of([one for seeds in values.values() for v in seeds.values() for one in v["sets"]])
+    every = names_of([one for seeds in values.values() for v in seeds.values() for one in v.sets])
     return Section(
         name,
         title,
@@ -50,99 +84,101 @@ def many_shot_section(name: str, title: str, question: str, run: RunResults, val
         measure="" if result is None else "labels right, most demonstrations ↑",
         headlines=[] if result is None else result.headlines(),
         charts=[_chart(values, s) for s in every],
-        tables=[*(_table(values, s) for s in every), examples(values, ("shots", "draw")), PUBLISHED],
+        tables=[
+            *(_table(values, s) for s in every),
+            examples(values, lambda row: f"{row.set}, shots {row.shots}, draw {row.draw}"),
+            PUBLISHED,
+        ],
         notes=[
             *(forms(values, first)),
-            f"Each set has {first['draws']} draws of demonstrations, among which the asked texts are dealt; a draw "
+            f"Each set has {first.draws} draws of demonstrations, among which the asked texts are dealt; a draw "
             "gives every label in turn, and fewer demonstrations are the beginning of more. All arms are asked the "
-            f"same texts after the same demonstrations, of at most {first['length']:,} tokens with the answer; "
+            f"same texts after the same demonstrations, of at most {first.length:,} tokens with the answer; "
             "differences are paired by text. Intervals: Wilson over texts or Student's t over seeds, the wider (texts "
             f"after one draw count as independent). All answers: {name}.jsonl beside the results.",
             *dict.fromkeys(
                 f"{where}: {why}."
                 for s in values.values()
                 for v in s.values()
-                for where, why in v["left_out"].items()
+                for where, why in v.left_out.items()
             ),
             *run.skipped(name),
         ],
     )
 
 
-def names_of(sets: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(one["set"] for one in sets))
+def names_of(sets: Sequence[AskedSet]) -> list[str]:
+    return list(dict.fromkeys(one.set for one in sets))
 
 
-def set_of(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A set's values of one model, empty where it was not measured."""
-    return next((one for one in value["sets"] if one["set"] == name), {})
+def set_of(values: Values[InContextResult[S, E]], name: str) -> S:
+    """A set as any model was asked it, for what all of them share."""
+    return next(one for s in values.values() for v in s.values() if (one := v.of(name)) is not None)
 
 
-def levels(values: Values, name: str) -> tuple[float, float]:
+def levels(values: Values[InContextResult[S, E]], name: str) -> tuple[float, float]:
     """What guessing gives: 1 / labels, and always saying the label that most of the asked texts have."""
-    one = next(found for s in values.values() for v in s.values() if (found := set_of(v, name)))
-    return 1 / one["labels"], one["majority"]
+    one = set_of(values, name)
+    return 1 / one.labels, one.majority
 
 
-def forms(values: Values, first: Mapping[str, Any]) -> list[str]:
+def forms(values: Values[InContextResult[S, E]], first: InContextResult[S, E]) -> list[str]:
     """How sets were asked and answered."""
     notes = []
-    for name in names_of([one for seeds in values.values() for v in seeds.values() for one in v["sets"]]):
-        one = next(found for s in values.values() for v in s.values() if (found := set_of(v, name)))
-        left_out = f" {one['repeated']} repeated and {one['ambiguous']} ambiguous texts left out."
+    for name in names_of([one for seeds in values.values() for v in seeds.values() for one in v.sets]):
+        one = set_of(values, name)
+        left_out = f" {one.repeated} repeated and {one.ambiguous} ambiguous texts left out."
         notes.append(
-            f"{name}: {one['labels']} labels, {one['asked']} texts asked, {one['pool']} to demonstrate with; "
-            f"a demonstration is {one['form']!r}.{left_out if one['repeated'] or one['ambiguous'] else ''}"
+            f"{name}: {one.labels} labels, {one.asked} texts asked, {one.pool} to demonstrate with; "
+            f"a demonstration is {one.form!r}.{left_out if one.repeated or one.ambiguous else ''}"
         )
     bos = (
         ""
-        if first["bos"]
+        if first.bos
         else " The tokenizer has no bos token: the prompt begins with the first demonstration."
     )
-    scaling = "" if first["rope_parameters"] is None else f" Rotary scaling: {first['rope_parameters']}."
-    return [*notes, f"Rule: {RULES[first['score']]}.{bos}{scaling}"]
+    scaling = "" if first.rope_parameters is None else f" Rotary scaling: {first.rope_parameters}."
+    return [*notes, f"Rule: {RULES[first.score]}.{bos}{scaling}"]
 
 
-def examples(values: Values, where: Sequence[str]) -> Table:
+def examples(values: Values[InContextResult[S, E]], where: Callable[[E], str]) -> Table:
     """Right and wrong answers of each arm's first seed, word for word."""
     rows: list[list[str | None]] = []
     for arm, seeds in values.items():
-        for row in next(iter(seeds.values()))["examples"]:
-            place = ", ".join([row["set"], *(f"{key} {row[key]}" for key in where)])
-            text = row["asked"] if len(row["asked"]) <= LONGEST else f"…{row['asked'][-LONGEST:]}"
-            mark = "right" if row["right"] else "wrong"
-            rows.append([f"{arm}, {mark}", place, text, row["label"], row["answer"]])
+        for row in next(iter(seeds.values())).examples:
+            text = row.asked if len(row.asked) <= LONGEST else f"…{row.asked[-LONGEST:]}"
+            mark = "right" if row.right else "wrong"
+            rows.append([f"{arm}, {mark}", where(row), text, row.label, row.answer])
     return Table("Answers, word for word", ["arm", "where", "asked", "label", "answer"], rows)
 
 
-def _point(value: Mapping[str, Any], name: str, shots: int) -> Mapping[str, Any]:
-    return next((p for p in set_of(value, name).get("points", []) if p["shots"] == shots), {})
+def _point(value: ManyShotResult, name: str, shots: int) -> Point | None:
+    found = value.of(name)
+    return None if found is None else next((p for p in found.points if p.shots == shots), None)
 
 
-def _marks(value: Mapping[str, Any], name: str, shots: int) -> list[float]:
-    return [float(mark) for mark in _point(value, name, shots).get("correct", "")]
+def _marks(value: ManyShotResult, name: str, shots: int) -> list[float]:
+    point = _point(value, name, shots)
+    return [] if point is None else [float(mark) for mark in point.correct]
 
 
-def _numbers(values: Values, name: str) -> list[set[int]]:
-    return [
-        {point["shots"] for point in set_of(v, name).get("points", [])}
-        for s in values.values()
-        for v in s.values()
-    ]
+def _numbers(values: Values[ManyShotResult], name: str) -> list[set[int]]:
+    every = [v.of(name) for s in values.values() for v in s.values()]
+    return [set() if one is None else {point.shots for point in one.points} for one in every]
 
 
-def _shared(values: Values, name: str) -> set[int]:
+def _shared(values: Values[ManyShotResult], name: str) -> set[int]:
     """Numbers of demonstrations that every model was measured with."""
     return set.intersection(*_numbers(values, name))
 
 
-def accuracy(values: Values, arm: str, name: str, shots: int) -> Estimate | None:
+def accuracy(values: Values[ManyShotResult], arm: str, name: str, shots: int) -> Estimate | None:
     """Labels right over seeds."""
     rows = [row for v in values[arm].values() if (row := _marks(v, name, shots))]
     return proportion([(int(sum(row)), len(row)) for row in rows]) if rows else None
 
 
-def _difference(values: Values, arm: str, name: str, shots: int) -> str | None:
+def _difference(values: Values[ManyShotResult], arm: str, name: str, shots: int) -> str | None:
     """`better by ...` against the first arm, paired by text and seed."""
     baseline = next(iter(values))
     seeds = [
@@ -156,7 +192,7 @@ def _difference(values: Values, arm: str, name: str, shots: int) -> str | None:
     return verdict(paired_difference(ours, theirs), "higher")
 
 
-def _chart(values: Values, name: str) -> LineChart:
+def _chart(values: Values[ManyShotResult], name: str) -> LineChart:
     shots = sorted(set.union(*_numbers(values, name)))
     series = []
     for arm in values:
@@ -175,13 +211,13 @@ def _chart(values: Values, name: str) -> LineChart:
     )  # fmt: skip
 
 
-def _table(values: Values, name: str) -> Table:
+def _table(values: Values[ManyShotResult], name: str) -> Table:
     chance, majority = levels(values, name)
     others = list(values)[1:]
     rows: list[list[str | None]] = []
     for shots in sorted(set.union(*_numbers(values, name))):
         point = next(p for s in values.values() for v in s.values() if (p := _point(v, name, shots)))
-        row: list[str | None] = [f"{shots} (up to {point['tokens']:,} tokens)"]
+        row: list[str | None] = [f"{shots} (up to {point.tokens:,} tokens)"]
         for arm in values:
             found = accuracy(values, arm, name, shots)
             row.append(None if found is None else f"{found.value:.2f} ({found.interval()}, n={found.n})")

@@ -8,15 +8,18 @@ decoding are those of `in_context.many_shot`; interval and noise level: `analysi
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field
 
 from clearhead.analysis.sections import Section
 from clearhead.evals.asking.sample_log import SampleLog
-from clearhead.evals.evaluation import Evaluation
+from clearhead.evals.evaluation import Evaluation, Say
 from clearhead.evals.in_context.many_shot.evaluation import most
-from clearhead.evals.in_context.order_robustness.section import order_section
+from clearhead.evals.in_context.order_robustness.section import (
+    OrderAnswer,
+    OrderedSet,
+    OrderResult,
+    order_section,
+)
 from clearhead.evals.in_context.rounds import Order, in_rounds, permuted
 from clearhead.evals.in_context.shared import (
     Block,
@@ -26,7 +29,9 @@ from clearhead.evals.in_context.shared import (
     marks,
     measure,
     over_sets,
+    task_values,
 )
+from clearhead.evals.reasons import Unmeasured, unless
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
 
@@ -50,26 +55,46 @@ class OrderRobustnessConfig(InContextConfig):
     orders: list[Order] = Field(default=["random", "by_class"], min_length=1)
 
 
-class OrderRobustness(Evaluation[OrderRobustnessConfig]):
+class OrderRobustness(Evaluation[OrderRobustnessConfig, OrderResult]):
     name = "order_robustness"
     Config = OrderRobustnessConfig
+    Result = OrderResult
 
-    def run(self, subject: Subject, config: OrderRobustnessConfig) -> dict[str, Any]:
+    def result(
+        self, subject: Subject, config: OrderRobustnessConfig, progress: Say | None = None
+    ) -> OrderResult:
         """Raises RecordError for a set that cannot be used: that is no property of the model."""
 
-        def one(task: Task, log: SampleLog, left_out: dict[str, str]) -> dict[str, Any]:
+        def one(task: Task, log: SampleLog, left_out: dict[str, str]) -> OrderedSet:
             return self._measured(subject, config, task, log)
 
-        measured = over_sets(subject, config, self.name, KEYS, one)
-        if "skipped" in measured:
-            return measured
-        return {**measured, "n": sum(values["asked"] for values in measured["sets"])}
+        found = over_sets(subject, config, self.name, KEYS, one, progress)
+        return OrderResult(
+            sets=[values for _, values in found.sets],
+            left_out=found.left_out,
+            examples=[OrderAnswer.model_validate(row) for row in found.examples],
+            score=config.score,
+            bos=found.bos,
+            rope_parameters=config.rope_parameters,
+            n=sum(values.asked for _, values in found.sets),
+        )
 
     def _measured(
         self, subject: Subject, config: OrderRobustnessConfig, task: Task, log: SampleLog
-    ) -> dict[str, Any]:
+    ) -> OrderedSet:
         """Outcomes by format and permutation. Raises ValueError with the reason when they cannot be had."""
-        length = config.length_for(subject)
+        blocks, shots = self._blocks(config, task, config.length_for(subject))
+        needed = max(block.tokens for block in blocks) + task.trie.longest
+        unless(subject.too_long(needed))
+        if failed := measure(subject, config, task, [[block] for block in blocks], log):
+            raise Unmeasured(next(iter(failed.values())))
+        orders: dict[str, list[str]] = {}
+        for block in blocks:
+            orders.setdefault(str(block.key[1]), []).append(marks(answered(log, [block])))
+        return OrderedSet(**task_values(task), shots=shots, tokens=needed, orders=orders)
+
+    def _blocks(self, config: OrderRobustnessConfig, task: Task, length: int) -> tuple[list[Block], int]:
+        """The prompts of every permutation, and the number of their demonstrations. Raises ValueError as above."""
         ordered = in_rounds(task.pool, config.seed, 0)
         shots = config.shots
         if shots is None:
@@ -91,25 +116,17 @@ class OrderRobustness(Evaluation[OrderRobustnessConfig]):
             ]
             needed = max(block.tokens for block in blocks) + task.trie.longest
             if needed <= length:
-                break
+                return blocks, shots
             if config.shots is not None or shots == 2:
                 raise ValueError(
                     f"a prompt and its answer have up to {needed} tokens, more than length {length}"
                 )
             # In another order tokens may join otherwise where demonstrations meet.
             shots -= 1
-        if reason := subject.too_long(needed):
-            raise ValueError(reason)
-        if failed := measure(subject, config, task, [[block] for block in blocks], log):
-            raise ValueError(next(iter(failed.values())))
-        orders: dict[str, list[str]] = {}
-        for block in blocks:
-            orders.setdefault(str(block.key[1]), []).append(marks(answered(log, [block])))
-        return {"shots": shots, "tokens": needed, "orders": orders}
 
     def section(self, run: RunResults) -> Section:
         title, question = "Order robustness", "Does the order of the demonstrations matter?"
-        values = run.values(self.name)
+        values = self.results(run)
         if not values:
             return self.missing(run, title, question)
         return order_section(self.name, title, question, run, values)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -13,13 +12,37 @@ from clearhead.analysis.comparison import Comparison
 from clearhead.analysis.margins import Outcomes, margin_by_chance, margin_difference, mean_margin
 from clearhead.analysis.sections import BarChart, BarSeries, Section, Table
 from clearhead.evals.in_context.many_shot.section import examples, forms, levels, set_of
+from clearhead.evals.in_context.results import AskedSet, InContextResult, InSet, LabelledAnswer
 from clearhead.runs.results import RunResults
 
 Place = tuple[str, str]
 """(set, order)."""
 
 
-def order_section(name: str, title: str, question: str, run: RunResults, values: Values) -> Section:
+class OrderedSet(AskedSet):
+    """orders: by format, for each permutation one character an asked text."""
+
+    shots: int
+    tokens: int
+    orders: dict[str, list[str]]
+
+
+class OrderPlace(InSet):
+    order: str
+    permutation: int
+
+
+class OrderAnswer(LabelledAnswer, OrderPlace):
+    """An answer after one permutation."""
+
+
+class OrderResult(InContextResult[OrderedSet, OrderAnswer]):
+    n: int
+
+
+def order_section(
+    name: str, title: str, question: str, run: RunResults, values: Values[OrderResult]
+) -> Section:
     """The mean margin over the sets and formats that all arms have decides; lower is better."""
     first = first_values(values)
     every = list(dict.fromkeys(place for s in values.values() for v in s.values() for place in _places(v)))
@@ -49,7 +72,7 @@ def order_section(name: str, title: str, question: str, run: RunResults, values:
         measure="" if result is None else "best minus worst order ↓",
         headlines=[] if result is None else result.headlines(),
         charts=[_bars(values, every)],
-        tables=[*(_margins(values, place) for place in every), examples(values, ("order", "permutation"))],
+        tables=[*(_margins(values, place) for place in every), _examples(values)],
         notes=[
             *forms(values, first),
             "The margin is the accuracy of the best permutation minus that of the worst; it is above 0 even where "
@@ -63,24 +86,29 @@ def order_section(name: str, title: str, question: str, run: RunResults, values:
                 f"{where}: {why}."
                 for s in values.values()
                 for v in s.values()
-                for where, why in v["left_out"].items()
+                for where, why in v.left_out.items()
             ),
             *run.skipped(name),
         ],
     )
 
 
-def _places(value: Mapping[str, Any]) -> list[Place]:
-    return [(one["set"], order) for one in value["sets"] for order in one["orders"]]
+def _examples(values: Values[OrderResult]) -> Table:
+    return examples(values, lambda row: f"{row.set}, order {row.order}, permutation {row.permutation}")
 
 
-def _table_of(value: Mapping[str, Any], place: Place) -> Outcomes | None:
+def _places(value: OrderResult) -> list[Place]:
+    return [(one.set, order) for one in value.sets for order in one.orders]
+
+
+def _table_of(value: OrderResult, place: Place) -> Outcomes | None:
     """Outcomes (permutations, texts) of a set in a format, None where they are missing."""
-    rows: Sequence[str] = set_of(value, place[0]).get("orders", {}).get(place[1], [])
+    one = value.of(place[0])
+    rows: Sequence[str] = [] if one is None else one.orders.get(place[1], [])
     return np.array([[float(mark) for mark in row] for row in rows]) if rows else None
 
 
-def _seeds(values: Values, arm: str, place: Place) -> list[Outcomes]:
+def _seeds(values: Values[OrderResult], arm: str, place: Place) -> list[Outcomes]:
     return [table for v in values[arm].values() if (table := _table_of(v, place)) is not None]
 
 
@@ -103,7 +131,7 @@ def _compared(tables: Mapping[str, Mapping[int, list[Outcomes]]], n: int) -> Com
     return Comparison(baseline, "lower", 2, estimates, differences)
 
 
-def _bars(values: Values, places: Sequence[Place]) -> BarChart:
+def _bars(values: Values[OrderResult], places: Sequence[Place]) -> BarChart:
     series = []
     for arm in values:
         found = [
@@ -125,7 +153,7 @@ def _bars(values: Values, places: Sequence[Place]) -> BarChart:
     )
 
 
-def _margins(values: Values, place: Place) -> Table:
+def _margins(values: Values[OrderResult], place: Place) -> Table:
     rows: list[list[str | None]] = []
     for arm in values:
         tables = _seeds(values, arm, place)
@@ -146,13 +174,13 @@ def _margins(values: Values, place: Place) -> Table:
             ]
         )
     name, order = place
-    one = next(found for s in values.values() for v in s.values() if (found := set_of(v, name)))
-    count = len(one["orders"].get(order, [])) or "several"
+    one = set_of(values, name)
+    count = len(one.orders.get(order, [])) or "several"
     chance_level, majority = levels(values, name)
     return Table(
         f"{name}, {order.replace('_', ' ')}",
         ["arm", "best minus worst", "by chance", "worst / mean / best accuracy"],
         rows,
-        f"{one['shots']} demonstrations in {count} orders. Accuracy by chance {chance_level:.3f}; always the most "
+        f"{one.shots} demonstrations in {count} orders. Accuracy by chance {chance_level:.3f}; always the most "
         f"frequent label {majority:.3f}.",
     )

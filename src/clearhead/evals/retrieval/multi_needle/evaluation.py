@@ -16,24 +16,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field, field_validator
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from clearhead.analysis.sections import Section
-from clearhead.evals.asking.answering import encode, weights_of
+from clearhead.evals.asking.answering import answer_log, encode, fast_tokenizer
 from clearhead.evals.asking.decoding import Asked, answer, found, greedy
 from clearhead.evals.asking.haystack import Haystack, digest, make_haystack, read_documents, store_documents
 from clearhead.evals.asking.running import inference
 from clearhead.evals.asking.sample_log import SampleLog
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
-from clearhead.evals.probing.rescaling import growing, rescaled
-from clearhead.evals.reasons import NEEDS_FAST, reason_of
+from clearhead.evals.evaluation import Evaluation, EvaluationConfig, Say
+from clearhead.evals.probing.rescaling import rescaled
+from clearhead.evals.reasons import Unmeasured, all_of, reason_of
 from clearhead.evals.retrieval.multi_needle.prompts import (
     CITIES,
     FormName,
@@ -44,7 +43,12 @@ from clearhead.evals.retrieval.multi_needle.prompts import (
     multi_needle_prompt,
     surroundings,
 )
-from clearhead.evals.retrieval.multi_needle.section import multi_needle_section
+from clearhead.evals.retrieval.multi_needle.section import (
+    FoundNeedles,
+    MultiNeedleCell,
+    MultiNeedleResult,
+    multi_needle_section,
+)
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
 
@@ -52,6 +56,7 @@ PER_NUMBER = 64
 """New tokens that an answer may have for each number that is asked."""
 Kind = tuple[int, int, int]
 """(needles, asked, length)."""
+KEYS = ("needles", "asked", "length", "depth", "index")
 SHOWN = 2
 """Right answers, and wrong ones, that the report shows."""
 
@@ -133,76 +138,70 @@ class Cell:
         return f"{self.needles} needles, {self.asked} asked, {self.length} tokens, depth {self.depth:.0%}"
 
 
-class MultiNeedle(Evaluation[MultiNeedleConfig]):
+class MultiNeedle(Evaluation[MultiNeedleConfig, MultiNeedleResult]):
     name = "multi_needle"
     Config = MultiNeedleConfig
+    Result = MultiNeedleResult
 
-    def run(self, subject: Subject, config: MultiNeedleConfig) -> dict[str, Any]:
-        tokenizer = subject.tokenizer
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            return {"skipped": NEEDS_FAST}
+    def result(
+        self, subject: Subject, config: MultiNeedleConfig, progress: Say | None = None
+    ) -> MultiNeedleResult:
+        tokenizer = fast_tokenizer(subject)
         form = config.form or ("completion" if tokenizer.chat_template is None else "chat")
         cells = config.cells(subject.training_length)
         try:
             surroundings(form, tokenizer, CITIES[:1])
         except ValueError as error:
-            return {"skipped": reason_of(error)}
+            raise Unmeasured(reason_of(error)) from error
         documents = documents_of(subject, tokenizer, config.haystack)
+        asking = Asking(subject, tokenizer, config, form, documents)
         skipped: dict[str, str] = {}
-        with SampleLog.open(subject.folder, self.name, self._about(subject, config, documents)) as log:
+        options, text = config.model_dump(mode="json"), digest(documents)
+        with answer_log(subject, self.name, options, KEYS, progress, text=text) as log:
             # A scaling that grows is settled for prompt and answer, and no other cell may have a say in that.
-            apart = growing(subject.model, config.rope_parameters)
+            apart = subject.adapter.frequencies_depend_on_length(config.rope_parameters)
             kinds = {cell: (cell.length, config.new_tokens(cell.asked) if apart else 0) for cell in cells}
             for kind in dict.fromkeys(kinds.values()):
                 todo = [cell for cell in cells if kinds[cell] == kind]
-                for cell, reason in measure(subject, tokenizer, config, form, documents, todo, log).items():
+                for cell, reason in measure(asking, todo, log).items():
                     skipped[cell.name()] = reason
             values = [self._values(cell, log.records) for cell in cells if cell.name() not in skipped]
-            examples = shown(log.records)
+            examples = [FoundNeedles.model_validate(row) for row in shown(log.records)]
         if not values:
-            return {"skipped": "; ".join(dict.fromkeys(skipped.values()))}
+            raise Unmeasured(all_of(skipped))
         pairs, grid = config.kinds(subject.training_length)
-        return {
-            "cells": values,
-            "pairs": pairs,
-            "grid": grid,
-            "skipped_cells": skipped,
-            "examples": examples,
-            "form": form,
-            "bos": tokenizer.bos_token,
-            "haystacks": config.haystacks,
-            "training_length": subject.training_length,
-            "rope_parameters": config.rope_parameters,
-            "n": sum(cell["n"] for cell in values),
-        }
+        return MultiNeedleResult(
+            cells=values,
+            pairs=pairs,
+            grid=grid,
+            skipped_cells=skipped,
+            examples=examples,
+            form=form,
+            bos=tokenizer.bos_token,
+            haystacks=config.haystacks,
+            training_length=subject.training_length,
+            rope_parameters=config.rope_parameters,
+            n=sum(cell.n for cell in values),
+        )
 
-    def _about(self, subject: Subject, config: MultiNeedleConfig, documents: Sequence[str]) -> dict[str, Any]:
-        """What answers must have in common to stand in one file: options, text and weights."""
-        return {
-            "config": config.model_dump(mode="json"),
-            "text": digest(documents),
-            "weights": weights_of(subject.model),
-        }
-
-    def _values(self, cell: Cell, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _values(self, cell: Cell, records: Sequence[dict[str, Any]]) -> MultiNeedleCell:
         rows = sorted(
             (r for r in records if Cell(r["needles"], r["asked"], r["length"], r["depth"]) == cell),
             key=lambda r: int(r["index"]),
         )
-        hits = [sum(row["found"]) for row in rows]
-        return {
-            "needles": cell.needles,
-            "asked": cell.asked,
-            "length": cell.length,
-            "depth": cell.depth,
-            "n": len(rows),
-            "found": hits,
-            "any_needle": any_needle(cell.needles, cell.asked),
-        }
+        return MultiNeedleCell(
+            needles=cell.needles,
+            asked=cell.asked,
+            length=cell.length,
+            depth=cell.depth,
+            n=len(rows),
+            found=[sum(row["found"]) for row in rows],
+            any_needle=any_needle(cell.needles, cell.asked),
+        )
 
     def section(self, run: RunResults) -> Section:
         title, question = "Multi-needle retrieval", "Does it find several facts in a long text?"
-        values = run.values(self.name)
+        values = self.results(run)
         if not values:
             return self.missing(run, title, question)
         return multi_needle_section(self.name, title, question, run, values)
@@ -234,79 +233,94 @@ def cell_prompts(
         yield multi_needle_prompt(tokenizer, haystack, facts, cell.length, cell.depth, form)
 
 
-def measure(
-    subject: Subject,
-    tokenizer: PreTrainedTokenizerFast,
-    config: MultiNeedleConfig,
-    form: FormName,
-    documents: Sequence[str],
-    cells: Sequence[Cell],
-    log: SampleLog,
-) -> dict[Cell, str]:
+@dataclass(frozen=True, eq=False)
+class Asking:
+    """Who is asked, and how."""
+
+    subject: Subject
+    tokenizer: PreTrainedTokenizerFast
+    config: MultiNeedleConfig
+    form: FormName
+    documents: Sequence[str]
+
+
+Todo = list[tuple[Cell, int, Prompt]]
+
+
+def measure(asking: Asking, cells: Sequence[Cell], log: SampleLog) -> dict[Cell, str]:
     """Answers all samples of cells of one length that `log` does not have; why cells were left out."""
-    length = cells[0].length
-    new = max(config.new_tokens(cell.asked) for cell in cells)
-    if reason := subject.too_long(length + new):
+    subject, config, length = asking.subject, asking.config, cells[0].length
+    whole = length + max(config.new_tokens(cell.asked) for cell in cells)
+    if reason := subject.too_long(whole):
         return dict.fromkeys(cells, reason)
     skipped: dict[Cell, str] = {}
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(
-                rescaled(
-                    subject.model,
-                    config.rope_parameters,
-                    trained=subject.training_length,
-                    length=length + new,
+    scaling, trained = config.rope_parameters, subject.training_length
+    try:
+        with (
+            rescaled(subject.model, scaling, trained=trained, length=whole),
+            inference(subject.model),
+            greedy(subject.model) as settings,
+        ):
+            for draw in range(min(config.haystacks, config.samples)):
+                haystack = make_haystack(
+                    asking.documents, asking.tokenizer, length, haystack_rng(config.seed, draw)
                 )
-            )
-        except ValueError as error:
-            return dict.fromkeys(cells, reason_of(error))
-        stack.enter_context(inference(subject.model))
-        settings = stack.enter_context(greedy(subject.model))
-        for draw in range(min(config.haystacks, config.samples)):
-            try:
-                haystack = make_haystack(documents, tokenizer, length, haystack_rng(config.seed, draw))
-            except ValueError as error:
-                return dict.fromkeys(cells, reason_of(error))
-            todo: list[tuple[Cell, int, Prompt]] = []
-            for cell in cells:
-                indices = [
-                    i for i in range(draw, config.samples, config.haystacks) if not log.has(_key(cell, i))
-                ]
-                try:
-                    prompts = list(cell_prompts(tokenizer, haystack, cell, indices, config.seed, form))
-                except ValueError as error:
-                    skipped[cell] = reason_of(error)
-                    continue
-                todo += [(cell, i, prompt) for i, prompt in zip(indices, prompts, strict=True)]
-            todo = [one for one in todo if one[0] not in skipped]
-            if not todo:
-                continue
-            asked = [
-                Asked(
-                    prompt.ids,
-                    prompt.numbers,
-                    form == "completion",
-                    config.new_tokens(cell.asked),
-                    encode(tokenizer, expected(form, prompt.cities, prompt.numbers)),
-                )
-                for cell, _, prompt in todo
-            ]
-            common = None
-            if config.share_prefix:
-                before = surroundings(form, tokenizer, CITIES[:1])[0]
-                text = before + haystack.between(0, haystack.down(min(length, haystack.tokens)))
-                common = encode(tokenizer, text)
-            said = answer(
-                subject.model, tokenizer, asked, settings, common=common, batch_tokens=config.batch_tokens
-            )
-            try:
-                for row, text in said:
+                todo, unmade = prompts_of(asking, cells, haystack, draw, log)
+                skipped |= unmade
+                todo = [one for one in todo if one[0] not in skipped]
+                for row, text in said(asking, haystack, length, todo, settings):
                     cell, index, prompt = todo[row]
                     log.add(record(cell, index, draw, prompt, text, config.save_prompts))
-            except torch.OutOfMemoryError as error:
-                return {**dict.fromkeys(cells, reason_of(error)), **skipped}
+    except torch.OutOfMemoryError as error:
+        return {**dict.fromkeys(cells, reason_of(error)), **skipped}
+    except ValueError as error:
+        return dict.fromkeys(cells, reason_of(error))
     return skipped
+
+
+def prompts_of(
+    asking: Asking, cells: Sequence[Cell], haystack: Haystack, draw: int, log: SampleLog
+) -> tuple[Todo, dict[Cell, str]]:
+    """The prompts in one haystack that `log` has no answers to; why cells have none."""
+    config = asking.config
+    todo: Todo = []
+    skipped: dict[Cell, str] = {}
+    for cell in cells:
+        indices = [i for i in range(draw, config.samples, config.haystacks) if not log.has(_key(cell, i))]
+        try:
+            made = list(cell_prompts(asking.tokenizer, haystack, cell, indices, config.seed, asking.form))
+        except ValueError as error:
+            skipped[cell] = reason_of(error)
+            continue
+        todo += [(cell, i, prompt) for i, prompt in zip(indices, made, strict=True)]
+    return todo, skipped
+
+
+def said(
+    asking: Asking, haystack: Haystack, length: int, todo: Todo, settings: GenerationConfig
+) -> Iterator[tuple[int, str]]:
+    """(index in `todo`, answer)."""
+    if not todo:
+        return
+    tokenizer, config, form = asking.tokenizer, asking.config, asking.form
+    asked = [
+        Asked(
+            prompt.ids,
+            prompt.numbers,
+            form == "completion",
+            config.new_tokens(cell.asked),
+            encode(tokenizer, expected(form, prompt.cities, prompt.numbers)),
+        )
+        for cell, _, prompt in todo
+    ]
+    common = None
+    if config.share_prefix:
+        before = surroundings(form, tokenizer, CITIES[:1])[0]
+        text = before + haystack.between(0, haystack.down(min(length, haystack.tokens)))
+        common = encode(tokenizer, text)
+    yield from answer(
+        asking.subject.model, tokenizer, asked, settings, common=common, batch_tokens=config.batch_tokens
+    )
 
 
 def _key(cell: Cell, index: int) -> tuple[Any, ...]:

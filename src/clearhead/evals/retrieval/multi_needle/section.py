@@ -2,17 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from clearhead.analysis.by_length import Values, first_values, heat_panels, left_out, length_chart
 from clearhead.analysis.comparison import compare
 from clearhead.analysis.sections import BarChart, BarSeries, Chart, HeatMap, Reference, Section, Table
 from clearhead.analysis.statistics import Estimate, bootstrap_mean, proportion
+from clearhead.evals.evaluation import EvaluationResult
 from clearhead.runs.results import RunResults
 
 Place = tuple[int, int, int]
 """(needles, asked, length)."""
+
+
+class MultiNeedleCell(EvaluationResult):
+    """found: of each sample, how many asked numbers are right. any_needle: the level of naming others' numbers."""
+
+    needles: int
+    asked: int
+    length: int
+    depth: float
+    n: int
+    found: list[int]
+    any_needle: float
+
+
+class FoundNeedles(EvaluationResult):
+    """One answer, word for word."""
+
+    needles: int
+    asked: int
+    length: int
+    depth: float
+    index: int
+    haystack: int
+    cities: list[str]
+    numbers: list[str]
+    answer: str
+    found: list[bool]
+
+
+class MultiNeedleResult(EvaluationResult):
+    """pairs, grid: (needles, asked, length) that were to be measured."""
+
+    cells: list[MultiNeedleCell]
+    pairs: list[Place]
+    grid: list[Place]
+    skipped_cells: dict[str, str]
+    examples: list[FoundNeedles]
+    form: str
+    bos: str | None
+    haystacks: int
+    training_length: int | None
+    rope_parameters: dict[str, Any] | None
+    n: int
+
 
 PUBLISHED = Table(
     "The Differential Transformer paper, 4,096 tokens, models of 3B parameters trained on 350B tokens",
@@ -25,13 +70,14 @@ LONGEST = 300
 """Characters of an answer that the report shows."""
 
 
-def multi_needle_section(name: str, title: str, question: str, run: RunResults, values: Values) -> Section:
+def multi_needle_section(
+    name: str, title: str, question: str, run: RunResults, values: Values[MultiNeedleResult]
+) -> Section:
     """All pairs at their one length decide, or the grid where there are none."""
     first = first_values(values)
-    places = list(dict.fromkeys(_place(cell) for cell in first["cells"]))
-    pairs, grid = (
-        [tuple(kind) for kind in first[part] if tuple(kind) in places] for part in ("pairs", "grid")
-    )
+    places = list(dict.fromkeys(_place(cell) for cell in first.cells))
+    pairs = [kind for kind in first.pairs if kind in places]
+    grid = [kind for kind in first.grid if kind in places]
     decide = pairs or grid
     cells = _shared(values, decide)
     result = None
@@ -49,14 +95,14 @@ def multi_needle_section(name: str, title: str, question: str, run: RunResults, 
     charts: list[Chart] = []
     if pairs:
         charts.append(_bars(values, pairs))
-    charts += _grid_charts(run, values, grid, first["training_length"])
-    form = first["form"]
+    charts += _grid_charts(run, values, grid, first.training_length)
+    form = first.form
     bos = (
         ""
-        if first["bos"] or form == "chat"
+        if first.bos or form == "chat"
         else " The tokenizer has no bos token: the prompt begins with the text."
     )
-    scaling = "" if first["rope_parameters"] is None else f" Rotary scaling: {first['rope_parameters']}."
+    scaling = "" if first.rope_parameters is None else f" Rotary scaling: {first.rope_parameters}."
     return Section(
         name,
         title,
@@ -71,7 +117,7 @@ def multi_needle_section(name: str, title: str, question: str, run: RunResults, 
             "number is right; share: of the asked numbers. Chance (a number drawn blindly) is 1.1e-07 for each; 'any "
             "needle' is the level of naming as many numbers of the text blindly as are asked, 1 when all are asked. An "
             f"answer that names more numbers than asked is not marked down.{scaling}",
-            f"The first asked needle stands at the depth, the others anywhere. Each length has {first['haystacks']} "
+            f"The first asked needle stands at the depth, the others anywhere. Each length has {first.haystacks} "
             "texts, which samples share; cities, numbers and places are the same at every length and depth and for "
             "every arm, and differences are paired by sample. Intervals: Wilson over samples or Student's t over "
             "seeds, the wider (samples in one text count as independent). All answers: multi_needle.jsonl beside "
@@ -82,57 +128,60 @@ def multi_needle_section(name: str, title: str, question: str, run: RunResults, 
     )
 
 
-def _place(cell: Mapping[str, Any]) -> Place:
-    return cell["needles"], cell["asked"], cell["length"]
+def _place(cell: MultiNeedleCell) -> Place:
+    return cell.needles, cell.asked, cell.length
 
 
-def _cell(value: Mapping[str, Any], key: tuple[int, int, int, float]) -> Mapping[str, Any]:
-    return next((c for c in value["cells"] if (*_place(c), c["depth"]) == key), {})
+def _cell(value: MultiNeedleResult, key: tuple[int, int, int, float]) -> MultiNeedleCell | None:
+    return next((c for c in value.cells if (*_place(c), c.depth) == key), None)
 
 
-def _exact(value: Mapping[str, Any], key: tuple[int, int, int, float]) -> list[float]:
+def _exact(value: MultiNeedleResult, key: tuple[int, int, int, float]) -> list[float]:
     """The samples of a cell as 0 and 1."""
-    return [float(hits == key[1]) for hits in _cell(value, key).get("found", [])]
+    cell = _cell(value, key)
+    return [] if cell is None else [float(hits == key[1]) for hits in cell.found]
 
 
-def _shared(values: Values, places: Sequence[Place]) -> list[tuple[int, int, int, float]]:
+def _shared(values: Values[MultiNeedleResult], places: Sequence[Place]) -> list[tuple[int, int, int, float]]:
     """The cells of these places that every model was measured at."""
     keys = [
-        [(*_place(c), c["depth"]) for c in v["cells"] if _place(c) in places]
+        [(*_place(c), c.depth) for c in v.cells if _place(c) in places]
         for seeds in values.values()
         for v in seeds.values()
     ]
     return [key for key in keys[0] if all(key in others for others in keys)]
 
 
-def accuracy(values: Values, arm: str, place: Place, depth: float | None = None) -> Estimate | None:
+def accuracy(
+    values: Values[MultiNeedleResult], arm: str, place: Place, depth: float | None = None
+) -> Estimate | None:
     """Samples with every asked number right, over depths (or at one) and seeds."""
     counts = []
     for value in values[arm].values():
         rows = [
             hit
-            for c in value["cells"]
-            if _place(c) == place and depth in (None, c["depth"])
-            for hit in _exact(value, (*place, c["depth"]))
+            for c in value.cells
+            if _place(c) == place and depth in (None, c.depth)
+            for hit in _exact(value, (*place, c.depth))
         ]
         if rows:
             counts.append((int(sum(rows)), len(rows)))
     return proportion(counts) if counts else None
 
 
-def share(values: Values, arm: str, place: Place) -> tuple[float, float, float] | None:
+def share(values: Values[MultiNeedleResult], arm: str, place: Place) -> tuple[float, float, float] | None:
     """(mean, low, high) of the share of asked numbers, over samples and seeds."""
     rows = [
         hits / place[1]
         for value in values[arm].values()
-        for c in value["cells"]
+        for c in value.cells
         if _place(c) == place
-        for hits in c["found"]
+        for hits in c.found
     ]
     return (sum(rows) / len(rows), *bootstrap_mean(rows)) if rows else None
 
 
-def _bars(values: Values, places: Sequence[Place]) -> BarChart:
+def _bars(values: Values[MultiNeedleResult], places: Sequence[Place]) -> BarChart:
     series = []
     for arm in values:
         points = [accuracy(values, arm, place) for place in places]
@@ -154,13 +203,13 @@ def _bars(values: Values, places: Sequence[Place]) -> BarChart:
 
 
 def _grid_charts(
-    run: RunResults, values: Values, places: Sequence[Place], trained: int | None
+    run: RunResults, values: Values[MultiNeedleResult], places: Sequence[Place], trained: int | None
 ) -> list[Chart]:
     if not places:
         return []
     needles, asked, _ = places[0]
     lengths = sorted(place[2] for place in places)
-    depths = sorted({c["depth"] for s in values.values() for v in s.values() for c in v["cells"]})
+    depths = sorted({c.depth for s in values.values() for v in s.values() for c in v.cells})
 
     def mean(arm: str, length: int, depth: float) -> float | None:
         estimate = accuracy(values, arm, (needles, asked, length), depth) if arm in values else None
@@ -183,8 +232,8 @@ def _grid_charts(
     return [heat, line]
 
 
-def _table(values: Values, places: Sequence[Place]) -> Table:
-    levels = {_place(c): c["any_needle"] for s in values.values() for v in s.values() for c in v["cells"]}
+def _table(values: Values[MultiNeedleResult], places: Sequence[Place]) -> Table:
+    levels = {_place(c): c.any_needle for s in values.values() for v in s.values() for c in v.cells}
     rows: list[list[str | None]] = []
     for place in places:
         row: list[str | None] = [f"{place[1]} of {place[0]}, {place[2]:,} tokens"]
@@ -201,14 +250,14 @@ def _table(values: Values, places: Sequence[Place]) -> Table:
     return Table("Exact match over all depths", ["asked and length", *values, "any needle"], rows)
 
 
-def _examples(values: Values) -> Table:
+def _examples(values: Values[MultiNeedleResult]) -> Table:
     """Right and wrong answers of each arm's first seed, word for word."""
     rows: list[list[str | None]] = []
     for arm, seeds in values.items():
-        for row in next(iter(seeds.values()))["examples"]:
-            mark = "right" if all(row["found"]) else "wrong"
-            where = f"{row['asked']} of {row['needles']}, {row['length']:,} tokens, depth {row['depth']:.0%}"
-            asked = ", ".join(f"{c}: {n}" for c, n in zip(row["cities"], row["numbers"], strict=True))
-            text = row["answer"] if len(row["answer"]) <= LONGEST else f"{row['answer'][:LONGEST]}…"
+        for row in next(iter(seeds.values())).examples:
+            mark = "right" if all(row.found) else "wrong"
+            where = f"{row.asked} of {row.needles}, {row.length:,} tokens, depth {row.depth:.0%}"
+            asked = ", ".join(f"{c}: {n}" for c, n in zip(row.cities, row.numbers, strict=True))
+            text = row.answer if len(row.answer) <= LONGEST else f"{row.answer[:LONGEST]}…"
             rows.append([f"{arm}, {mark}", where, asked, text])
     return Table("Answers, word for word", ["arm", "cell", "asked", "answer"], rows)

@@ -15,7 +15,7 @@ cache keep the frequencies of the step they were written at.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,19 +28,20 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from clearhead.analysis.sections import Section
 from clearhead.data.needles import chance_level
+from clearhead.data.store import TokenStore
 from clearhead.evals.asking.decoding import greedy
 from clearhead.evals.asking.needle_documents import documents, exact_match, marks, too_short
 from clearhead.evals.asking.running import batches, inference
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.cells import Cell, CellEvaluation, Measured
+from clearhead.evals.evaluation import EvaluationConfig
 from clearhead.evals.probing.rescaling import rescaled
-from clearhead.evals.reasons import reason_of
 from clearhead.evals.retrieval.passkey.prompts import FORMS, Form, Prompt, Verdict, judge, passkey_prompt
-from clearhead.evals.retrieval.passkey.section import passkey_section
+from clearhead.evals.retrieval.passkey.section import PasskeyCell, PasskeyResult, passkey_section
 from clearhead.evals.subject import Subject, lengths_past_training
 from clearhead.runs.results import RunResults
 
 FormName = Literal["coca", "mohtashami", "native"]
-Place = Literal["uniform", "inside", "outside"]
+PlaceName = Literal["uniform", "inside", "outside"]
 
 
 class PasskeyConfig(EvaluationConfig):
@@ -55,7 +56,7 @@ class PasskeyConfig(EvaluationConfig):
 
     forms: list[FormName] | None = Field(default=None, min_length=1)
     lengths: list[int] | None = Field(default=None, min_length=1)
-    places: list[Place] = Field(default=["uniform"], min_length=1)
+    places: list[PlaceName] = Field(default=["uniform"], min_length=1)
     samples: int = Field(default=100, ge=1)
     max_new_tokens: int | None = Field(default=None, ge=1)
     rope_parameters: dict[str, Any] | None = None
@@ -63,67 +64,82 @@ class PasskeyConfig(EvaluationConfig):
     seed: int = 4000
 
 
-class Passkey(Evaluation[PasskeyConfig]):
+@dataclass(frozen=True, kw_only=True)
+class Place(Cell):
+    """Prompts of `tokens` tokens in one form, with the key in one place; `new` more for the answer."""
+
+    form: FormName
+    tokens: int
+    place: PlaceName
+    new: int
+
+
+class Passkey(CellEvaluation[PasskeyConfig, PasskeyResult, Place, PasskeyCell]):
     name = "passkey"
     Config = PasskeyConfig
+    Result = PasskeyResult
+    Value = PasskeyCell
 
-    def run(self, subject: Subject, config: PasskeyConfig) -> dict[str, Any]:
+    def cells(self, subject: Subject, config: PasskeyConfig) -> Iterator[Place]:
         trained = subject.training_length or 256
-        lengths = lengths_past_training(subject, config.lengths)
-        forms: Sequence[str] = config.forms or (["coca", "mohtashami"] if subject.external else ["native"])
-        cells: list[dict[str, Any]] = []
-        skipped: dict[str, str] = {}
-        for form in forms:
-            for length in lengths:
-                for place in ["uniform"] if form == "native" else config.places:
-                    if place != "uniform" and length <= trained:
-                        continue
-                    try:
-                        cells.append(self._cell(subject, config, form, length, place, trained))
-                    except (ValueError, torch.OutOfMemoryError) as error:
-                        skipped[f"{form}, {length} tokens, {place}"] = reason_of(error)
-        if not cells:
-            return {"skipped": "; ".join(dict.fromkeys(skipped.values()))}
-        return {
-            "cells": cells,
-            "skipped_cells": skipped,
-            "training_length": subject.training_length,
-            "rope_parameters": config.rope_parameters,
-            "n": sum(cell["n"] for cell in cells),
-        }
+        for form in self._forms(subject, config):
+            new = 0 if form == "native" else config.max_new_tokens or FORMS[form].new_tokens
+            places: list[PlaceName] = ["uniform"] if form == "native" else config.places
+            for length in lengths_past_training(subject, config.lengths):
+                for place in places:
+                    if place == "uniform" or length > trained:
+                        name = f"{form}, {length} tokens, {place}"
+                        yield Place(
+                            name=name, length=length + new, form=form, tokens=length, place=place, new=new
+                        )
 
-    def _cell(
-        self, subject: Subject, config: PasskeyConfig, form: str, length: int, place: str, trained: int
-    ) -> dict[str, Any]:
-        new = 0 if form == "native" else config.max_new_tokens or FORMS[form].new_tokens
-        if reason := subject.too_long(length + new):
-            raise ValueError(reason)
-        scaling = config.rope_parameters
-        with rescaled(subject.model, scaling, trained=subject.training_length, length=length + new):
-            if form == "native":
-                starts, correct, chance = native(subject, config, length)
+    def _forms(self, subject: Subject, config: PasskeyConfig) -> list[FormName]:
+        return config.forms or (["coca", "mohtashami"] if subject.external else ["native"])
+
+    def text(self, subject: Subject, config: PasskeyConfig) -> TokenStore | None:
+        return subject.documents if "native" in self._forms(subject, config) else None
+
+    def measure(self, subject: Subject, config: PasskeyConfig, cell: Place) -> PasskeyCell:
+        trained = subject.training_length or 256
+        scaling, length = config.rope_parameters, cell.tokens + cell.new
+        with rescaled(subject.model, scaling, trained=subject.training_length, length=length):
+            if cell.form == "native":
+                starts, correct, chance = native(subject, config, cell.tokens)
+                rule = "exact"
             else:
-                prompts = published(subject, config, FORMS[form], length, place, trained)
-                verdicts = [reply.verdict for reply in answers(subject, prompts, new, config.batch_tokens)]
-                starts, chance = [prompt.start for prompt in prompts], FORMS[form].chance
+                form = FORMS[cell.form]
+                prompts = published(subject, config, form, cell.tokens, cell.place, trained)
+                verdicts = [r.verdict for r in answers(subject, prompts, cell.new, config.batch_tokens)]
+                starts, chance, rule = [prompt.start for prompt in prompts], form.chance, form.rule
                 correct = {
                     "first number": [bool(verdict.first) for verdict in verdicts],
                     "substring": [bool(verdict.anywhere) for verdict in verdicts],
                 }
-        return {
-            "form": form,
-            "length": length,
-            "place": place,
-            "n": len(starts),
-            "rule": "exact" if form == "native" else FORMS[form].rule,
-            "correct": {rule: marks(hits) for rule, hits in correct.items()},
-            "inside": marks([start >= length - trained for start in starts]),
-            "chance": chance,
-        }
+        return PasskeyCell(
+            form=cell.form,
+            length=cell.tokens,
+            place=cell.place,
+            n=len(starts),
+            rule=rule,
+            correct={rule: marks(hits) for rule, hits in correct.items()},
+            inside=marks([start >= cell.tokens - trained for start in starts]),
+            chance=chance,
+        )
+
+    def gather(
+        self, subject: Subject, config: PasskeyConfig, measured: Measured[Place, PasskeyCell]
+    ) -> PasskeyResult:
+        return PasskeyResult(
+            cells=measured.values,
+            skipped_cells=measured.skipped,
+            training_length=subject.training_length,
+            rope_parameters=config.rope_parameters,
+            n=sum(cell.n for cell in measured.values),
+        )
 
     def section(self, run: RunResults) -> Section:
         title, question = "Passkey", "Does it find a number again?"
-        values = run.values(self.name)
+        values = self.results(run)
         if not values:
             return self.missing(run, title, question)
         return passkey_section(self.name, title, question, run, values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from clearhead.analysis.by_length import (
@@ -19,7 +18,30 @@ from clearhead.analysis.comparison import compare
 from clearhead.analysis.published import PASSKEY
 from clearhead.analysis.sections import LineChart, Reference, Section, Table
 from clearhead.analysis.statistics import Estimate, proportion
+from clearhead.evals.evaluation import EvaluationResult
 from clearhead.runs.results import RunResults
+
+
+class PasskeyCell(EvaluationResult):
+    """correct: by each rule one character a prompt. inside: whether its key lies in the last training-length tokens."""
+
+    form: str
+    length: int
+    place: str
+    n: int
+    rule: str
+    correct: dict[str, str]
+    inside: str
+    chance: float
+
+
+class PasskeyResult(EvaluationResult):
+    cells: list[PasskeyCell]
+    skipped_cells: dict[str, str]
+    training_length: int | None
+    rope_parameters: dict[str, Any] | None
+    n: int
+
 
 FORM_NAMES = {
     "coca": "CoCA's prompt",
@@ -28,11 +50,13 @@ FORM_NAMES = {
 }
 
 
-def passkey_section(name: str, title: str, question: str, run: RunResults, values: Values) -> Section:
+def passkey_section(
+    name: str, title: str, question: str, run: RunResults, values: Values[PasskeyResult]
+) -> Section:
     """The share of keys found past the training length decides, all those lengths together; all lengths if none is."""
     first = first_values(values)
-    trained = first["training_length"]
-    forms = list(dict.fromkeys(cell["form"] for cell in first["cells"]))
+    trained = first.training_length
+    forms = list(dict.fromkeys(cell.form for cell in first.cells))
     form = forms[0]
     shared = shared_lengths(values, lambda value: _lengths(value, form))
     beyond = [length for length in shared if trained is not None and length > trained]
@@ -56,9 +80,9 @@ def passkey_section(name: str, title: str, question: str, run: RunResults, value
         made = _form(values, one, trained)
         charts.append(made[0])
         tables += made[1:]
-    chance = "; ".join(f"{FORM_NAMES[one]} {cell_of_any(first, one)['chance']:.1e}" for one in forms)
-    rules = "; ".join(f"{FORM_NAMES[one]}: {cell_of_any(first, one)['rule']}" for one in forms)
-    scaling = "" if first["rope_parameters"] is None else f" Rotary scaling: {first['rope_parameters']}."
+    chance = "; ".join(f"{FORM_NAMES[one]} {cell_of_any(first, one).chance:.1e}" for one in forms)
+    rules = "; ".join(f"{FORM_NAMES[one]}: {cell_of_any(first, one).rule}" for one in forms)
+    scaling = "" if first.rope_parameters is None else f" Rotary scaling: {first.rope_parameters}."
     return Section(
         name,
         title,
@@ -79,31 +103,37 @@ def passkey_section(name: str, title: str, question: str, run: RunResults, value
     )
 
 
-def hits(cell: Mapping[str, Any], *, inside: bool | None, rule: str | None = None) -> list[float]:
+def hits(cell: PasskeyCell | None, *, inside: bool | None, rule: str | None = None) -> list[float]:
     """The answers of a cell as 0 and 1 by its published rule (or `rule`), all or those with the key in or out."""
-    if not cell:
+    if cell is None:
         return []
-    marks = cell["correct"][rule or cell["rule"]]
+    marks = cell.correct[rule or cell.rule]
     return [
         float(mark)
-        for mark, place in zip(marks, cell["inside"], strict=True)
+        for mark, place in zip(marks, cell.inside, strict=True)
         if inside is None or (place == "1") == inside
     ]
 
 
-def cell_of(value: Mapping[str, Any], form: str, length: int, place: str = "uniform") -> Mapping[str, Any]:
-    """One cell, empty where it was not measured."""
+def cell_of(value: PasskeyResult, form: str, length: int, place: str = "uniform") -> PasskeyCell | None:
+    """One cell, None where it was not measured."""
     wanted = (form, length, place)
-    return next((c for c in value["cells"] if (c["form"], c["length"], c["place"]) == wanted), {})
+    return next((c for c in value.cells if (c.form, c.length, c.place) == wanted), None)
 
 
-def cell_of_any(value: Mapping[str, Any], form: str) -> Mapping[str, Any]:
+def cell_of_any(value: PasskeyResult, form: str) -> PasskeyCell:
     """Any cell of a form, for what all of them share."""
-    return next(cell for cell in value["cells"] if cell["form"] == form)
+    return next(cell for cell in value.cells if cell.form == form)
 
 
 def accuracy(
-    values: Values, arm: str, form: str, length: int, *, inside: bool | None = None, rule: str | None = None
+    values: Values[PasskeyResult],
+    arm: str,
+    form: str,
+    length: int,
+    *,
+    inside: bool | None = None,
+    rule: str | None = None,
 ) -> Estimate | None:
     """Right answers over prompts and seeds; cells that were drawn inside or outside on purpose count there too."""
     places = ["uniform"] if inside is None else ["uniform", "inside" if inside else "outside"]
@@ -115,11 +145,11 @@ def accuracy(
     return proportion(counts) if counts else None
 
 
-def _lengths(value: Mapping[str, Any], form: str) -> set[int]:
-    return {cell["length"] for cell in value["cells"] if cell["form"] == form and cell["place"] == "uniform"}
+def _lengths(value: PasskeyResult, form: str) -> set[int]:
+    return {cell.length for cell in value.cells if cell.form == form and cell.place == "uniform"}
 
 
-def _form(values: Values, form: str, trained: int | None) -> tuple[LineChart, Table, Table]:
+def _form(values: Values[PasskeyResult], form: str, trained: int | None) -> tuple[LineChart, Table, Table]:
     lengths = every_length(values, lambda value: _lengths(value, form))
     arms = list(values)
     example = cell_of_any(first_values(values), form)
@@ -128,7 +158,7 @@ def _form(values: Values, form: str, trained: int | None) -> tuple[LineChart, Ta
         return accuracy(values, arm, form, length)
 
     def cell(arm: str, length: int) -> str | None:
-        rules = [rule for rule in example["correct"] if rule != example["rule"]]
+        rules = [rule for rule in example.correct if rule != example.rule]
         found = read(arm, length)
         other = [(rule, accuracy(values, arm, form, length, rule=rule)) for rule in rules]
         text = None if found is None else f"{found.value:.2f} ({found.interval()}, n={found.n})"
@@ -144,11 +174,11 @@ def _form(values: Values, form: str, trained: int | None) -> tuple[LineChart, Ta
 
     title = FORM_NAMES[form]
     chart = length_chart(
-        f"passkey-{form}", f"Passkey: {title}", f"right answers ({example['rule']})", arms, lengths, read,
-        trained=trained, y_range=(0.0, 1.0), references=[Reference("chance", example["chance"])],
+        f"passkey-{form}", f"Passkey: {title}", f"right answers ({example.rule})", arms, lengths, read,
+        trained=trained, y_range=(0.0, 1.0), references=[Reference("chance", example.chance)],
     )  # fmt: skip
     return (
         chart,
-        length_table(f"Right answers, {title} ({example['rule']})", arms, lengths, cell),
+        length_table(f"Right answers, {title} ({example.rule})", arms, lengths, cell),
         length_table(f"Key inside and outside the last {trained} tokens, {title}", arms, lengths, parts),
     )

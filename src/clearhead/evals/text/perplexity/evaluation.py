@@ -28,9 +28,9 @@ anew. (In a context with a fixed start that only grows, one pass gives every len
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,17 +43,23 @@ from clearhead.data.store import TokenStore
 from clearhead.evals.asking.losses import suffix_losses
 from clearhead.evals.asking.running import batches, inference
 from clearhead.evals.asking.texts import Ids, long_documents, utf8_size
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig
+from clearhead.evals.cells import Cell, CellEvaluation, Measured
+from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
 from clearhead.evals.finite import exponential
 from clearhead.evals.probing.rescaling import rescaled
-from clearhead.evals.reasons import reason_of
+from clearhead.evals.reasons import Unmeasured
 from clearhead.evals.subject import Subject, lengths_past_training
-from clearhead.evals.text.perplexity.section import perplexity_section
+from clearhead.evals.text.perplexity.section import (
+    Average,
+    Bos,
+    FirstWindow,
+    PerplexityResult,
+    Segment,
+    SegmentCell,
+    SlidingCell,
+    perplexity_section,
+)
 from clearhead.runs.results import RunResults
-
-Bos = Literal["window", "document", "none"]
-FirstWindow = Literal["all", "stride"]
-Average = Literal["token", "document"]
 
 
 class PerplexityConfig(EvaluationConfig):
@@ -102,79 +108,116 @@ class Row:
     document: int
 
 
-class Perplexity(Evaluation[PerplexityConfig]):
+class PerplexityValue(EvaluationResult):
+    """One length: sliding windows, and the last segment where it was measured."""
+
+    cell: SlidingCell
+    ending: SegmentCell | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(Cell):
+    """The same documents in windows of `tokens` tokens."""
+
+    tokens: int
+    text: Text
+
+
+@dataclass(frozen=True)
+class Text:
+    """What all lengths read. bos: the token before a window, if any. segment: tokens at the end."""
+
+    documents: list[Ids]
+    names: list[str]
+    bos: int | None
+    rule: Bos
+    stride: int
+    segment: int
+
+
+class Perplexity(CellEvaluation[PerplexityConfig, PerplexityResult, Reading, PerplexityValue]):
     name = "perplexity"
     Config = PerplexityConfig
+    Result = PerplexityResult
+    Value = PerplexityValue
     tells_overflow = True
 
-    def run(self, subject: Subject, config: PerplexityConfig) -> dict[str, Any]:
-        trained = subject.training_length or 256
+    def text(self, subject: Subject, config: PerplexityConfig) -> TokenStore | None:
+        return subject.texts(config.texts)
+
+    def cells(self, subject: Subject, config: PerplexityConfig) -> Iterator[Reading]:
         lengths = lengths_past_training(subject, config.lengths)
         if lengths[0] < 8:
-            return {
-                "skipped": f"a window of {lengths[0]} tokens is too short to measure; give lengths of at least 8"
-            }
+            raise Unmeasured(
+                f"a window of {lengths[0]} tokens is too short to measure; give lengths of at least 8"
+            )
         store = subject.texts(config.texts)
-        config = config.model_copy(update={"bos": config.bos or ("window" if subject.external else "none")})
-        bos = None if config.bos == "none" else subject.tokenizer.bos_token_id
+        rule = config.bos or ("window" if subject.external else "none")
+        bos = None if rule == "none" else subject.tokenizer.bos_token_id
+        head = int(bos is not None)
         within, skipped = reached(store, lengths, bos is not None, config.min_documents)
         if not within:
-            return {
-                "skipped": f"{next(iter(skipped.values()))}; lower evaluate.{self.name}.lengths or give longer texts"
-            }
-        head = int(bos is not None)
+            raise Unmeasured(
+                f"{next(iter(skipped.values()))}; lower evaluate.{self.name}.lengths or give longer texts"
+            )
         wanted = max(config.max_tokens or within[-1], within[-1]) - head
         chosen, documents = long_documents(
             store, within[-1] - head, wanted, config.max_documents, config.seed
         )
-        stride = config.stride or trained
-        segment = within[0] // 2 if config.segment is None else config.segment
-        cells, last = [], []
-        for length in within:
-            if reason := subject.too_long(length):
-                skipped[str(length)] = reason
-                continue
-            try:
-                with rescaled(
-                    subject.model, config.rope_parameters, trained=subject.training_length, length=length
-                ):
-                    rows = sliding_rows(documents, length, stride, bos, config)
-                    cell = measured(subject, documents, rows, config)
-                    tail = (
-                        segment_rows(documents, length, segment, bos) if 0 < segment < length - head else []
-                    )
-                    ending = measured(subject, documents, tail, config) if tail else None
-            except (ValueError, torch.OutOfMemoryError) as error:
-                skipped[str(length)] = reason_of(error)
-                continue
-            if cell is None:
-                skipped[str(length)] = "the losses are not numbers"
-                continue
-            cells.append({"length": length, "stride": min(stride, length - 1), "windows": len(rows), **cell})
-            if ending is not None:
-                last.append({"length": length, **ending})
-        if not cells:
-            return {"skipped": "; ".join(dict.fromkeys(skipped.values()))}
-        return {
-            "cells": cells,
-            "segment": {"tokens": segment, "cells": last},
-            "skipped_cells": skipped,
-            "training_length": subject.training_length,
-            "bos": config.bos if bos is not None else "none",
-            "first_window": config.first_window,
-            "average": config.average,
-            "rope_parameters": config.rope_parameters,
-            "texts": config.texts,
-            "n": len(documents),
-            "documents": [store.ids[i] for i in chosen],
-        }
+        text = Text(
+            documents,
+            [store.ids[i] for i in chosen],
+            bos,
+            rule if bos is not None else "none",
+            config.stride or subject.training_length or 256,
+            within[0] // 2 if config.segment is None else config.segment,
+        )
+        for length in sorted(lengths, key=within.__contains__):
+            reason = skipped.get(str(length))
+            yield Reading(name=str(length), length=length, reason=reason, tokens=length, text=text)
+
+    def measure(self, subject: Subject, config: PerplexityConfig, cell: Reading) -> PerplexityValue:
+        length, text = cell.tokens, cell.text
+        scaling, trained = config.rope_parameters, subject.training_length
+        with rescaled(subject.model, scaling, trained=trained, length=length):
+            rows = sliding_rows(text, length, config.first_window)
+            found = measured(subject, text.documents, rows, config)
+            if found is None:
+                raise Unmeasured("the losses are not numbers")
+            tail = None
+            if 0 < text.segment < length - int(text.bos is not None):
+                tail = measured(subject, text.documents, segment_rows(text, length), config)
+        stride = min(text.stride, length - 1)
+        return PerplexityValue(
+            cell=SlidingCell(length=length, stride=stride, windows=len(rows), **found),
+            ending=None if tail is None else SegmentCell(length=length, **tail),
+        )
+
+    def gather(
+        self, subject: Subject, config: PerplexityConfig, measured: Measured[Reading, PerplexityValue]
+    ) -> PerplexityResult:
+        text = measured.pairs[0][0].text
+        endings = [value.ending for value in measured.values if value.ending is not None]
+        return PerplexityResult(
+            cells=[value.cell for value in measured.values],
+            segment=Segment(tokens=text.segment, cells=endings),
+            skipped_cells=measured.skipped,
+            training_length=subject.training_length,
+            bos=text.rule,
+            first_window=config.first_window,
+            average=config.average,
+            rope_parameters=config.rope_parameters,
+            texts=config.texts,
+            n=len(text.documents),
+            documents=text.names,
+        )
 
     def section(self, run: RunResults) -> Section:
         title, question = (
             "Perplexity by length",
             "Does it predict text far longer than what it was trained on?",
         )
-        values = run.values(self.name)
+        values = self.results(run)
         if not values:
             return self.missing(run, title, question)
         return perplexity_section(self.name, title, question, run, values)
@@ -213,31 +256,28 @@ def windows(tokens: int, length: int, stride: int, bos: Bos, first_window: First
     return found
 
 
-def sliding_rows(
-    documents: Sequence[Ids], length: int, stride: int, bos: int | None, config: PerplexityConfig
-) -> list[Row]:
+def sliding_rows(text: Text, length: int, first_window: FirstWindow) -> list[Row]:
     """The rows of all windows of all documents."""
-    rule: Bos = "none" if bos is None or config.bos is None else config.bos
     rows = []
-    for index, document in enumerate(documents):
-        for window in windows(len(document), length, stride, rule, config.first_window):
+    for index, document in enumerate(text.documents):
+        for window in windows(len(document), length, text.stride, text.rule, first_window):
             ids = document[window.start : window.stop]
             if window.bos:
-                ids = np.concatenate([[bos], ids]).astype(np.int64)
+                ids = np.concatenate([[text.bos], ids]).astype(np.int64)
             rows.append(Row(ids, window.counted - window.start + window.bos, index))
     return rows
 
 
-def segment_rows(documents: Sequence[Ids], length: int, segment: int, bos: int | None) -> list[Row]:
-    """The last `segment` tokens of each document after as much context as `length` leaves."""
-    head = [] if bos is None else [bos]
+def segment_rows(text: Text, length: int) -> list[Row]:
+    """The last tokens of each document after as much context as `length` leaves."""
+    head = [] if text.bos is None else [text.bos]
     return [
         Row(
             np.concatenate([head, document[-(length - len(head)) :]]).astype(np.int64),
-            length - segment,
+            length - text.segment,
             index,
         )
-        for index, document in enumerate(documents)
+        for index, document in enumerate(text.documents)
     ]
 
 
