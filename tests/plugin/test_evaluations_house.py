@@ -1,4 +1,4 @@
-"""What keeps `evals` livable: short functions and files, one place that asks whose model it is, one form of "skipped"."""
+"""What keeps `evals` livable: short functions and files, one place that asks whose model it is, "skipped" as a type."""
 
 from __future__ import annotations
 
