@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,16 @@ def test_a_file_that_cannot_be_used_and_a_mistake_are_no_reasons(gpt2: Any) -> N
         Lengths(raising(8, RecordError("there is no file"))).run(tiny.subject(gpt2), LengthsConfig())
     with pytest.raises(ValueError, match="validation error"):
         Lengths(lambda length: Value.model_validate({})).run(tiny.subject(gpt2), LengthsConfig())
+
+
+def test_a_text_that_cannot_be_opened_is_an_error_where_it_is_needed(gpt2: Any) -> None:
+    def broken() -> TokenStore:
+        raise ValueError("the text is gone")
+
+    subject = replace(tiny.subject(gpt2), open_documents=broken)
+    with pytest.raises(ValueError, match="the text is gone"):
+        Lengths().run(subject, LengthsConfig())
+    assert "skipped" in Lengths().run(subject, LengthsConfig(lengths=[64]))
 
 
 def interrupted(subject: Subject) -> None:

@@ -26,7 +26,7 @@ from clearhead.evals.asking.records import RecordError
 from clearhead.evals.asking.sample_log import SILENCE, SampleLog
 from clearhead.evals.evaluation import C, Evaluation, EvaluationResult, R, Say
 from clearhead.evals.finite import watched
-from clearhead.evals.reasons import Unmeasured, all_of, reason_of
+from clearhead.evals.reasons import Unmeasured, all_of, reason_of, unless
 from clearhead.evals.subject import Subject
 
 
@@ -83,6 +83,9 @@ class CellEvaluation(Evaluation[C, R], Generic[C, R, K, V]):
 
     def result(self, subject: Subject, config: C, progress: Say | None = None) -> R:
         cells = list(self.cells(subject, config))
+        # A text that cannot be opened is an error of its own, not the reason of every cell.
+        if any(self._reason(subject, cell) is None for cell in cells):
+            self.text(subject, config)
         measured: Measured[K, V] = Measured([], {})
         said = time.monotonic()
         with self._log(subject, config) as log:
@@ -115,12 +118,13 @@ class CellEvaluation(Evaluation[C, R], Generic[C, R, K, V]):
             raise Unmeasured(all_of(measured.skipped))
         return self.gather(subject, config, measured)
 
+    def _reason(self, subject: Subject, cell: K) -> str | None:
+        if cell.reason is not None or cell.length is None:
+            return cell.reason
+        return subject.too_long(cell.length)
+
     def _measured(self, subject: Subject, config: C, cell: K, log: SampleLog) -> V:
-        reason = cell.reason
-        if reason is None and cell.length is not None:
-            reason = subject.too_long(cell.length)
-        if reason is not None:
-            raise Unmeasured(reason)
+        unless(self._reason(subject, cell))
         if log.path is None:
             return self.measure(subject, config, cell)
         with watched(subject.model) as watch:

@@ -42,14 +42,16 @@ def fast_tokenizer(subject: Subject) -> PreTrainedTokenizerFast:
 def answer_log(
     subject: Subject,
     name: str,
-    options: dict[str, Any],
+    about: Mapping[str, Any],
     keys: tuple[str, ...],
     progress: Say | None = None,
-    **data: Any,
 ) -> SampleLog:
-    """The kept answers of evaluation `name`; earlier ones count only with the same options, data and weights."""
-    about = {"config": options, **data, "weights": weights_of(subject.model)}
-    return SampleLog.open(subject.folder, name, about, keys, progress=progress)
+    """The kept answers of evaluation `name`; earlier ones count only with the same weights and the same `about`.
+
+    about: the options, as "config", and what tells the data.
+    """
+    weights = weights_of(subject.model)
+    return SampleLog.open(subject.folder, name, {**about, "weights": weights}, keys, progress=progress)
 
 
 def encode(tokenizer: Any, text: str) -> Ids:

@@ -66,7 +66,7 @@ class Measurements(EvaluationResult):
 class ScalingFactorsResult(EvaluationResult):
     scaling: str
     factors: dict[str, Measurements]
-    skipped_cells: dict[str, str]
+    skipped_cells: dict[str, str] = Field(default={})
     training_length: int | None
 
     def perplexities(self, factor: str) -> list[SlidingCell]:

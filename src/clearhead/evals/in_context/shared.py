@@ -269,8 +269,8 @@ def over_sets(
     sets, left_out = read_sets(config)
     found: list[tuple[Task, T]] = []
     text = digest([f"{e.text}\t{e.label}" for data in sets for e in (*data.examples, *(data.test or ()))])
-    options = config.model_dump(mode="json")
-    with answer_log(subject, name, options, (*keys, "index"), progress, text=text) as log:
+    about = {"config": config.model_dump(mode="json"), "text": text}
+    with answer_log(subject, name, about, (*keys, "index"), progress) as log:
         for data in sets:
             try:
                 task = prepare(tokenizer, config, data)

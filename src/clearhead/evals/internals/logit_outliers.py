@@ -98,7 +98,7 @@ class LogitOutliersResult(EvaluationResult):
     n: int
     documents: list[str]
     scalings: list[ScaledLogits]
-    skipped_cells: dict[str, str]
+    skipped_cells: dict[str, str] = Field(default={})
 
 
 @dataclass(frozen=True, kw_only=True)

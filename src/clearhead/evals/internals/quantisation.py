@@ -100,7 +100,7 @@ class QuantisationResult(EvaluationResult):
     """cells: the unquantised model first. chance: of a needle, None where none was asked."""
 
     cells: list[QuantisationCell]
-    skipped_cells: dict[str, str]
+    skipped_cells: dict[str, str] = Field(default={})
     length: int
     n: int
     documents: list[str]

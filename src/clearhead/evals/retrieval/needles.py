@@ -75,7 +75,7 @@ class NeedlesCell(EvaluationResult):
 
 class NeedlesResult(EvaluationResult):
     cells: list[NeedlesCell]
-    skipped_cells: dict[str, str]
+    skipped_cells: dict[str, str] = Field(default={})
     chance: float
     n: int
 

@@ -23,6 +23,7 @@ from clearhead.analysis.by_length import Values, bucket_edges, first_values
 from clearhead.analysis.comparison import compare
 from clearhead.analysis.sections import LineChart, Reference, Section, Series
 from clearhead.analysis.statistics import bootstrap_mean, bootstrap_ratio, decimal
+from clearhead.data.store import TokenStore
 from clearhead.evals.asking.losses import row_losses
 from clearhead.evals.asking.texts import openings, utf8_size
 from clearhead.evals.cells import LengthEvaluation, TextLength
@@ -84,6 +85,9 @@ class LossByPosition(LengthEvaluation[LossByPositionConfig, LossByPositionResult
     def length(self, subject: Subject, config: LossByPositionConfig) -> int:
         length = config.length or 2 * (subject.training_length or 256)
         return min(length, LONGEST) if config.length is None and subject.external else length
+
+    def text(self, subject: Subject, config: LossByPositionConfig) -> TokenStore | None:
+        return subject.texts(config.texts)
 
     def measure(
         self, subject: Subject, config: LossByPositionConfig, cell: TextLength

@@ -131,17 +131,16 @@ class Hallucination(Evaluation[HallucinationConfig, HallucinationResult]):
             raise Unmeasured(all_of(skipped))
         tokenizer = fast_tokenizer(subject)
         form = asked_in(tokenizer, config.form)
-        about: dict[str, Any] = {"form": form, "data": digest_of(sets)}
-        options = config.model_dump(
-            mode="json", exclude={"data", "judge", "judge_options", "fields", "batch_tokens"}
-        )
+        left = {"data", "judge", "judge_options", "fields", "batch_tokens"}
+        options = config.model_dump(mode="json", exclude=left)
+        about: dict[str, Any] = {"config": options, "form": form, "data": digest_of(sets)}
         judged = {**about, "judge": config.judge, "options": config.judge_options}
         reopen(subject.folder, ANSWERS)
-        with answer_log(subject, ANSWERS, options, KEYS, progress, **about) as answers:
+        with answer_log(subject, ANSWERS, about, KEYS, progress) as answers:
             for part in sets:
                 skipped |= ask(subject, tokenizer, config, form, part, answers)
             reopen(subject.folder, VERDICTS)
-            with answer_log(subject, VERDICTS, options, KEYS, progress, **judged) as verdicts:
+            with answer_log(subject, VERDICTS, judged, KEYS, progress) as verdicts:
                 pass_judgement(judge, sets, answers.records, verdicts)
         texts = {(row["set"], row["index"]): row for row in answers.records}
         rows = [{**row, **texts[row["set"], row["index"]]} for row in verdicts.records]

@@ -140,9 +140,12 @@ class KnowledgeConflicts(Evaluation[KnowledgeConflictsConfig, ConflictsResult]):
         )
         if not fits:
             raise Unmeasured(next(iter(skipped.values())))
-        options = config.model_dump(mode="json", exclude={"data", "batch_tokens"})
-        data = digest_json([[one.asked, *one.answers] for one in fits])
-        with answer_log(subject, self.name, options, ("index",), progress, form=form, data=data) as log:
+        about = {
+            "config": config.model_dump(mode="json", exclude={"data", "batch_tokens"}),
+            "form": form,
+            "data": digest_json([[one.asked, *one.answers] for one in fits]),
+        }
+        with answer_log(subject, self.name, about, ("index",), progress) as log:
             todo = [one for one in fits if not log.has((one.index,))]
             for start in range(0, len(todo), AT_ONCE):
                 part = todo[start : start + AT_ONCE]

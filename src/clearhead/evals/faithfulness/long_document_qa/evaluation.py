@@ -116,10 +116,13 @@ class LongDocumentQa(Evaluation[LongDocumentQaConfig, LongDocumentQaResult]):
         cells = [Cell(length, depth) for length in lengths for depth in dict.fromkeys(config.depths)]
         if config.closed_book:
             cells.insert(0, Cell(CLOSED, 0.0))
-        options = config.model_dump(mode="json", exclude={"data", "batch_tokens"})
-        data = digest_json([[a.title, *a.paragraphs] for a in articles])
-        about = {"form": asker.form, "data": data, "lengths": lengths}
-        with answer_log(subject, self.name, options, ("length", "depth", "index"), progress, **about) as log:
+        about = {
+            "config": config.model_dump(mode="json", exclude={"data", "batch_tokens"}),
+            "form": asker.form,
+            "data": digest_json([[a.title, *a.paragraphs] for a in articles]),
+            "lengths": lengths,
+        }
+        with answer_log(subject, self.name, about, ("length", "depth", "index"), progress) as log:
             failed, unmade = every_cell(subject, asker, config, cells, chosen, log)
             records = [row for row in log.records if row["index"] not in unmade]
         skipped |= {f"{cell.length} tokens, depth {cell.depth:.0%}": why for cell, why in failed.items()}

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from clearhead.analysis.by_length import Values, first_values, heat_panels, left_out, length_chart
 from clearhead.analysis.comparison import Comparison, compare
@@ -71,7 +72,7 @@ class LongDocumentQaResult(EvaluationResult):
 
     cells: list[DocumentCell]
     articles: dict[str, int]
-    skipped_cells: dict[str, str]
+    skipped_cells: dict[str, str] = Field(default={})
     examples: list[DocumentAnswer]
     form: str
     bos: str | None

@@ -156,8 +156,8 @@ class MultiNeedle(Evaluation[MultiNeedleConfig, MultiNeedleResult]):
         documents = documents_of(subject, tokenizer, config.haystack)
         asking = Asking(subject, tokenizer, config, form, documents)
         skipped: dict[str, str] = {}
-        options, text = config.model_dump(mode="json"), digest(documents)
-        with answer_log(subject, self.name, options, KEYS, progress, text=text) as log:
+        about = {"config": config.model_dump(mode="json"), "text": digest(documents)}
+        with answer_log(subject, self.name, about, KEYS, progress) as log:
             # A scaling that grows is settled for prompt and answer, and no other cell may have a say in that.
             apart = subject.adapter.frequencies_depend_on_length(config.rope_parameters)
             kinds = {cell: (cell.length, config.new_tokens(cell.asked) if apart else 0) for cell in cells}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import Field
+
 from clearhead.analysis.by_length import Values, first_values, heat_panels, left_out, length_chart
 from clearhead.analysis.comparison import compare
 from clearhead.analysis.sections import BarChart, BarSeries, Chart, HeatMap, Reference, Section, Table
@@ -49,7 +51,7 @@ class MultiNeedleResult(EvaluationResult):
     cells: list[MultiNeedleCell]
     pairs: list[Place]
     grid: list[Place]
-    skipped_cells: dict[str, str]
+    skipped_cells: dict[str, str] = Field(default={})
     examples: list[FoundNeedles]
     form: str
     bos: str | None

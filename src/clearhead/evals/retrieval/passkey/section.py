@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
+
 from clearhead.analysis.by_length import (
     Values,
     every_length,
@@ -37,7 +39,7 @@ class PasskeyCell(EvaluationResult):
 
 class PasskeyResult(EvaluationResult):
     cells: list[PasskeyCell]
-    skipped_cells: dict[str, str]
+    skipped_cells: dict[str, str] = Field(default={})
     training_length: int | None
     rope_parameters: dict[str, Any] | None
     n: int

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from clearhead.analysis.by_length import (
     Values,
@@ -67,7 +68,7 @@ class Segment(EvaluationResult):
 class PerplexityResult(EvaluationResult):
     cells: list[SlidingCell]
     segment: Segment
-    skipped_cells: dict[str, str]
+    skipped_cells: dict[str, str] = Field(default={})
     training_length: int | None
     bos: Bos
     first_window: FirstWindow
