@@ -1,0 +1,39 @@
+"""What keeps the package readable: no function longer than a screen, no file longer than what one idea takes."""
+
+import ast
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[2] / "src" / "clearhead"
+# Lines of a function's body, its signature and docstring left out, and of a file.
+LONGEST_BODY, LONGEST_FILE = 60, 410
+# A Triton kernel is one program: what it keeps in registers cannot be handed to a part of it.
+ONE_PROGRAM = {("kernels/triton/forward.py", "forward"), ("kernels/triton/backward.py", "backward")}
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    body = function.body
+    if ast.get_docstring(function) is not None and len(body) > 1:
+        body = body[1:]
+    assert body[-1].end_lineno is not None
+    return body[-1].end_lineno - body[0].lineno + 1
+
+
+def test_functions_and_files_are_short() -> None:
+    files = {path.relative_to(SOURCE).as_posix(): path for path in SOURCE.rglob("*.py")}
+    assert len(files) > 200
+    for name, path in files.items():
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= LONGEST_FILE, f"{name} has {text.count(chr(10))} lines"
+        for node in ast.walk(ast.parse(text)):
+            if (
+                isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+                and (name, node.name) not in ONE_PROGRAM
+            ):
+                assert body_lines(node) <= LONGEST_BODY, f"{name}: {node.name} has {body_lines(node)} lines"
+
+
+def test_a_body_is_counted_without_its_docstring() -> None:
+    (function,) = ast.parse(
+        'def f(\n    a,\n):\n    """One\n\n    two.\n    """\n    a += 1\n    return a\n'
+    ).body
+    assert isinstance(function, ast.FunctionDef) and body_lines(function) == 2
