@@ -25,6 +25,6 @@ def test_a_sign_that_is_turned_is_found(monkeypatch: pytest.MonkeyPatch) -> None
         assert gate is not None
         return right(streams, -gate)
 
-    monkeypatch.setattr("clearhead.functional.difference", turned)
+    monkeypatch.setitem(attend.MIXES, "difference", turned)
     verdicts = [judge(Operation.draw(Draw(seed))).verdict for seed in range(1, 25)]
     assert "wrong" in verdicts
