@@ -102,7 +102,10 @@ _TABLES = {
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A clause for an error about the unknown `name`: the nearest known name if there is one, else all of them."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
+    # A beginning is what people type who do not remember the rest.
+    near = difflib.get_close_matches(name, known, n=1) or sorted(
+        (one for one in known if len(name) > 2 and one.startswith(name)), key=len
+    )
     if near:
         return f"did you mean {near[0]!r}?"
     return f"known: {', '.join(known)}" if known else "none is registered"

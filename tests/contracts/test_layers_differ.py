@@ -37,6 +37,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "V1 with windows": {"attention": "differential", "layers": [W, {}]},
     "collinear below": {"layers": [{"attention": "collinear", "attention_options": {"mode": "slack"}}, W]},
     "two windows": {"layers": [{"sliding_window": 3}, {"sliding_window": 7}]},
+    "the wider window first": {"layers": [{"sliding_window": 7}, {"sliding_window": 3}]},
     "positions": {"layers": [{"position": "alibi", **W}, {"position": "nope"}, {"position": "xpos"}, {}]},
     "compact": {"attention": "collinear", "compact_cache": True, "layers": [W, {}]},
     "one length a request": {
@@ -115,6 +116,19 @@ def test_generation_with_a_cache_says_what_it_says_without(name: str, options: d
     plain = {"num_beams": options.get("num_beams", 1)}
     expected = made.generate(IDS[:rows, :12], use_cache=False, **given, **plain)
     assert torch.equal(made.generate(IDS[:rows, :12], **given, **options), expected)
+
+
+def test_a_short_padded_prompt_fits_a_static_cache_of_windows_alone() -> None:
+    made = model(layers=[{"sliding_window": 4}, {"sliding_window": 8}])
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    given: dict[str, Any] = {
+        "attention_mask": mask,
+        "max_new_tokens": 9,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
+    expected = made.generate(IDS[:, :3], use_cache=False, **given)
+    assert torch.equal(made.generate(IDS[:, :3], cache_implementation="static", **given), expected)
 
 
 def test_a_window_is_a_band_of_the_same_model() -> None:

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from clearhead.cli.main import app
 from clearhead.look.figure import row
 from clearhead.look.making import make_file
-from clearhead.look.opening import find_marks, read_text
+from clearhead.look.opening import find_marks, kind_of, read_text
 from clearhead.look.page import page
 from clearhead.look.view import STEPS, View, make_view
 from tests.look import small
@@ -65,14 +65,17 @@ def test_a_row_is_what_the_model_gives(attention: str) -> None:
 
 def test_shares_and_left_out_are_exact() -> None:
     view, expected = view_of("differential"), effective_of("differential")
-    assert view.gates is not None and view.gates.shape == (2, 2, len(view.text.ids))
+    assert (
+        view.gates is not None and view.gates.shape == (4, len(view.text.ids)) and view.heads == [[0, 1]] * 2
+    )
+    gates = view.gates.reshape(2, 2, -1)
     first, mark = view.marks
     assert (first.start, first.end) == (0, 1) and view.text.text[view.text.spans[mark.start][0] :].startswith(
         "grey dog"
     )
-    shares = view.shares / STEPS
+    shares = (view.shares / STEPS).reshape(2, 2, *view.shares.shape[1:])
     for layer in range(2):
-        signed = shares[layer, :, :, 0] - view.gates[layer][..., None] * shares[layer, :, :, 1]
+        signed = shares[layer, :, :, 0] - gates[layer][..., None] * shares[layer, :, :, 1]
         for m, one in enumerate((first, mark)):
             exact = expected[layer][:, :, one.start : one.end].sum(-1).numpy()
             np.testing.assert_allclose(signed[..., m], exact, atol=3 / STEPS)
@@ -92,7 +95,7 @@ def test_nothing_in_a_text_ends_the_script_and_the_data_reads_back() -> None:
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', made, re.S)
     assert data is not None
     (told,) = json.loads(data[1])
-    assert told["text"] == small.TEXT and told["heads"] == 2 and told["streams"] == 2
+    assert told["text"] == small.TEXT and told["heads"] == [[0, 1], [0, 1]] and told["streams"] == 2
     keys = np.frombuffer(zlib.decompress(base64.b64decode(told["arrays"]["keys"])), "<u2")
     assert (keys == view.keys).all()
     assert "http" not in made.replace("http-equiv", "")
@@ -118,6 +121,10 @@ def test_the_command_draws_pages_and_pictures(tmp_path: Path) -> None:
         ({"out": "nowhere/look.html"}, "there is no directory"),
         ({"text": " "}, "--text is empty"),
         ({"text": "no/such/file.txt"}, "looks like a file, and there is none"),
+        ({"text": "nofile.txt"}, "looks like a file, and there is none"),
+        ({"text": "a\udcffb"}, "--text holds bytes that are no UTF-8 text"),
+        ({"layers": []}, "layers is empty"),
+        ({"last": -3}, "last must be at least 1, not -3"),
         ({"marks": ["cat"]}, "--mark 'cat' is not in the text"),
         ({"layers": [7]}, "layer 7 is not there: the model has layers 0 to 1"),
         ({"heads": [2]}, "head 2 is not there: the model has heads 0 to 1"),
@@ -130,6 +137,39 @@ def test_what_is_wrong_is_one_sentence(change: dict[str, Any], said: str, tmp_pa
     with pytest.raises(ValueError, match=re.escape(said)):
         make_file(given.pop("models"), given.pop("text"), tmp_path / given.pop("out"), **given)
     assert not list(tmp_path.glob("look.*"))
+
+
+def test_places_in_the_text_are_those_of_javascript() -> None:
+    text = "hi 😀 there 𝒳 <b>"
+    view = make_view(small.model("softmax"), read_text(small.tokenizer(), text), name="", kind="")
+    units = text.encode("utf-16-le")
+    pieces = [units[2 * a : 2 * b].decode("utf-16-le", "replace") for a, b in view.packed()["spans"]]
+    assert pieces[1:4] == ["h", "i", " "] and pieces[-3:] == ["<", "b", ">"]
+
+
+def test_chosen_heads_keep_their_numbers_and_pictures_leave_nothing_out() -> None:
+    view = view_of("softmax", heads=[3, 1, 3], layers=[1])
+    assert view.heads == [[3, 1]] and view.layers == [1]
+    whole = view_of("softmax", last=1, every_key=True, limit=1)
+    np.testing.assert_allclose(row(whole)[0].sum(), 1.0, atol=len(whole.text.ids) / STEPS)
+
+
+LAYERS = [{"attention": "differential"}, {}, {"attention": "differential_v2", "sliding_window": 7}]
+
+
+def test_layers_that_differ_in_streams_and_heads_are_shown_together() -> None:
+    made = small.model("softmax", num_hidden_layers=3, layers=LAYERS)
+    read = read_text(small.tokenizer(), small.TEXT)
+    view = make_view(made, read, name="hybrid", kind=kind_of(made), limit=10**7)
+    assert [len(heads) for heads in view.heads] == [2, 4, 4] and view.single == [False, True, False]
+    assert view.kind == "differential and softmax and differential_v2, 3 layers that differ"
+    made.set_attn_implementation("eager")
+    ids = torch.tensor(read.ids)[None]
+    with torch.no_grad():
+        maps = made(input_ids=ids, output_attentions=True, use_cache=False).attentions
+    expected = torch.cat([one[0, :, -1] for one in maps]).mean(0).numpy()
+    np.testing.assert_allclose(row(view)[-1], expected, atol=3 / STEPS)
+    page([view])
 
 
 class Browser:
@@ -203,6 +243,14 @@ def test_a_pointer_shows_a_tokens_row(browser: Browser, tmp_path: Path) -> None:
     )
     tokens, sentence, table = shown
     assert tokens == [token, token] and "layer 1, head 1" in sentence
+    # The mean of all heads, with another map chosen: the last column is still the difference, taken head by head.
+    browser.run("state.mode = 1; state.views[0].layer = state.views[0].head = -1; draw(state.views[0])")
+    means = browser.run(
+        "return [...state.views[0].table.rows].slice(1).map(r => [r.cells[1].textContent, r.cells[4].textContent])"
+    )
+    mean = torch.stack(effective_of("differential"))[:, :, token].mean((0, 1))
+    for key, value in means:
+        assert abs(float(value.replace("−", "-")) - float(mean[int(key)])) < 1e-4
     expected = effective_of("differential")[1][1, token]
     for key, _, _, value in table:
         assert abs(float(value.replace("−", "-")) - float(expected[int(key)])) < 1e-4

@@ -22,7 +22,7 @@ def row(view: View, token: int | None = None) -> list[np.ndarray[Any, np.dtype[n
     token = len(view.text.ids) - 1 if token is None else token
     sizes = np.minimum(view.most, np.arange(view.first, len(view.text.ids)) + 1)
     starts, at = np.concatenate([[0], np.cumsum(sizes)]), token - view.first
-    blocks = len(view.layers) * view.heads
+    blocks = sum(map(len, view.heads))
     total = [np.zeros(len(view.text.ids)) for _ in range(1 if view.streams == 1 else 3)]
     for block in range(blocks):
         part = slice(block * starts[-1] + starts[at], block * starts[-1] + starts[at + 1])

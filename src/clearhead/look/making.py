@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from clearhead.look.figure import draw
-from clearhead.look.opening import find_marks, kind_of, open_model, read_text
+from clearhead.look.opening import find_marks, kind_of, open_model, opens_with_bos, read_text
 from clearhead.look.page import page
 from clearhead.look.view import BYTES, make_view
 from clearhead.runs.files import write_text
@@ -40,7 +41,7 @@ def make_file(
     views = []
     for source in models:
         model, tokenizer, name = open_model(source)
-        read = read_text(tokenizer, written)
+        read = read_text(tokenizer, written, opens_with_bos(model))
         say(f"{name}: reading {len(read.ids):,} tokens")
         views.append(
             make_view(
@@ -51,8 +52,10 @@ def make_file(
                 marks=find_marks(read, list(marks)),
                 layers=layers,
                 heads=heads,
-                last=last,
+                # A picture is of the last token's row alone, and leaves nothing of it out.
+                last=last if out.suffix == ".html" else 1,
                 limit=BYTES // len(models),
+                every_key=out.suffix != ".html",
             )
         )
         del model
@@ -66,13 +69,16 @@ def make_file(
 def _written(text: str) -> str:
     """The text, or what is in the file of that name."""
     try:
+        text.encode("utf-8")
         path = Path(text)
         if not path.is_file():
-            if "\n" not in text and path.suffix and "/" in text and " " not in text:
+            if re.fullmatch(r"\S+\.[A-Za-z]\w{0,5}", text):
                 raise ValueError(f"--text {text!r} looks like a file, and there is none")
             found = text
         else:
             found = path.read_text(encoding="utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("--text holds bytes that are no UTF-8 text") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"--text {text!r} is not UTF-8 ({error.reason} at byte {error.start})") from None
     except OSError:

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from clearhead.look.opening import find_marks, kind_of, open_model, read_text
+from clearhead.look.opening import find_marks, kind_of, open_model, opens_with_bos, read_text
 from clearhead.look.page import page
 from clearhead.look.view import View, make_view
 from clearhead.runs.files import write_text
@@ -64,7 +64,7 @@ def show(
             raise ValueError(f"a loaded {type(one).__name__} needs tokenizer=, which reads the text for it")
         else:
             loaded, own, name = one, tokenizer, type(one).__name__
-        read = read_text(own, text)
+        read = read_text(own, text, opens_with_bos(loaded))
         views.append(
             make_view(
                 loaded,

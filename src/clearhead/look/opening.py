@@ -37,12 +37,20 @@ def open_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, s
 def kind_of(model: PreTrainedModel) -> str:
     """The model in a few words: its attention, layers and heads."""
     config = model.config.get_text_config()
-    attention = getattr(config, "attention", None) or model.config.model_type
+    kinds = getattr(config, "layer_kinds", ())
+    attention = " and ".join(dict.fromkeys(kind.attention for kind in kinds)) or model.config.model_type
+    if len(set(kinds)) > 1:
+        return f"{attention}, {depth_of(model)} layers that differ"
     return f"{attention}, {depth_of(model)} layers of {heads_of(model)} heads"
 
 
-def read_text(tokenizer: Any, text: str) -> Text:
-    """The text in tokens, with the token that the tokenizer begins a text with.
+def opens_with_bos(model: PreTrainedModel) -> bool:
+    """Whether every text that the model was trained on began with the first token, which its tokenizer does not add."""
+    return bool(model.config.model_type == "clearhead")
+
+
+def read_text(tokenizer: Any, text: str, with_bos: bool = True) -> Text:
+    """The text in tokens as the tokenizer reads it; with_bos: behind the token that begins a text, where it has one.
 
     Raises ValueError for a tokenizer that does not know where its tokens lie in a text.
     """
@@ -53,7 +61,7 @@ def read_text(tokenizer: Any, text: str) -> Text:
     found = tokenizer(text, return_offsets_mapping=True, add_special_tokens=True)
     ids, spans = list(found["input_ids"]), [tuple(span) for span in found["offset_mapping"]]
     bos = tokenizer.bos_token_id
-    if bos is not None and (not ids or ids[0] != bos):
+    if with_bos and bos is not None and (not ids or ids[0] != bos):
         ids, spans = [int(bos), *ids], [(0, 0), *spans]
     return Text(text, ids, spans)
 

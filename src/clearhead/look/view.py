@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 STEPS = 65535
 FEWEST_KEYS = 4
-MOST_KEYS = 64
+MOST_KEYS = 512
 BYTES = 4_200_000
 """Of packed weights by default, which make a page of less than 5 MB."""
 
@@ -55,9 +55,11 @@ class Mark:
 class View:
     """Everything a page needs of one model. Shapes: layers, H heads, rows (queries from `first` on), marks.
 
+    heads: the numbers of each layer's heads; a block is one head of one layer, layer after layer.
     keys, weights: what is kept, flat, row after row; a row at position p keeps min(most, p + 1) keys, in their order.
-    shares: (layers, H, rows, streams, marks), the mass of each stream on each mark. The first mark is the first token.
-    gates: (layers, H, rows), λ; None with one stream. kept: (layers, H, rows, streams), the mass of the kept keys.
+    shares: (blocks, rows, streams, marks), the mass of each stream on each mark. The first mark is the first token.
+    gates: (blocks, rows), λ; None where all layers have one stream. kept: (blocks, rows, streams), the kept keys' mass.
+    single: for each layer whether it has one stream, in a view that has two: the second and λ are zero there.
     """
 
     name: str
@@ -67,7 +69,8 @@ class View:
     first: int
     most: int
     streams: int
-    heads: int
+    heads: list[list[int]]
+    single: list[bool]
     keys: NDArray[np.uint16]
     weights: list[NDArray[np.uint16]]
     shares: NDArray[np.uint16]
@@ -76,7 +79,9 @@ class View:
     layers: list[int] = field(default_factory=list)
 
     def packed(self) -> dict[str, Any]:
-        """As JSON: numbers in the open, arrays packed."""
+        """As JSON: numbers in the open, arrays packed. Places in the text count as JavaScript does, in UTF-16."""
+        sizes = [2 if ord(letter) > 0xFFFF else 1 for letter in self.text.text]
+        places = [0, *np.cumsum(sizes).tolist()]
         arrays: dict[str, NDArray[Any]] = {"keys": self.keys, "shares": self.shares, "kept": self.kept}
         arrays |= {f"weights{i}": w for i, w in enumerate(self.weights)}
         if self.gates is not None:
@@ -85,12 +90,13 @@ class View:
             "name": self.name,
             "kind": self.kind,
             "text": self.text.text,
-            "spans": self.text.spans,
+            "spans": [(places[a], places[b]) for a, b in self.text.spans],
             "marks": [[mark.name, mark.start, mark.end] for mark in self.marks],
             "first": self.first,
             "most": self.most,
             "streams": self.streams,
             "heads": self.heads,
+            "single": self.single,
             "layers": self.layers,
             "arrays": {name: _packed(array) for name, array in arrays.items()},
         }
@@ -107,17 +113,23 @@ def make_view(
     heads: Sequence[int] | None = None,
     last: int | None = None,
     limit: int = BYTES,
+    every_key: bool = False,
 ) -> View:
     """Read the text once and keep what fits into `limit` bytes.
 
     layers, heads: those to show, by default all. last: only the last so many tokens as queries; by default all, or as
-    many as leave room for FEWEST_KEYS keys each.
+    many as leave room for FEWEST_KEYS keys each. every_key: leave no key of a row out, whatever the limit.
     Raises ValueError for a layer or head that is not there, and for a text of no or too many tokens.
     """
     length = len(text.ids)
     if not 1 <= length <= STEPS:
         raise ValueError(f"the text has {length} tokens; between 1 and {STEPS:,} can be shown")
-    keeper = _Keeper(text, [Mark("first token", 0, 1), *marks], layers, heads, last, limit)
+    for what, asked in (("layers", layers), ("heads", heads)):
+        if asked is not None and not list(asked):
+            raise ValueError(f"{what} is empty; name at least one, or leave it out for all")
+    if last is not None and last < 1:
+        raise ValueError(f"last must be at least 1, not {last}")
+    keeper = _Keeper(text, [Mark("first token", 0, 1), *marks], layers, heads, last, limit, every_key)
     keeper.prepare(model)
     see_maps(model, torch.tensor(text.ids), keeper.see, keeper.first)
     return keeper.view(name, kind)
@@ -148,11 +160,15 @@ class _Keeper:
         heads: Sequence[int] | None,
         last: int | None,
         limit: int,
+        every_key: bool,
     ) -> None:
-        self.text, self.marks, self.limit = text, marks, limit
-        self.wanted, self.heads, self.last = layers, heads, last
+        self.text, self.marks, self.limit, self.every_key = text, marks, limit, every_key
+        self.wanted = None if layers is None else list(dict.fromkeys(layers))
+        self.heads = None if heads is None else list(dict.fromkeys(heads))
+        self.last = last
         self.first = self.most = 0
         self.parts: dict[int, list[dict[str, Any]]] = {}
+        self.shown: dict[int, list[int]] = {}
         self.streams = 1
 
     def prepare(self, model: PreTrainedModel) -> None:
@@ -167,14 +183,16 @@ class _Keeper:
         room = self.limit // shown
         rows = min(length, self.last or length, max(1, room // (6 * FEWEST_KEYS + 4 * (len(self.marks) + 2))))
         self.first = length - rows
-        self.most = int(np.clip((room // rows - 4 * (len(self.marks) + 2)) // 6, FEWEST_KEYS, MOST_KEYS))
+        kept = (room // rows - 4 * (len(self.marks) + 2)) // 6
+        self.most = length if self.every_key else int(np.clip(kept, FEWEST_KEYS, MOST_KEYS))
 
     def see(self, rows: Rows) -> None:
         if self.wanted is not None and rows.layer not in self.wanted:
             return
         there = rows.streams[0].shape[0]
         _known("head", self.heads, there)
-        pick = list(range(there)) if self.heads is None else list(self.heads)
+        pick = list(range(there)) if self.heads is None else self.heads
+        self.shown[rows.layer] = pick
         streams = [stream[pick].float() for stream in rows.streams]
         gates = None if rows.weights is None else rows.weights[pick].float()
         self.streams = max(self.streams, len(streams))
@@ -205,18 +223,26 @@ class _Keeper:
 
     def view(self, name: str, kind: str) -> View:
         layers = sorted(self.parts)
-        # Layer after layer, head after head: the blocks of a head's rows in their order.
-        heads = range(len(self.parts[layers[0]][0]["keys"]))
-        keys = [part["keys"][h] for one in layers for h in heads for part in self.parts[one]]
-        weights = [
-            [part["weights"][s][h] for one in layers for h in heads for part in self.parts[one]]
-            for s in range(self.streams)
-        ]
-
-        def joined(what: str) -> torch.Tensor:
-            return torch.stack([torch.cat([part[what] for part in self.parts[one]], 1) for one in layers])
-
-        gated = self.parts[layers[0]][0]["gates"] is not None
+        blocks: dict[str, list[torch.Tensor]] = {name: [] for name in ("keys", "shares", "kept", "gates")}
+        weights: list[list[torch.Tensor]] = [[] for _ in range(self.streams)]
+        for layer in layers:
+            parts = self.parts[layer]
+            for h in range(len(self.shown[layer])):
+                blocks["keys"] += [part["keys"][h] for part in parts]
+                for s, found in enumerate(weights):
+                    for part in parts:
+                        there = s < len(part["weights"])
+                        found.append(part["weights"][s][h] if there else torch.zeros(len(part["keys"][h])))
+                for what in ("shares", "kept"):
+                    # (rows, streams, ...): a layer with one stream has zeros for the second.
+                    whole = torch.cat([part[what][h] for part in parts])
+                    none = torch.zeros_like(whole[:, :1]).repeat_interleave(self.streams - whole.shape[1], 1)
+                    blocks[what].append(torch.cat([whole, none], 1))
+                for part in parts:
+                    gates = torch.zeros(part["kept"].shape[:2]) if part["gates"] is None else part["gates"]
+                    blocks["gates"].append(gates[h])
+        shares = torch.stack(blocks["shares"])
+        gates = torch.cat(blocks["gates"]).view(shares.shape[:2])
         return View(
             name=name,
             kind=kind,
@@ -225,12 +251,13 @@ class _Keeper:
             first=self.first,
             most=self.most,
             streams=self.streams,
-            heads=len(heads),
-            keys=torch.cat(keys).numpy().astype(np.uint16),
+            heads=[self.shown[layer] for layer in layers],
+            single=[len(self.parts[layer][0]["weights"]) == 1 for layer in layers],
+            keys=torch.cat(blocks["keys"]).numpy().astype(np.uint16),
             weights=[_steps(torch.cat(one)) for one in weights],
-            shares=_steps(joined("shares")),
-            kept=_steps(joined("kept")),
-            gates=joined("gates").numpy().astype(np.float32) if gated else None,
+            shares=_steps(shares),
+            kept=_steps(torch.stack(blocks["kept"])),
+            gates=gates.numpy().astype(np.float32) if self.streams > 1 else None,
             layers=layers,
         )
 

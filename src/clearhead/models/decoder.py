@@ -4,6 +4,7 @@ Legend: B batch, H output heads, L queries, S keys.
 """
 
 import inspect
+import math
 from dataclasses import replace
 from typing import Any, cast
 
@@ -48,8 +49,8 @@ class ClearheadModel(ClearheadPreTrainedModel):
         # For every layer the first one of its kind, which stands for the kind in a forward pass.
         self._alike = tuple(self.kinds.index(kind) for kind in self.kinds)
         self._caches = CacheSizes(config)
-        # A layer that sees every key, whose cache has them all; the first one where all have windows.
-        self._widest = next((layer for layer, kind in enumerate(self.kinds) if kind.window is None), 0)
+        # A layer that sees every key, whose cache has them all; the one with the widest window where all have one.
+        self._widest = max(range(len(self.kinds)), key=lambda layer: self.kinds[layer].window or math.inf)
         self.gradient_checkpointing = False
         declared = {n for layer in self._decoder_layers() for n in layer.self_attn.variant.float32_parameters}
         self._keep_in_fp32_modules_strict = [f"self_attn.variant.{name}" for name in sorted(declared)]
@@ -73,7 +74,7 @@ class ClearheadModel(ClearheadPreTrainedModel):
         """Token ids (B, L) to hidden states (B, L, hidden_size).
 
         attention_mask: (B, S) with 1 for real tokens and 0 for padding, or (B, 1 or H, L, S) bool or additive, which
-            then says everything, windows too.
+            then says everything, windows too; keys that a layer with a window has dropped from its cache stay dropped.
         position_ids:   integers (B or 1, L). Without them they count real tokens. In a call that extends no cache,
             positions that restart among real tokens mean packed documents that cannot see each other. Without a mask
             one that does not follow its neighbour is a restart, as in transformers; beside one only one that goes back.

@@ -108,6 +108,11 @@ def _what(config: Mapping[str, Any], folder: Path, job: Mapping[str, Any]) -> st
         "differential_v2_collinear": "differential attention V2 with collinear streams",
     }
     attention = _attention(config)
+    patterns = config.get("layers") or [{}]
+    kinds = dict.fromkeys(entry.get("attention", attention) for entry in patterns)
+    mechanisms = " and ".join(described.get(kind, kind) for kind in kinds)
+    if len(kinds) > 1:
+        mechanisms += " in layers that differ"
     options = ", ".join(f"{key} {value}" for key, value in (config.get("attention_options") or {}).items())
     rope = config.get("rope_parameters") or {}
     positions = str(config.get("position", "rope"))
@@ -115,12 +120,16 @@ def _what(config: Mapping[str, Any], folder: Path, job: Mapping[str, Any]) -> st
         positions = f"RoPE ({rope.get('rope_type', 'default')}, base {rope.get('rope_theta', 10000.0):g})"
     rows = [("parameters", f"{_parameters(folder):,}")] if list(folder.glob("*.safetensors")) else []
     rows += [(label, f"{config[key]:,}") for label, key in SIZES if isinstance(config.get(key), int)]
+    windows = [str(e.get("sliding_window", config.get("sliding_window")) or "all") for e in patterns]
+    if set(windows) != {"all"}:
+        repeated = ", repeated over the depth" if len(windows) > 1 else ""
+        rows.append(("tokens that a layer sees", f"{', '.join(windows)}{repeated}"))
     if job:
         rows.append(("tokens of a row in training", f"{job['data']['length']:,}"))
     rows += [("positions", positions), ("stored in", str(config.get("dtype", "float32")))]
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
     return (
-        f"A causal language model with {described.get(attention, attention)}{f' ({options})' if options else ''}, "
+        f"A causal language model with {mechanisms}{f' ({options})' if options else ''}, "
         f"otherwise as LLaMA (pre-RMSNorm, SwiGLU, no biases).\n\n| | |\n|---|---|\n{table}\n"
     )
 

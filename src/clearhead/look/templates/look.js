@@ -20,14 +20,14 @@ function offsets(view) {
 // One row of one head: its keys, both streams, λ, what is kept, and the marks' shares.
 function row(view, layer, head, token) {
   const rows = view.spans.length - view.first, r = token - view.first;
-  const place = layer * view.heads + head, at = (place * rows + r);
+  const place = view.blocks[layer] + head, at = (place * rows + r);
   const start = place * view.starts[rows] + view.starts[r], size = view.starts[r + 1] - view.starts[r];
   const lambda = view.arrays.gates ? view.arrays.gates[at] : 0, two = view.streams > 1;
-  const found = { keys: [], a1: [], a2: [], value: [], lambda, kept: [0, 0], shares: [] };
+  const found = { keys: [], a1: [], a2: [], value: [], signed: [], lambda, kept: [0, 0], shares: [] };
   for (let i = start; i < start + size; i++) {
     const a1 = view.arrays.weights0[i] / STEPS, a2 = two ? view.arrays.weights1[i] / STEPS : 0;
     found.keys.push(view.arrays.keys[i]); found.a1.push(a1); found.a2.push(a2);
-    found.value.push(mixed(a1, a2, lambda));
+    found.value.push(mixed(a1, a2, lambda)); found.signed.push(a1 - lambda * a2);
   }
   for (let s = 0; s < view.streams; s++) {
     found.kept[s] = view.arrays.kept[at * view.streams + s] / STEPS;
@@ -41,22 +41,21 @@ const mixed = (a1, a2, lambda) => state.mode === 0 ? a1 - lambda * a2 : state.mo
 // The chosen head, the mean of a layer, or of all: means are taken key by key.
 function chosen(view, token) {
   const layers = view.layer < 0 ? view.layers.map((_, i) => i) : [view.layer];
-  const heads = view.head < 0 ? [...Array(view.heads).keys()] : [view.head];
-  const pairs = layers.flatMap(l => heads.map(h => row(view, l, h, token)));
+  const pairs = layers.flatMap(l => (view.head < 0 ? [...view.heads[l].keys()] : [view.head]).map(h => row(view, l, h, token)));
   if (pairs.length === 1) return pairs[0];
   const sums = new Map(), n = pairs.length;
-  const mean = { keys: [], a1: [], a2: [], value: [], lambda: 0, kept: [0, 0], shares: [] };
+  const mean = { keys: [], a1: [], a2: [], value: [], signed: [], lambda: 0, kept: [0, 0], shares: [] };
   for (const one of pairs) {
     one.keys.forEach((key, i) => {
-      const sum = sums.get(key) || [0, 0, 0];
-      sum[0] += one.a1[i] / n; sum[1] += one.a2[i] / n; sum[2] += one.value[i] / n;
+      const sum = sums.get(key) || [0, 0, 0, 0];
+      sum[0] += one.a1[i] / n; sum[1] += one.a2[i] / n; sum[2] += one.value[i] / n; sum[3] += one.signed[i] / n;
       sums.set(key, sum);
     });
     mean.lambda += one.lambda / n;
     one.kept.forEach((v, s) => { mean.kept[s] += v / n; });
   }
   for (const [key, sum] of [...sums].sort((a, b) => a[0] - b[0])) {
-    mean.keys.push(key); mean.a1.push(sum[0]); mean.a2.push(sum[1]); mean.value.push(sum[2]);
+    mean.keys.push(key); mean.a1.push(sum[0]); mean.a2.push(sum[1]); mean.value.push(sum[2]); mean.signed.push(sum[3]);
   }
   mean.shares = pairs[0].shares.map((_, s) => view.marks.map((_, m) =>
     pairs.reduce((t, p) => t + p.shares[s][m] / n, 0)));
@@ -74,7 +73,7 @@ function share(found, mark) {
 const number = x => (x <= -0.00005 ? "−" : "") + Math.abs(x).toFixed(4);
 const name = (view, i) => {
   const [a, b] = view.spans[i];
-  return a === b ? "⟨start⟩" : view.text.slice(a, b).replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ /, "␣");
+  return a === b ? (i ? "⟨⟩" : "⟨start⟩") : view.text.slice(a, b).replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ /, "␣");
 };
 const tint = (x, most) => `rgba(var(--${x < 0 ? "minus" : "plus"}), ${Math.min(1, Math.abs(x) / most).toFixed(3)})`;
 
@@ -97,8 +96,9 @@ function build(view) {
   view.layers.forEach((layer, l) => {
     const line = make("div", view.grid, { className: "row" });
     make("span", line, {}, `layer ${layer}`);
-    if (view.heads > 1) cell(view, line, l, -1, `layer ${layer}, mean of its heads`, "mean");
-    for (let h = 0; h < view.heads; h++) cell(view, line, l, h, `layer ${layer}, head ${h}`);
+    const heads = view.heads[l];
+    if (heads.length > 1) cell(view, line, l, -1, `layer ${layer}, mean of its heads`, "mean");
+    heads.forEach((head, h) => cell(view, line, l, h, `layer ${layer}, head ${head}`));
   });
   view.box = make("div", box, { className: "text", tabIndex: 0 });
   view.box.setAttribute("aria-label", "The text; arrow keys choose a token");
@@ -108,7 +108,7 @@ function build(view) {
   let end = 0;
   view.tokens = view.spans.map(([a, b], i) => {
     if (a > end) pieces.appendChild(document.createTextNode(view.text.slice(end, a)));
-    const span = make("span", null, {}, a === b ? "⟨start⟩" : view.text.slice(Math.max(a, end), b));
+    const span = make("span", null, {}, a === b ? (i ? "" : "⟨start⟩") : view.text.slice(Math.max(a, end), b));
     span.dataset.i = i;
     if (i < view.first) span.className = "unread";
     if (marked.has(i)) span.classList.add("marked");
@@ -169,10 +169,11 @@ function draw(view) {
   view.tokens[view.token].classList.add("query");
   grid(view);
   const where = view.layer < 0 ? "mean of all heads" : view.head < 0 ? `layer ${view.layers[view.layer]}, mean of its heads`
-    : `layer ${view.layers[view.layer]}, head ${view.head}`;
+    : `layer ${view.layers[view.layer]}, head ${view.heads[view.layer][view.head]}`;
   const shares = view.marks.map(([title], m) => `${title} ${number(share(found, m))}`).join(" · ");
   const all = found.all !== undefined ? found.all : mixed(1, view.streams > 1 ? 1 : 0, found.lambda);
-  const lambda = view.streams > 1 ? `, λ = ${found.lambda.toFixed(4)}` : "";
+  const one = view.layer >= 0 && view.single[view.layer];
+  const lambda = one ? ", one softmax map" : view.streams > 1 ? `, λ = ${found.lambda.toFixed(4)}` : "";
   view.now.textContent = `“${name(view, view.token)}” (token ${view.token}), ${where}${lambda}. Shares: ${shares} · all ${number(all)}`;
   list(view, found);
 }
@@ -200,8 +201,7 @@ function list(view, found) {
     make("td", line, {}, number(found.a1[i]));
     if (two) {
       make("td", line, {}, number(found.a2[i]));
-      const value = state.mode === 0 ? found.value[i] : found.a1[i] - found.lambda * found.a2[i];
-      make("td", line, {}, number(value)).className = value < 0 ? "minus" : "plus";
+      make("td", line, {}, number(found.signed[i])).className = found.signed[i] < 0 ? "minus" : "plus";
     }
   }
   const left = found.kept.slice(0, view.streams).map((v, s) => `${number(Math.max(0, 1 - v))}${two ? ` of A${"₁₂"[s]}` : ""}`);
@@ -231,6 +231,8 @@ function modes() {
     const arrays = await Promise.all(names.map(n => unpack(view.arrays[n], kinds[n] || Uint16Array)));
     view.arrays = Object.fromEntries(names.map((n, i) => [n, arrays[i]]));
     view.starts = offsets(view);
+    // Where the heads of each layer begin among all blocks.
+    view.blocks = view.heads.reduce((sums, heads) => [...sums, sums[sums.length - 1] + heads.length], [0]);
     view.token = view.spans.length - 1;
     view.layer = view.head = -1;
     state.views.push(view);
