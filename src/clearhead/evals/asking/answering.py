@@ -32,7 +32,7 @@ MARK = "⟦document⟧"
 
 
 def fast_tokenizer(subject: Subject) -> PreTrainedTokenizerFast:
-    """The subject's tokenizer, which knows where its tokens lie. Raises Unmeasured for any other."""
+    """The subject's tokenizer, which can say where each token lies in a text. Raises Unmeasured for any other."""
     tokenizer = subject.tokenizer
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise Unmeasured(NEEDS_FAST)
@@ -154,5 +154,5 @@ def likelihoods(
 
 
 def weights_of(model: PreTrainedModel) -> float:
-    """Tells the weights of one model from those of another."""
+    """A number that differs between models with different weights: their sum."""
     return sum(float(weight.detach().double().sum()) for weight in model.parameters())

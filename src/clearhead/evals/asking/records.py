@@ -110,9 +110,8 @@ def hub_records(dataset: str, config: str | None, split: str) -> Iterator[Record
         rows = datasets.load_dataset(dataset, config, split=split, streaming=True)
         for number, row in enumerate(rows, start=1):
             yield f"row {number} of the dataset '{dataset}'", dict(row)
-    except (
-        Exception
-    ) as error:  # the library raises a dozen unrelated types for no network and for a wrong name
+    # The library raises a dozen unrelated types for no network and for a wrong name.
+    except Exception as error:
         raise UnreachableError(
             f"the Hugging Face dataset '{dataset}' cannot be read ({reason_of(error)})"
         ) from error

@@ -140,7 +140,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             record = json.loads(raw.decode())
             if not isinstance(record, dict):
                 raise ValueError("a line is no record")
-            # A finished file has no checksums, and may be gone on with.
+            # A finished file has no checksums, and more may be added to it.
             told = record.pop(CHECK, None)
             if told is not None and told != _sum(_text(record)):
                 raise ValueError("a line is damaged")

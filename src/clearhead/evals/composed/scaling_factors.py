@@ -248,7 +248,7 @@ def _asked(values: Values[PasskeyResult]) -> list[tuple[str, int]]:
 
 
 def _charts(values: Values[ScalingFactorsResult]) -> list[LineChart]:
-    """Bits per byte by length, one chart an arm and a line a factor: lines close together are what is hoped for."""
+    """Bits per byte by length: one chart for each arm, one line for each factor; close lines mean little influence."""
     charts: list[LineChart] = []
     for arm, seeds in values.items():
         series = []

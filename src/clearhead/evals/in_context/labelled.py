@@ -226,9 +226,8 @@ def _hub_rows(
 
     try:
         loaded = datasets.load_dataset(dataset, config, split=split)
-    except (
-        Exception
-    ) as error:  # the library raises a dozen unrelated types for no network and for a wrong name
+    # The library raises a dozen unrelated types for no network and for a wrong name.
+    except Exception as error:
         raise UnreachableError(
             f"the Hugging Face dataset {dataset!r} cannot be opened ({reason_of(error)})"
         ) from error

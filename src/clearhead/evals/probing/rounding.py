@@ -37,9 +37,8 @@ __all__ = ["Active", "Scheme", "absmax", "quantised"]
 def quantised(model: PreTrainedModel, scheme: Scheme) -> Iterator[Active]:
     """Inside, `model` computes attention written out and rounded as `scheme` says; afterwards as before.
 
-    Under `Scheme()` nothing is rounded: the reference that differences are taken from. What is given tells by its
-    `calls` whether the model's attention came by at all: one that is not written for Hugging Face's attention
-    interface does not.
+    Under `Scheme()` nothing is rounded: the reference that differences are taken from. `calls` of what is given counts
+    the attention calls that were rounded; it stays 0 for a model that does not use Hugging Face's attention interface.
     Raises ValueError for a model whose attention or weights cannot be reached.
     """
     with _rounded_weights(model, scheme), adapter_of(model).rounded_attention():

@@ -101,7 +101,7 @@ class ExternalLoader:
     def subject(self) -> Subject:
         """The model with what its own configuration tells of its training.
 
-        Raises ValueError, in one sentence, when it cannot be loaded, decodes nothing, or has no fast tokenizer.
+        Raises ValueError, in one sentence, when it cannot be loaded, is no decoder, or has no fast tokenizer.
         """
         from transformers import AutoModelForCausalLM
 

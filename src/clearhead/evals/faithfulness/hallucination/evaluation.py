@@ -202,7 +202,7 @@ def asked_in(tokenizer: PreTrainedTokenizerFast, wanted: FormName | None) -> For
 
 
 def reopen(folder: Path | None, name: str) -> None:
-    """A finished file of answers or verdicts is gone on with; the log sees whether they are of the same run."""
+    """Reopens a finished file of answers or verdicts; the log checks that they are of the same run."""
     if folder is None:
         return
     whole, partial = folder / f"{name}.jsonl", folder / f"{name}.partial.jsonl"
