@@ -13,7 +13,7 @@ import clearhead.engines.hf  # noqa: F401  (registers flash_attention_2)
 import clearhead.engines.sdpa as sdpa
 from clearhead.core.attend import prepare, problem_of
 from clearhead.core.dispatch import Caps, Engine, load_backend, plan
-from clearhead.core.legalise import Lowering
+from clearhead.core.lowering import Lowering
 from clearhead.core.masks import MaskSpec
 from clearhead.engines.eager import Eager
 from clearhead.functional import attention, differential_attention

@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 from clearhead.core.attend import attend, difference, prepare, problem_of, single
 from clearhead.core.dispatch import Caps, load_backend
 from clearhead.core.heads import Heads
-from clearhead.core.legalise import Call, WideValues
+from clearhead.core.lowering import Call, WideValues
 from clearhead.core.masks import MaskSpec
 from clearhead.engines.eager import Eager
 from clearhead.functional import attention

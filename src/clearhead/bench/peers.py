@@ -23,7 +23,7 @@ from clearhead.bench.cases import (
 from clearhead.core.attend import Prepared, attend, difference
 from clearhead.core.dispatch import Engine, Plan, Problem, load_backend
 from clearhead.core.heads import Heads
-from clearhead.core.legalise import Lowering
+from clearhead.core.lowering import Lowering
 from clearhead.core.masks import MaskSpec
 from clearhead.functional import attention, differential_attention
 from clearhead.registry import names

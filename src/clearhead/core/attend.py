@@ -20,7 +20,7 @@ from clearhead.core.hidden import (
     spoilt_sequences,
     without,
 )
-from clearhead.core.legalise import lower, raise_maps, raise_streams
+from clearhead.core.lowering import lower, raise_maps, raise_streams
 from clearhead.core.masks import MaskSpec
 
 Mix = Callable[[tuple[Tensor, ...], Tensor | None], Tensor]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clearhead.core.capability import capability_of
 from clearhead.core.heads import Heads, Widths
-from clearhead.core.legalise import Call, Lowering, WideValues, legalise
+from clearhead.core.lowering import Call, Lowering, WideValues, legalise
 from clearhead.core.masks import MaskSpec
 from clearhead.core.modes import MODES, active_modes
 from clearhead.registry import BACKEND_FACTORIES, did_you_mean, names, resolve

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from clearhead.core.dispatch import Caps, Engine, Problem
 from clearhead.core.heads import repeat_kv
-from clearhead.core.legalise import Call, Lowering, lower_mask
+from clearhead.core.lowering import Call, Lowering, lower_mask
 from clearhead.core.masks import MaskSpec
 from clearhead.core.modes import MODES
 

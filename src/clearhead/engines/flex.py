@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clearhead.core.dispatch import Caps, Engine, Problem
-from clearhead.core.legalise import Call, Lowering, lower_slopes
+from clearhead.core.lowering import Call, Lowering, lower_slopes
 from clearhead.core.masks import MaskSpec
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clearhead.core.dispatch import Backend, Caps, Engine, Problem, register_factory
-from clearhead.core.legalise import Call, Lowering
+from clearhead.core.lowering import Call, Lowering
 from clearhead.core.masks import MaskSpec
 
 _INDEXED = frozenset({"causal", "window", "padding", "documents"})

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clearhead.core.dispatch import MASK_FEATURES, Caps, Engine, Problem
-from clearhead.core.legalise import Call, Lowering, lower_mask, lower_slopes
+from clearhead.core.lowering import Call, Lowering, lower_mask, lower_slopes
 from clearhead.core.masks import MaskSpec
 
 _CAUSAL = "causal"

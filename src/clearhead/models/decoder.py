@@ -18,8 +18,9 @@ from clearhead.core.dispatch import Problem
 from clearhead.core.masks import MaskSpec
 from clearhead.core.norm import RMSNorm
 from clearhead.models.arguments import check_keywords, packed_numbers
+from clearhead.models.blocks import ClearheadDecoderLayer
 from clearhead.models.config import AUTOMATIC, ClearheadConfig
-from clearhead.models.inputs import (
+from clearhead.models.forward_inputs import (
     Given,
     key_positions,
     place,
@@ -27,7 +28,6 @@ from clearhead.models.inputs import (
     shortest_trained_length,
 )
 from clearhead.models.kinds import CacheSizes, Present, present
-from clearhead.models.layers import ClearheadDecoderLayer
 from clearhead.models.pretrained import ClearheadPreTrainedModel, backends_for
 from clearhead.models.shared import Plans, Shared
 from clearhead.positions.base import Position, Rotation

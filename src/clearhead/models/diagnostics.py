@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from clearhead.models.layers import ClearheadDecoderLayer
+from clearhead.models.blocks import ClearheadDecoderLayer
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 from transformers.generation.utils import GenerationMixin
 
-from clearhead.models.inputs import depends_on_length, shortest_trained_length
+from clearhead.models.forward_inputs import depends_on_length, shortest_trained_length
 from clearhead.positions.base import Position
 from clearhead.positions.length import check_cached_length, check_given_length, given_length
 

@@ -13,8 +13,8 @@ from clearhead.core.attend import prepare, problem_of
 from clearhead.core.dispatch import automatic_backends, load_backend
 from clearhead.core.heads import HeadShape, check_flag, check_whole
 from clearhead.core.masks import written
-from clearhead.nn.core import AttentionCore, KeyValueCache
 from clearhead.nn.inputs import AttentionInputs
+from clearhead.nn.projections import AttentionCore, KeyValueCache
 from clearhead.positions.base import Position
 from clearhead.registry import did_you_mean, resolve
 from clearhead.variants.base import make_variant, option_names

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clearhead.core.masks import MaskSpec
-from clearhead.nn.core import KeyValueCache
+from clearhead.nn.projections import KeyValueCache
 from clearhead.positions.base import Position
 from clearhead.positions.length import (
     check_cached_length,

@@ -14,7 +14,7 @@ from clearhead.core.dispatch import automatic_backends, load_backend
 from clearhead.core.heads import HeadShape
 from clearhead.core.masks import MaskSpec
 from clearhead.nn.attention import Attention
-from clearhead.nn.core import AttentionCore
+from clearhead.nn.projections import AttentionCore
 from clearhead.positions.rope import Rope
 from clearhead.testing.backends import relative_error
 from clearhead.testing.masks import rand

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clearhead.core.dispatch import Backend, Problem, register_factory
 from clearhead.core.heads import repeat_kv
-from clearhead.core.legalise import Call, Lowering
+from clearhead.core.lowering import Call, Lowering
 from clearhead.engines.eager import Eager
 
 OWN = "clearhead_quantised_streams"
