@@ -60,4 +60,5 @@ def command(
         last=last,
         say=say,
     )
-    say(f"{made}: {made.stat().st_size / 1e6:.1f} MB")
+    size = made.stat().st_size
+    say(f"{made}: {size / 1e6:.1f} MB" if size >= 1e6 else f"{made}: {size / 1e3:.0f} kB")
