@@ -215,9 +215,8 @@ def layer(spec: Spec, weights: dict[str, Tensor], x: Tensor, source: Tensor, pla
     bias = place.bias
     if spec.position == "alibi":
         assert place.distance is not None
-        # In float32 whatever the model's dtype: what the layers say of themselves.
-        slopes = torch.tensor([alibi.slope(h, heads) for h in range(heads)], dtype=torch.float32)
-        sloped = -slopes.double()[:, None, None] * place.distance[:, None]
+        slopes = torch.tensor([alibi.slope(h, heads) for h in range(heads)], dtype=torch.float64)
+        sloped = -slopes[:, None, None] * place.distance[:, None]
         bias = sloped if bias is None else bias + sloped
     every = [unscaled(spec, q, k, place) * spec.width**-0.5 for q, k in zip(queries, keys, strict=True)]
     maps = [weights_of(logits if bias is None else logits + bias, place.see) for logits in every]
