@@ -111,6 +111,18 @@ def test_what_padding_holds_changes_nothing(
     assert not gradients[1].masked_select(~real[:, None, :, None]).any()
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager", "sdpa", "flex", "cpu"])
+def test_an_empty_batch_under_a_mask_of_its_own(backend: str) -> None:
+    skip_unless_possible(backend)
+    q, k, v = (torch.zeros(0, heads, 5, 8) for heads in (4, 2, 2))
+    masks = {
+        "documents": torch.zeros(0, 5, dtype=torch.long),
+        "key_padding_mask": torch.ones(0, 5, dtype=torch.bool),
+    }
+    for named in ({}, *({name: mask} for name, mask in masks.items()), masks):
+        assert attention(q, k, v, is_causal=True, window=3, backend=backend, **named).shape == (0, 4, 5, 8)
+
+
 @pytest.mark.parametrize("backend", ["auto", "eager", "sdpa", "cpu"])
 def test_an_empty_batch(backend: str) -> None:
     skip_unless_possible(backend)

@@ -7,6 +7,7 @@ off the tensors; a config.json beside them may say rope_theta, rms_norm_eps, max
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -34,19 +35,19 @@ class _Microsoft(Converter):
     def claims(self, source: Source) -> bool:
         return source.has(f"self_attn.{self.mark}")
 
+    @abstractmethod
     def head_counts(self, rows: Callable[[str], int]) -> tuple[int, int, int]:
         """The twin's query heads, its key-value heads and the width of a head, from numbers of rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lines(self) -> list[Line]:
         """What the variant has besides projections."""
-        raise NotImplementedError
 
+    @abstractmethod
     def layer(
         self, layer: int, x: Tensor, read: Reader, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int]
     ) -> Tensor:
         """The released layer, in plain functions."""
-        raise NotImplementedError
 
     def configuration(self, source: Source) -> ClearheadConfig:
         weights, given = source.weights, source.config

@@ -93,6 +93,9 @@ def prepare(backends: tuple[Backend, ...], problem: Problem, mask: MaskSpec, aut
     if not isinstance(chosen.backend, Engine):
         return Prepared(chosen, mask)
     assert chosen.lowering is not None
+    if mask.is_of_nothing:
+        # `attend` answers an empty batch without its engine.
+        return Prepared(chosen, mask)
     native = chosen.backend.prepare(mask, problem, chosen.lowering)
     looks = problem.device == "cpu" and not problem.modes
     hidden = mask if looks and hides_real_keys(mask, problem.queries, problem.keys) else None

@@ -56,6 +56,11 @@ class MaskSpec:
         return replace(self, offset=offset, dense=dense, places=places)
 
     @property
+    def is_of_nothing(self) -> bool:
+        """Whether a part says that the batch is empty."""
+        return any(part is not None and part.shape[0] == 0 for part in (self.key_padding, self.documents))
+
+    @property
     def features(self) -> frozenset[str]:
         """Names of the parts in use, for the choice of an engine."""
         parts = {
