@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from clearhead.core.heads import repeat_kv
 from clearhead.evals.asking.running import inference
+from clearhead.evals.probing.attention_rows import diff_llama_lambda
 from clearhead.evals.probing.recorder import Recorded, recorded
 
 if TYPE_CHECKING:
@@ -138,7 +139,5 @@ def _rows(module: Any, maps: Tensor, first: int) -> Rows:
     if type(module).__name__ != "DiffLlamaAttention":
         return Rows(module.layer_idx, first, (maps,))
     signal, noise = maps.chunk(2, dim=0)
-    one = (module.lambda_q1 * module.lambda_k1).float().sum().exp()
-    two = (module.lambda_q2 * module.lambda_k2).float().sum().exp()
-    weight = one - two + module.lambda_init
-    return Rows(module.layer_idx, first, (signal, noise), weight.expand(signal.shape[:2]))
+    weight = diff_llama_lambda(module).expand(signal.shape[:2])
+    return Rows(module.layer_idx, first, (signal, noise), weight)

@@ -71,6 +71,12 @@ def _effective(module: Any, rows: Tensor) -> Tensor:
     if type(module).__name__ != "DiffLlamaAttention":
         return rows
     signal, noise = rows.chunk(2, dim=1)
+    return signal - diff_llama_lambda(module) * noise
+
+
+def diff_llama_lambda(module: Any) -> Tensor:
+    """λ of one attention layer of Hugging Face's DiffLlama, a scalar in float32."""
     first = (module.lambda_q1 * module.lambda_k1).float().sum().exp()
     second = (module.lambda_q2 * module.lambda_k2).float().sum().exp()
-    return signal - (first - second + module.lambda_init) * noise
+    found: Tensor = first - second + module.lambda_init
+    return found
