@@ -23,7 +23,7 @@ from typing import Any
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 HOUR = 3600.0
 # Names that differ from call to call.
-PASSING = re.compile(r"events\.out\S*")
+PASSING = re.compile(r"(?<=events)\.out\S*|\.[^./]+-\d+-\d+(?=\.part)")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Inside:
         """An event of this process; whatever is planned for it happens before it goes on."""
         if self.busy:
             return
-        name = PASSING.sub("events", f"{self.role}: {what}")
+        name = PASSING.sub("", f"{self.role}: {what}")
         self.seen[name] += 1
         if self.record:
             self.note(name)

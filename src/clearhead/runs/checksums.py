@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+from clearhead.data.writing import replacing
 from clearhead.runs.files import BrokenFile
 
 CHECKSUMS = "checksums.json"  # of a finished model
@@ -28,12 +29,8 @@ def seal(folder: Path, name: str) -> None:
     sums = {path.relative_to(folder).as_posix(): digest(path) for path in files}
     for path in (*files, *(path.parent for path in files), folder):
         sync(path)
-    part = folder / f".{name}.part"
-    with part.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(sums, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(folder / name)
+    with replacing(folder / name) as part:
+        part.write_text(json.dumps(sums, indent=1), encoding="utf-8")
     sync(folder)
     sync(folder.parent)
 

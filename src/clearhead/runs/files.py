@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clearhead.data.writing import writing
+from clearhead.data.writing import replacing
 
 
 def not_finite(value: Any, where: str = "") -> str | None:
@@ -94,10 +93,5 @@ def plain(value: Any) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` so that after a crash the file is either the old or the new one. Raises Unwritten on a full disk."""
-    part = path.with_name(f".{path.name}.part")
-    with writing(path):
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
