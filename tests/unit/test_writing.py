@@ -41,12 +41,12 @@ def test_what_a_killed_process_left_goes_with_the_next(tmp_path: Path) -> None:
         os._exit(0)
     os.waitpid(child, 0)
     for owner in (f"{host}-{child}", f"{host}-{os.getpid()}", f"{host}x-{child}"):
-        (tmp_path / f".status.json.{owner}-0.part").touch()
+        (tmp_path / f".status.json.{owner}-999.part").touch()
     with replacing(path) as part:
         part.write_text("{}")
     left = sorted(one.name for one in tmp_path.iterdir())
     assert left == sorted(
-        [f".status.json.{host}-{os.getpid()}-0.part", f".status.json.{host}x-{child}-0.part", "status.json"]
+        [f".status.json.{host}-{os.getpid()}-999.part", f".status.json.{host}x-{child}-999.part", "status.json"]
     )
 
 
