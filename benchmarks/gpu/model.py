@@ -13,7 +13,7 @@ from typing import Any
 
 from clearhead.kernels.triton import configs
 from clearhead.kernels.triton.configs import Config, Key
-from clearhead.kernels.triton.counting import Attention, Work, backward, forward, twin
+from clearhead.kernels.triton.counting import CountedAttention, Work, backward, forward, twin
 
 RESULTS = Path(__file__).parents[1] / "results" / "triton_model.jsonl"
 # NVIDIA's data sheets (SXM): dense bfloat16 operations a second, bytes a second, multiprocessors.
@@ -21,19 +21,21 @@ DEVICES = {"H100": ("sm_90", 989e12, 3.35e12, 132), "A100": ("sm_80", 312e12, 2.
 FORMS = {"v1": (2, True, 2), "v2": (2, False, 1), "softmax": (1, False, 1)}
 
 
-def problem(form: str, width: int, length: int) -> Attention:
+def problem(form: str, width: int, length: int) -> CountedAttention:
     """16 softmax heads' worth of projections, one sequence, causal."""
     streams, own_keys, wide = FORMS[form]
     heads = 8 if own_keys else 16
-    return Attention(1, heads, heads, length, length, width, wide * width, streams, own_keys, causal=True)
+    return CountedAttention(
+        1, heads, heads, length, length, width, wide * width, streams, own_keys, causal=True
+    )
 
 
-def config_of(architecture: str, direction: str, a: Attention) -> Config:
+def config_of(architecture: str, direction: str, a: CountedAttention) -> Config:
     key = Key(architecture, direction, 16, configs.padded(a.width), configs.padded(a.value_width), a.streams)
     return configs.choose(key)
 
 
-def both(architecture: str, a: Attention, processors: int) -> dict[str, Work]:
+def both(architecture: str, a: CountedAttention, processors: int) -> dict[str, Work]:
     config = config_of(architecture, "backward", a)
     stretches = min(-(-2 * processors // a.pairs), -(-a.keys // config.block_n), -(-a.rows // config.block_m))
     return {
@@ -70,7 +72,7 @@ def main() -> None:
     RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def exact(a: Attention, direction: str) -> int:
+def exact(a: CountedAttention, direction: str) -> int:
     """Multiply-adds with tiles of one row and one key: no tile is half hidden."""
     one = Config(1, 1, 1, 1)
     a = replace(a, queries=256, keys=256)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from clearhead.core.attend import MIXES, Mixing, attend, prepare, problem_of
 from clearhead.core.dispatch import automatic_backends, load_backend
-from clearhead.core.heads import Heads
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import Streams
 
 __all__ = ["attention", "differential_attention"]
 
@@ -70,7 +70,7 @@ def attention(
         dense=attn_mask,
         slopes=alibi_slopes,
     )
-    return _run(Heads((q,), (k,), v), "single", mask, scale, backend)
+    return _run(Streams((q,), (k,), v), "single", mask, scale, backend)
 
 
 def differential_attention(
@@ -119,7 +119,7 @@ def differential_attention(
         dense=attn_mask,
         slopes=alibi_slopes,
     )
-    return _run(Heads(tuple(streams), tuple(keys), v, gate), "difference", mask, scale, backend)
+    return _run(Streams(tuple(streams), tuple(keys), v, gate), "difference", mask, scale, backend)
 
 
 def _gate(lam: float | Tensor, device: torch.device) -> Tensor:
@@ -143,7 +143,7 @@ def _is_number(x: object) -> bool:
     return -LARGEST <= value <= LARGEST
 
 
-def _scaled(heads: Heads, scale: float | Tensor | None) -> tuple[Heads, float]:
+def _scaled(heads: Streams, scale: float | Tensor | None) -> tuple[Streams, float]:
     """The heads and the number that their logits are to be scaled by; a tensor's gradient goes through the queries."""
     if scale is None:
         return heads, float(heads.q[0].shape[3] ** -0.5)
@@ -163,7 +163,9 @@ def _scaled(heads: Heads, scale: float | Tensor | None) -> tuple[Heads, float]:
     return heads, float(scale)
 
 
-def _run(heads: Heads, mixing: Mixing, mask: MaskSpec, scale: float | Tensor | None, backend: str) -> Tensor:
+def _run(
+    heads: Streams, mixing: Mixing, mask: MaskSpec, scale: float | Tensor | None, backend: str
+) -> Tensor:
     batch, count, queries, _ = heads.q[0].shape
     keys = heads.v.shape[2]
     mask.validate(batch, count, queries, keys, heads.v.device)

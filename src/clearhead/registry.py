@@ -27,13 +27,13 @@ POSITIONS = {
     "nope": "clearhead.positions.nope:Nope",
 }
 ROPE_SCALINGS = {
-    "default": "clearhead.positions.scaling.default:Default",
-    "linear": "clearhead.positions.scaling.linear:Linear",
-    "ntk": "clearhead.positions.scaling.ntk:Ntk",
-    "dynamic": "clearhead.positions.scaling.dynamic:Dynamic",
-    "yarn": "clearhead.positions.scaling.yarn:Yarn",
-    "llama3": "clearhead.positions.scaling.llama3:Llama3",
-    "longrope": "clearhead.positions.scaling.longrope:LongRope",
+    "default": "clearhead.positions.scaling.default:DefaultScaling",
+    "linear": "clearhead.positions.scaling.linear:LinearScaling",
+    "ntk": "clearhead.positions.scaling.ntk:NtkScaling",
+    "dynamic": "clearhead.positions.scaling.dynamic:DynamicScaling",
+    "yarn": "clearhead.positions.scaling.yarn:YarnScaling",
+    "llama3": "clearhead.positions.scaling.llama3:Llama3Scaling",
+    "longrope": "clearhead.positions.scaling.longrope:LongRopeScaling",
 }
 ENGINES = {
     "sdpa": "clearhead.engines.sdpa:Sdpa",

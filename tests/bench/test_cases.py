@@ -7,7 +7,7 @@ from transformers import DiffLlamaConfig
 from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention
 
 from clearhead.bench.cases import CASES, AttentionCase, TrainCase, select
-from clearhead.bench.peers import PEERS, Inputs, Unavailable, build, make_inputs, problem
+from clearhead.bench.peers import PEERS, PeerInputs, Unavailable, build, make_inputs, problem
 from clearhead.bench.training import ARMS, step_flops
 from clearhead.bench.training import build as build_model
 from tests.bench.tiny import attention, train
@@ -88,7 +88,7 @@ def test_the_diff_llama_peer_is_diff_llama(groups: int) -> None:
         return linear(x).view(2, tokens, -1, width).transpose(1, 2)
 
     gate = (layer.lambda_q1 @ layer.lambda_k1).exp() - (layer.lambda_q2 @ layer.lambda_k2).exp()
-    inputs = Inputs(
+    inputs = PeerInputs(
         projected(layer.q_proj),
         projected(layer.k_proj),
         projected(layer.v_proj),

@@ -111,7 +111,7 @@ def test_an_interruption_shows_the_rounds_so_far(tmp_path: Path, monkeypatch: py
     built = peers.PEERS["naive maps"](V1)
     calls = 0
 
-    def run(inputs: peers.Inputs) -> Any:
+    def run(inputs: peers.PeerInputs) -> Any:
         nonlocal calls
         calls += 1
         # One of the gate, two to warm up, two rounds.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clearhead.bench.cases import AttentionCase
 from clearhead.bench.gate import check
-from clearhead.bench.peers import PEERS, Inputs, Peer, Unavailable
+from clearhead.bench.peers import PEERS, Peer, PeerInputs, Unavailable
 from tests.bench.tiny import attention
 
 CASES = {
@@ -42,11 +42,11 @@ def scaled_gradient(x: Tensor) -> Tensor:
     return x * 1.01 - (x * 0.01).detach()
 
 
-def raising(inputs: Inputs) -> Tensor:
+def raising(inputs: PeerInputs) -> Tensor:
     raise IndexError("out of its depth")
 
 
-Break = Callable[[Peer, Inputs], Tensor]
+Break = Callable[[Peer, PeerInputs], Tensor]
 BREAKS: dict[str, tuple[Break, str]] = {
     "output": (lambda peer, x: peer.run(x) * 1.001, "output"),
     "gradient of q": (lambda peer, x: peer.run(replace(x, q=scaled_gradient(x.q))), "dq"),

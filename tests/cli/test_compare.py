@@ -20,7 +20,7 @@ from clearhead.cli import main
 from clearhead.cli.main import app
 from clearhead.train import pool as jobs
 from clearhead.train import trainer, worker
-from clearhead.train.pool import Task
+from clearhead.train.pool import TrainingTask
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -131,7 +131,7 @@ def test_a_killed_worker_is_reported_and_the_next_call_ends_with_the_same_weight
     run = project / "run"
     environment = {"CLEARHEAD_CACHE": str(project / "cache"), "OMP_NUM_THREADS": "1"}
 
-    def start(task: Task, threads: int, worker: str) -> Any:
+    def start(task: TrainingTask, threads: int, worker: str) -> Any:
         return Forked(small.process(work, task.directory.absolute(), os.getpid(), environment))
 
     with monkeypatch.context() as patch:

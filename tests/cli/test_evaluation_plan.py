@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from clearhead.cli.evaluation_plan import Asked, ExternalPlan, TrainedPlan, plan_evaluation
+from clearhead.cli.evaluation_plan import EvaluateArguments, ExternalPlan, TrainedPlan, plan_evaluation
 from clearhead.runs.recipe import RecipeError
 
 SUITE = """
@@ -25,20 +25,20 @@ def suite(tmp_path: Path) -> Path:
     return tmp_path / "suite.toml"
 
 
-def external(asked: Asked) -> ExternalPlan:
+def external(asked: EvaluateArguments) -> ExternalPlan:
     plan = plan_evaluation(asked)
     assert isinstance(plan, ExternalPlan)
     return plan
 
 
 def test_a_hub_model_is_read_by_default_with_what_needs_no_data() -> None:
-    plan = external(Asked("some-owner/some-model"))
+    plan = external(EvaluateArguments("some-owner/some-model"))
     assert plan.directory == Path("runs/some-model") and plan.spec.corpus == "stdlib"
     assert dict(plan.options) == {"perplexity": {}, "passkey": {}} and not plan.left_out
 
 
 def test_a_suite_file_gives_options_and_the_command_line_overrides_them(suite: Path, tmp_path: Path) -> None:
-    asked = Asked(
+    asked = EvaluateArguments(
         "some-model", settings=["perplexity.documents=3"], file=suite, sets=tmp_path, out=tmp_path / "o"
     )
     plan = external(asked)
@@ -48,18 +48,20 @@ def test_a_suite_file_gives_options_and_the_command_line_overrides_them(suite: P
 
 
 def test_what_lacks_its_data_is_left_out_unless_it_is_given_some(suite: Path) -> None:
-    plan = external(Asked("some-model", file=suite))
+    plan = external(EvaluateArguments("some-model", file=suite))
     assert list(plan.options) == ["perplexity"] and "--sets" in plan.left_out["knowledge_conflicts"]
-    given = external(Asked("some-model", file=suite, settings=["knowledge_conflicts.data=own.jsonl"]))
+    given = external(
+        EvaluateArguments("some-model", file=suite, settings=["knowledge_conflicts.data=own.jsonl"])
+    )
     assert given.options["knowledge_conflicts"]["data"] == "own.jsonl" and not given.left_out
     with pytest.raises(
         RecipeError, match="no evaluation is left to run: knowledge_conflicts is left out: name"
     ):
-        plan_evaluation(Asked("some-model", suites=["knowledge_conflicts"], file=suite))
+        plan_evaluation(EvaluateArguments("some-model", suites=["knowledge_conflicts"], file=suite))
 
 
 def test_tasks_of_the_harness_are_an_evaluation_like_others() -> None:
-    plan = external(Asked("some-model", lm_eval="hellaswag, arc_easy"))
+    plan = external(EvaluateArguments("some-model", lm_eval="hellaswag, arc_easy"))
     assert dict(plan.options) == {"lm_eval": {"tasks": ["hellaswag", "arc_easy"]}}
 
 
@@ -70,12 +72,14 @@ def test_jobs_that_were_trained_here_have_a_recipe_of_their_own(tmp_path: Path, 
     (job / "model" / "config.json").write_text("{}")
     (job / "status.json").write_text('{"state": "trained"}')
     (tmp_path / "run" / "recipe.toml").write_text("")
-    plan = plan_evaluation(Asked(str(tmp_path / "run"), suites=["passkey"], settings=["samples=3"]))
+    plan = plan_evaluation(
+        EvaluateArguments(str(tmp_path / "run"), suites=["passkey"], settings=["samples=3"])
+    )
     assert plan == TrainedPlan((job,), ("passkey",), ("samples=3",))
     with pytest.raises(RecipeError, match="--config is for models not trained here"):
-        plan_evaluation(Asked(str(tmp_path / "run"), file=suite))
+        plan_evaluation(EvaluateArguments(str(tmp_path / "run"), file=suite))
 
 
 def test_an_unknown_evaluation_is_named_before_anything_else() -> None:
     with pytest.raises(ValueError, match="unknown evaluation 'passkeys': did you mean 'passkey'"):
-        plan_evaluation(Asked("some-model", suites=["passkeys"]))
+        plan_evaluation(EvaluateArguments("some-model", suites=["passkeys"]))

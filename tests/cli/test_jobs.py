@@ -13,7 +13,7 @@ from clearhead.runs.directory import RunError
 from clearhead.runs.recipe_io import parse_recipe
 from clearhead.runs.status import read_status
 from clearhead.train.comparison import arm_tasks
-from clearhead.train.pool import Row, Silent, Task, Watcher, parallelism, run_tasks
+from clearhead.train.pool import ProgressRow, Silent, TrainingTask, Watcher, parallelism, run_tasks
 
 WORKER = "tests.cli.fake_worker"
 ROOT = Path(__file__).parents[2]
@@ -24,12 +24,12 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT)]))
 
 
-def tasks(directory: Path, seeds: Sequence[int], **train: Any) -> list[Task]:
+def tasks(directory: Path, seeds: Sequence[int], **train: Any) -> list[TrainingTask]:
     raw = {"name": "t", "seeds": list(seeds), "arms": [{"name": "A"}], "train": {"workers": 2, **train}}
     return arm_tasks(parse_recipe(raw, source="test"), directory)
 
 
-def calls(task: Task) -> int:
+def calls(task: TrainingTask) -> int:
     path = task.directory / "calls"
     return len(path.read_text()) if path.exists() else 0
 
@@ -58,7 +58,7 @@ def test_other_evaluations_are_run_again_without_training(tmp_path: Path) -> Non
     job = tasks(tmp_path, [FINE])[0]
     run_tasks([job], Silent(), worker=WORKER)
     evaluate = job.job.evaluate.model_copy(update={"suites": ["needles"]})
-    changed = Task(job.job.model_copy(update={"evaluate": evaluate}), job.directory, job.label)
+    changed = TrainingTask(job.job.model_copy(update={"evaluate": evaluate}), job.directory, job.label)
     run_tasks([changed], Silent(), worker=WORKER)
     assert calls(changed) == 2
 
@@ -74,7 +74,7 @@ def test_another_training_in_the_same_place_is_refused(tmp_path: Path) -> None:
 
 
 class InterruptWhenRunning(Watcher):
-    def update(self, rows: Sequence[Row]) -> None:
+    def update(self, rows: Sequence[ProgressRow]) -> None:
         if sum(row.running and row.status.state == "training" for row in rows) == 2:
             raise KeyboardInterrupt
 

@@ -11,11 +11,11 @@ from clearhead.cli.progress import LiveTable, PlainLines
 from clearhead.runs.recipe_io import parse_recipe
 from clearhead.runs.status import Status
 from clearhead.train.comparison import arm_tasks
-from clearhead.train.pool import Row
+from clearhead.train.pool import ProgressRow
 
 
 @pytest.fixture
-def rows() -> list[Row]:
+def rows() -> list[ProgressRow]:
     train = {"tokens": 4096 * 10}
     raw = {"name": "t", "seeds": [0, 1], "arms": [{"name": "A"}, {"name": "B [x]"}], "train": train}
     tasks = arm_tasks(parse_recipe(raw, source="test"), Path("run"))
@@ -28,21 +28,23 @@ def rows() -> list[Row]:
         Status("failed", step=3, steps=10, tokens=4096 * 3, error="why"),
         Status(steps=10),
     ]
-    return [Row(task, status, status is training) for task, status in zip(tasks, statuses, strict=True)]
+    return [
+        ProgressRow(task, status, status is training) for task, status in zip(tasks, statuses, strict=True)
+    ]
 
 
 def test_durations() -> None:
     assert [duration(value) for value in (None, 0, 61, 3723.9)] == ["–", "0:00", "1:01", "1:02:03"]
 
 
-def test_time_left_is_over_all_jobs(rows: list[Row]) -> None:
+def test_time_left_is_over_all_jobs(rows: list[ProgressRow]) -> None:
     # Half of one job and all of another, at 4,096 tokens a second.
     assert seconds_left(rows) == 15
     assert seconds_left([replace(row, running=False) for row in rows]) is None
     assert seconds_left(rows[:1]) == 0
 
 
-def test_table(rows: list[Row]) -> None:
+def test_table(rows: list[ProgressRow]) -> None:
     console = Console(width=100, force_terminal=False)
     with console.capture() as captured:
         console.print(LiveTable().table(rows))
@@ -58,7 +60,7 @@ def test_table(rows: list[Row]) -> None:
     ]
 
 
-def test_plain_lines_are_said_once(rows: list[Row], capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_lines_are_said_once(rows: list[ProgressRow], capsys: pytest.CaptureFixture[str]) -> None:
     lines = PlainLines()
     for _ in range(3):
         lines.update(rows)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from clearhead.core.attend import attend, difference, prepare, problem_of, single
 from clearhead.core.dispatch import Engine, load_backend
-from clearhead.core.heads import Heads
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import Streams
 from clearhead.functional import attention, differential_attention
 from clearhead.positions.alibi import slopes
 from tests.contracts.support import rand
@@ -112,12 +112,12 @@ def inputs_of(form: str, layout: str, kind: Kind, size: float = 1.0) -> tuple[Te
     return (q, k, v) if form == "softmax" else (q, k, v, rand(B, heads, kind.queries, 1, seed=4))
 
 
-def heads_of(form: str, inputs: tuple[Tensor, ...]) -> Heads:
+def heads_of(form: str, inputs: tuple[Tensor, ...]) -> Streams:
     q, k, v = inputs[:3]
     if form == "softmax":
-        return Heads((q,), (k,), v)
+        return Streams((q,), (k,), v)
     keys = (k[:, 0::2], k[:, 1::2]) if form == "v1" else (k,)
-    return Heads((q[:, 0::2], q[:, 1::2]), keys, v, inputs[3])
+    return Streams((q[:, 0::2], q[:, 1::2]), keys, v, inputs[3])
 
 
 def run(engine: Engine | str, form: str, inputs: tuple[Tensor, ...], mask: MaskSpec) -> Tensor:

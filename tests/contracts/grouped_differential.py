@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from clearhead.core.heads import HeadShape, Widths, split_heads
+from clearhead.core.streams import HeadShape, Widths, split_heads
 from clearhead.variants.base import Variant
 
 

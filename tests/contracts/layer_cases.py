@@ -106,7 +106,7 @@ def spec_of(case: Case, layout: str) -> LayerSpec:
     return LayerSpec(case.attention, heads, kv_heads, D, case.layer_idx, case.position, options=case.options)
 
 
-def weights_of(module: Attention) -> dict[str, Tensor]:
+def weights_digest(module: Attention) -> dict[str, Tensor]:
     """Copies in float64 under the oracle's names, ready for gradients."""
     names = {
         name: name.removeprefix("variant.").removesuffix(".weight") for name, _ in module.named_parameters()
@@ -130,7 +130,7 @@ def run_oracle(
     case: Case, layout: str, module: Attention, call: dict[str, Any], tensors: list[Tensor]
 ) -> list[Tensor]:
     inputs = [x.detach().clone().requires_grad_() for x in tensors]
-    weights = weights_of(module)
+    weights = weights_digest(module)
     out, _ = layer(spec_of(case, layout), weights, *inputs, **call)
     found = torch.autograd.grad(out, [*inputs, *weights.values()], rand(*out.shape, seed=42))
     return [x.detach() for x in (out, *found)]

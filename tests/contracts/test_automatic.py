@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from clearhead import registry
 from clearhead.core import dispatch
 from clearhead.core.attend import attend, difference, prepare, problem_of, single
-from clearhead.core.dispatch import Kernel, Problem
-from clearhead.core.heads import Heads
+from clearhead.core.dispatch import AttentionProblem, Kernel
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import Streams
 from clearhead.engines.eager import Eager
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
 from tests.contracts.model_cases import LAYERS, left_padded, make_config, make_model, tokens
@@ -31,11 +31,11 @@ class Picky(Kernel):
     def __init__(self) -> None:
         self.runs = 0
 
-    def refusal(self, problem: Problem) -> str | None:
+    def refusal(self, problem: AttentionProblem) -> str | None:
         plain = problem.mask <= {"causal"} and problem.ends_aligned and not problem.needs_maps
         return None if plain else "it is picky"
 
-    def run(self, heads: Heads, mask: MaskSpec, scale: float) -> Tensor:
+    def run(self, heads: Streams, mask: MaskSpec, scale: float) -> Tensor:
         self.runs += 1
         mix = single if heads.gate is None else difference
         prepared = prepare((Eager(),), problem_of(heads, mask, mix.__name__), mask, automatic=False)

@@ -15,9 +15,9 @@ import clearhead.nn.attention as layers
 from clearhead.bench import cases, peers
 from clearhead.core.attend import MIXES, Mix, difference, problem_of
 from clearhead.core.capability import capability_of, compute_capability, parse_device
-from clearhead.core.dispatch import Backend, Kernel, Plan, Problem, choose, load_backend, plan
-from clearhead.core.heads import HeadShape
+from clearhead.core.dispatch import AttentionProblem, Backend, Kernel, Plan, choose, load_backend, plan
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import HeadShape
 from clearhead.engines.eager import Eager
 from clearhead.engines.sdpa import Sdpa
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
@@ -27,7 +27,7 @@ from clearhead.variants.base import Variant
 from clearhead.variants.differential import Differential
 
 SOURCE = Path(__file__).parents[2] / "src" / "clearhead"
-PACKED = Problem(
+PACKED = AttentionProblem(
     2,
     False,
     4,
@@ -50,10 +50,10 @@ class Liked(Eager):
     def __init__(self, name: str, preferred: bool | None, able: bool = True) -> None:
         self.name, self.opinion, self.able = name, preferred, able
 
-    def preferred(self, problem: Problem) -> bool | None:
+    def preferred(self, problem: AttentionProblem) -> bool | None:
         return self.opinion
 
-    def refusal(self, problem: Problem) -> str | None:
+    def refusal(self, problem: AttentionProblem) -> str | None:
         return None if self.able else "it cannot"
 
 
@@ -83,7 +83,7 @@ def test_a_measurement_can_prefer_flex_on_packed_rows(monkeypatch: pytest.Monkey
     windows = replace(PACKED, mask=frozenset({"causal", "window"}))
     assert [plan(asked).backend.name for asked in (PACKED, windows)] == ["sdpa", "sdpa"]
 
-    def skips_blocks(self: Backend, problem: Problem) -> bool | None:
+    def skips_blocks(self: Backend, problem: AttentionProblem) -> bool | None:
         return True if problem.device == "cuda" and problem.mask & {"documents", "window"} else None
 
     monkeypatch.setattr(type(load_backend("flex")), "preferred", skips_blocks)
@@ -111,18 +111,24 @@ def test_nobody_else_describes_a_problem() -> None:
     builders = []
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Problem":
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id == "AttentionProblem"
+            ):
                 builders.append(path.name)
     assert builders == []
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_layer_and_model_have_the_same_problem(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Problem] = []
+    seen: list[AttentionProblem] = []
     for module in (layers, shared):
         prepare = module.prepare
 
-        def noted(backends: Any, problem: Problem, *rest: Any, prepare: Callable[..., Any] = prepare) -> Any:
+        def noted(
+            backends: Any, problem: AttentionProblem, *rest: Any, prepare: Callable[..., Any] = prepare
+        ) -> Any:
             seen.append(problem)
             return prepare(backends, problem, *rest)
 
@@ -194,7 +200,7 @@ class Undeclared(Differential):
 
 def plan_of(variant: type[Variant]) -> Plan:
     made = variant(HeadShape(512, 8, 8, 64))
-    asked = Problem.of_widths(
+    asked = AttentionProblem.of_widths(
         made.sizes,
         queries=256,
         keys=256,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from clearhead.core.dispatch import Caps, Problem, load_backend
-from clearhead.core.heads import Heads, HeadShape, repeat_kv
+from clearhead.core.dispatch import AttentionProblem, Caps, load_backend
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import HeadShape, Streams, repeat_kv
 from clearhead.engines.eager import Eager
 from clearhead.kernels.cpu import library
 from clearhead.positions.base import PlaneRotation
@@ -139,7 +139,7 @@ class Blind(Eager):
 class Silent(Eager):
     """Refuses everything and says nothing."""
 
-    def refusal(self, problem: Problem) -> str | None:
+    def refusal(self, problem: AttentionProblem) -> str | None:
         return ""
 
 
@@ -185,10 +185,10 @@ def test_what_runs_nothing_has_shown_nothing() -> None:
     class Never(Kernel):
         name = "never"
 
-        def refusal(self, problem: Problem) -> str | None:
+        def refusal(self, problem: AttentionProblem) -> str | None:
             return "it is not built"
 
-        def run(self, heads: Heads, mask: MaskSpec, scale: float) -> Tensor:
+        def run(self, heads: Streams, mask: MaskSpec, scale: float) -> Tensor:
             raise AssertionError
 
     with pytest.raises(AssertionError, match="never ran none of the cases; it says: it is not built"):

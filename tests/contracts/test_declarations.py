@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import clearhead.train.diagnostics as log
-from clearhead.core.heads import HeadShape
+from clearhead.core.streams import HeadShape
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
 from clearhead.registry import VARIANTS, resolve
 from clearhead.report.training import diagnostics as sections

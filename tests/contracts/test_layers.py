@@ -24,7 +24,7 @@ from tests.contracts.layer_cases import (
     run_layer,
     run_oracle,
     spec_of,
-    weights_of,
+    weights_digest,
 )
 from tests.contracts.support import assert_within, distance, rand, relative_error
 from tests.oracles.layers import layer
@@ -90,7 +90,7 @@ def test_flex_masks(call: str) -> None:
     case = CASES["differential"]
     module, eager = (make(case, "gqa", torch.float32, backend) for backend in ("flex", "eager"))
     x = rand(B, L, WIDTH, seed=1)
-    expected, _ = layer(spec_of(case, "gqa"), weights_of(module), x.float().double(), **CALLS[call][2])
+    expected, _ = layer(spec_of(case, "gqa"), weights_digest(module), x.float().double(), **CALLS[call][2])
     with torch.no_grad():
         found, plain = (m(x.float(), **CALLS[call][1]).double() for m in (module, eager))
     assert_within([found], [expected], [plain], torch.float32)
@@ -103,7 +103,7 @@ def test_effective_map_is_the_oracle_s(name: str, call: str) -> None:
     module = make(case, "gqa")
     has_context, arguments, oracle_arguments = CALLS[call]
     tensors = [rand(B, L, WIDTH, seed=1)] + ([rand(B, S, WIDTH, seed=2)] if has_context else [])
-    _, expected = layer(spec_of(case, "gqa"), weights_of(module), *tensors, **oracle_arguments)
+    _, expected = layer(spec_of(case, "gqa"), weights_digest(module), *tensors, **oracle_arguments)
     assert distance(module.effective_map(*tensors, **arguments), expected) < 1e-10
 
 
@@ -160,5 +160,5 @@ def test_a_context_may_have_its_own_width() -> None:
     for name in MAIN:
         module = make(CASES[name], "gqa", context_dim=6)
         x, context = rand(B, L, WIDTH, seed=1), rand(B, S, 6, seed=2)
-        expected, _ = layer(spec_of(CASES[name], "gqa"), weights_of(module), x, context)
+        expected, _ = layer(spec_of(CASES[name], "gqa"), weights_digest(module), x, context)
         assert distance(module(x, context), expected) < 1e-10

@@ -13,9 +13,9 @@ from transformers.masking_utils import sdpa_mask
 
 from clearhead.core.attend import attend, difference, prepare, problem_of, single
 from clearhead.core.dispatch import Caps, load_backend
-from clearhead.core.heads import Heads
-from clearhead.core.lowering import Call, WideValues
+from clearhead.core.lowering import SoftmaxCall, WideValues
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import Streams
 from clearhead.engines.eager import Eager
 from clearhead.functional import attention
 from tests.contracts.flash import stand_in
@@ -38,7 +38,7 @@ class Limited(Eager):
     def caps(self, device: str) -> Caps:
         return self.limits
 
-    def __call__(self, call: Call, mask: Any, scale: float) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, call: SoftmaxCall, mask: Any, scale: float) -> tuple[Tensor, Tensor | None]:
         self.calls += 1
         assert call.q.shape[1] % call.k.shape[1] == 0
         assert call.k.shape[1] == call.v.shape[1]
@@ -48,7 +48,7 @@ class Limited(Eager):
 
 
 def run(
-    engine: Limited, heads: Heads, mask: MaskSpec, mix: Callable[..., Tensor]
+    engine: Limited, heads: Streams, mask: MaskSpec, mix: Callable[..., Tensor]
 ) -> tuple[Tensor, Tensor, str]:
     prepared = prepare(
         (engine,), problem_of(heads, mask, mix.__name__, needs_maps=True), mask, automatic=False
@@ -70,13 +70,13 @@ V1_NAMES = {
 }
 
 
-def differential_inputs(layout: str, own_keys: bool, value_width: int) -> tuple[tuple[Tensor, ...], Heads]:
+def differential_inputs(layout: str, own_keys: bool, value_width: int) -> tuple[tuple[Tensor, ...], Streams]:
     heads, groups = HEADS[layout]
     q, v = rand(B, 2 * heads, L, D, seed=1), rand(B, groups, L, value_width, seed=3)
     k = rand(B, 2 * groups if own_keys else groups, L, D, seed=2)
     lam = rand(B, heads, L, 1, seed=4)
     keys = (k[:, 0::2], k[:, 1::2]) if own_keys else (k,)
-    return (q, k, v, lam), Heads((q[:, 0::2], q[:, 1::2]), keys, v, lam)
+    return (q, k, v, lam), Streams((q[:, 0::2], q[:, 1::2]), keys, v, lam)
 
 
 @pytest.mark.parametrize("kind", ["causal", "per_head"])
@@ -140,7 +140,7 @@ def test_one_stream_is_one_call(layout: str) -> None:
     heads, groups = HEADS[layout]
     q, k, v = rand(B, heads, L, D, seed=1), rand(B, groups, L, D, seed=2), rand(B, groups, L, D, seed=3)
     engine = Limited("split", True)
-    out, maps, name = run(engine, Heads((q,), (k,), v), MaskSpec(is_causal=True), single)
+    out, maps, name = run(engine, Streams((q,), (k,), v), MaskSpec(is_causal=True), single)
     assert (engine.calls, name) == (1, "direct")
     assert distance(out, softmax.attention(q, k, v, causal=True)) < EXACT
     assert distance(maps, softmax.attention_map(q, k, causal=True)) < EXACT
@@ -204,7 +204,7 @@ def test_flash_attention_2_is_right_or_refuses(form: str, kind: str) -> None:
     inputs, _ = differential_inputs("gqa", form == "v1", 2 * D if form == "v1" else D)
     q, k, v, lam = inputs[0][:, :, L - queries :], inputs[1], inputs[2], inputs[3][:, :, L - queries :]
     keys = (k[:, 0::2], k[:, 1::2]) if form == "v1" else (k,)
-    heads, mask = Heads((q[:, 0::2], q[:, 1::2]), keys, v, lam), MaskSpec(**parts)
+    heads, mask = Streams((q[:, 0::2], q[:, 1::2]), keys, v, lam), MaskSpec(**parts)
     with stand_in() as recorder:
         problem = problem_of(heads, mask, "difference")
         backend = load_backend("flash_attention_2")
@@ -242,7 +242,7 @@ def test_any_function_of_the_attention_interface_is_right(registered_name: str, 
     queries, parts = FLASH_MASKS[kind]
     (q, k, v, lam), _ = differential_inputs("gqa", True, 2 * D)
     q, lam = q[:, :, L - queries :], lam[:, :, L - queries :]
-    heads, mask = Heads((q[:, 0::2], q[:, 1::2]), (k[:, 0::2], k[:, 1::2]), v, lam), MaskSpec(**parts)
+    heads, mask = Streams((q[:, 0::2], q[:, 1::2]), (k[:, 0::2], k[:, 1::2]), v, lam), MaskSpec(**parts)
     problem = problem_of(heads, mask, "difference")
     out, _ = attend(
         heads, prepare((load_backend(registered_name),), problem, mask, False), D**-0.5, difference
@@ -254,7 +254,7 @@ def test_any_function_of_the_attention_interface_is_right(registered_name: str, 
 def test_a_window_is_refused_where_hugging_face_would_lose_it() -> None:
     q, k, v = (rand(1, 2, 3, 4) for _ in range(3))
     mask = MaskSpec(is_causal=True, window=2)
-    problem = replace(problem_of(Heads((q,), (k,), v), mask, "single"), device="npu", dtype=torch.bfloat16)
+    problem = replace(problem_of(Streams((q,), (k,), v), mask, "single"), device="npu", dtype=torch.bfloat16)
     reason = load_backend("flash_attention_2").refusal(problem)
     assert reason is not None and "window" in reason
     assert load_backend("flash_attention_2").refusal(replace(problem, device="cuda")) is None

@@ -12,8 +12,8 @@ from torch.func import grad, hessian, jvp, vmap
 import clearhead.nn as nn
 from clearhead.core.attend import problem_of
 from clearhead.core.dispatch import Caps, Kernel, choose, load_backend
-from clearhead.core.heads import Heads
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import Streams
 from clearhead.functional import attention, differential_attention
 from clearhead.kernels.cpu import library
 from tests.contracts.support import rand
@@ -104,7 +104,7 @@ class Careless(Kernel):
     def refusal(self, problem: Any) -> str | None:
         return None
 
-    def run(self, heads: Heads, mask: MaskSpec, scale: float) -> Tensor:
+    def run(self, heads: Streams, mask: MaskSpec, scale: float) -> Tensor:
         raise AssertionError("it must not run")
 
 
@@ -113,7 +113,7 @@ def test_who_says_nothing_has_none() -> None:
     chosen: list[str] = []
 
     def function(q: Tensor) -> Tensor:
-        problem = problem_of(Heads((q,), (X,), X), MaskSpec(), "single")
+        problem = problem_of(Streams((q,), (X,), X), MaskSpec(), "single")
         chosen.append(choose((Careless(), load_backend("eager")), problem, automatic=True).backend.name)
         with pytest.raises(ValueError, match="it has no "):
             choose((Careless(),), problem, automatic=False)

@@ -43,7 +43,7 @@ def test_no_position_or_scaling_of_the_registry_is_left_out() -> None:
 @every_scaling
 def test_frequencies_are_the_formula_s(scaling: str) -> None:
     """In float64 to rounding, in float32 to a few units of it; at lengths on both sides of the trained one."""
-    rope = Rope.from_rope_parameters(HEAD, SCALINGS[scaling], TRAINED)
+    rope = Rope.from_parameters(HEAD, SCALINGS[scaling], TRAINED)
     for length in (1, TRAINED, TRAINED + 1, 3 * TRAINED, 1000):
         expected = turning_of(scaling, length)
         for dtype, bound in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
@@ -82,14 +82,14 @@ def test_angles_are_computed_wide_whatever_the_model_s_dtype(position: str, dtyp
     """Buffers that are cast with the model, or built without memory, give the angles of a fresh module."""
     here = torch.tensor([[0, 1, 300, 4097]])
     rope = {"rope_type": "yarn", "factor": 4.0} if position == "rope" else {}
-    made = resolve("positions", position).from_rope_parameters(16, rope, 512)
+    made = resolve("positions", position).from_parameters(16, rope, 512)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     expected = made.rotation(here)
     moved = made.to(dtype).rotation(here)
     assert moved.query_cos.dtype == wide
     assert distance(moved.query_cos, expected.query_cos) < (1e-3 if wide == torch.float64 else 1e-30)
     with torch.device("meta"):
-        built = resolve("positions", position).from_rope_parameters(16, rope, 512)
+        built = resolve("positions", position).from_parameters(16, rope, 512)
     built = built.to_empty(device="cpu")
     built.reset_buffers()
     assert distance(built.rotation(here).key_sin, expected.key_sin) < 1e-30

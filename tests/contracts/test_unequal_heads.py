@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from clearhead.core.attend import MIXES, attend, prepare, problem_of
-from clearhead.core.dispatch import Caps, Kernel, Problem, choose, load_backend
-from clearhead.core.heads import Heads, HeadShape, Widths
+from clearhead.core.dispatch import AttentionProblem, Caps, Kernel, choose, load_backend
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import HeadShape, Streams, Widths
 from clearhead.engines.eager import Eager
 from clearhead.evals.internals.activation_outliers import visible_logits
 from clearhead.evals.internals.initial_angles import measured
@@ -87,7 +87,7 @@ def expected(
     return grouped_differential(weights, x, **sizes, **arguments)
 
 
-def weights_of(layer: Attention) -> dict[str, Tensor]:
+def weights_digest(layer: Attention) -> dict[str, Tensor]:
     return {
         name.removeprefix("variant.").removesuffix(".weight"): p.detach().clone().requires_grad_()
         for name, p in layer.named_parameters()
@@ -97,7 +97,7 @@ def weights_of(layer: Attention) -> dict[str, Tensor]:
 def compare(layer: Attention, layout: str, call: str) -> None:
     """Output, and the gradients of the input and of every parameter."""
     arguments, oracle_arguments = CALLS[call]
-    x, weights = rand(B, L, WIDTH, seed=1).requires_grad_(), weights_of(layer)
+    x, weights = rand(B, L, WIDTH, seed=1).requires_grad_(), weights_digest(layer)
     out = layer(x, **arguments)
     wanted, _ = expected(layer, layout, x, weights, **oracle_arguments)
     cotangent = rand(*out.shape, seed=2)
@@ -139,7 +139,7 @@ def test_the_oracle_with_equal_heads_is_that_of_differential_attention() -> None
 def test_the_effective_map(options: str) -> None:
     layer, x = make("gqa", options), rand(B, L, WIDTH, seed=1)
     with torch.no_grad():
-        _, wanted = expected(layer, "gqa", x, weights_of(layer), causal=True)
+        _, wanted = expected(layer, "gqa", x, weights_digest(layer), causal=True)
         assert distances([layer.effective_map(x, is_causal=True)], [wanted])[0] < 1e-12
 
 
@@ -152,7 +152,7 @@ def test_decoding_from_a_padded_cache(options: str) -> None:
         layer(x[:, i : i + 1], is_causal=True, cache=cache, key_padding_mask=real[:, : i + 1])
         for i in range(L)
     ]
-    wanted, _ = expected(layer, "gqa", x, weights_of(layer), causal=True, key_padding=real)
+    wanted, _ = expected(layer, "gqa", x, weights_digest(layer), causal=True, key_padding=real)
     assert distances([torch.cat(steps, dim=1)], [wanted])[0] < 1e-12
 
 
@@ -180,7 +180,7 @@ def test_values_in_slices_and_flex(options: str) -> None:
             return Caps(wide_values="split", maps=True)
 
     layer, x = make("gqa", options), rand(B, L, WIDTH, seed=1)
-    wanted, _ = expected(layer, "gqa", x, weights_of(layer), causal=True)
+    wanted, _ = expected(layer, "gqa", x, weights_digest(layer), causal=True)
     layer.backends, layer.automatic = (Narrow(),), False
     assert distances([layer(x, is_causal=True)], [wanted])[0] < 1e-12
     single = make("gqa", options, "flex").float()
@@ -199,16 +199,16 @@ class Careless(Kernel):
 
     name = "careless"
 
-    def refusal(self, problem: Problem) -> str | None:
+    def refusal(self, problem: AttentionProblem) -> str | None:
         return None
 
-    def run(self, heads: Heads, mask: MaskSpec, scale: float) -> Tensor:
+    def run(self, heads: Streams, mask: MaskSpec, scale: float) -> Tensor:
         raise AssertionError("it must not be asked")
 
 
-def problem(**changes: Any) -> Problem:
+def problem(**changes: Any) -> AttentionProblem:
     q, noise, k = torch.zeros(1, 6, 3, 4), torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4)
-    heads = Heads((q, noise), (k, k) if changes.pop("own", False) else (k,), k, torch.ones(1, 1, 1, 1))
+    heads = Streams((q, noise), (k, k) if changes.pop("own", False) else (k,), k, torch.ones(1, 1, 1, 1))
     return problem_of(heads, MaskSpec(**changes), "difference")
 
 
@@ -323,7 +323,7 @@ def test_streams_that_share_keys_and_wide_values_are_one_call() -> None:
     rng = torch.Generator().manual_seed(0)
     q = tuple(torch.randn(2, n, 3, 4, generator=rng, dtype=torch.float64) for n in (6, 4))
     k, v = torch.randn(2, 2, 5, 4, generator=rng).double(), torch.randn(2, 2, 5, 8, generator=rng).double()
-    heads, mask = Heads(q, (k,), v), MaskSpec(is_causal=True)
+    heads, mask = Streams(q, (k,), v), MaskSpec(is_causal=True)
     prepared = prepare((load_backend("sdpa"),), problem_of(heads, mask, "other"), mask, automatic=False)
     assert str(prepared.plan) == "sdpa: grouped padded, 1 call"
 
@@ -333,7 +333,7 @@ def test_streams_that_share_keys_and_wide_values_are_one_call() -> None:
     found, _ = attend(heads, prepared, 0.5, beside)
     parts = []
     for stream in q:
-        alone = Heads((stream,), (k,), v)
+        alone = Streams((stream,), (k,), v)
         once = prepare((Eager(),), problem_of(alone, mask, "single"), mask, automatic=False)
         parts.append(attend(alone, once, 0.5, MIXES["single"])[0])
     assert distances([found], [torch.cat(parts, dim=1)])[0] < 1e-13

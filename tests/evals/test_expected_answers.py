@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from clearhead.evals.asking.decoding import Asked, answer, confirmed
+from clearhead.evals.asking.decoding import AskedPrompt, answer, confirmed
 from clearhead.evals.retrieval.multi_needle.evaluation import MultiNeedle, MultiNeedleConfig
 from tests.evals import tiny
 from tests.evals.test_multineedle import SMALL, Oracle, all_right, for_some, subject_of
@@ -67,15 +67,15 @@ def test_a_random_model_confirms_what_it_says_and_nothing_else() -> None:
         wrong = said[1].copy()
         wrong[4] = (wrong[4] + 1) % 320
         answers = [said[0], wrong, said[2][:3]]
-        asked = [Asked(row, (), False, 5, one) for row, one in zip(ids, answers, strict=True)]
+        asked = [AskedPrompt(row, (), False, 5, one) for row, one in zip(ids, answers, strict=True)]
         cache = DynamicCache()
         assert confirmed(model, asked, cache) == [True, False, True] and cache.get_seq_length() == 39
         # An answer that the budget has no room for cannot be given.
-        short = [Asked(ids[0], (), False, 4, said[0])]
+        short = [AskedPrompt(ids[0], (), False, 4, said[0])]
         assert confirmed(model, short, DynamicCache()) == [False]
         words = tiny.tokenizer()
         settings = GenerationConfig(do_sample=False, eos_token_id=2, pad_token_id=0)
         common = np.concatenate((ids[0][:10], ids[1][10:20]))
-        mixed = [Asked(np.concatenate((ids[0][:30], row[30:])), ("none",), False, 5) for row in ids]
+        mixed = [AskedPrompt(np.concatenate((ids[0][:30], row[30:])), ("none",), False, 5) for row in ids]
         shared = dict(answer(model, words, mixed, settings, common=common))
         assert shared == dict(answer(model, words, mixed, settings, batch_tokens=1))

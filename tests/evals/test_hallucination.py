@@ -18,7 +18,7 @@ from clearhead.evals.faithfulness.hallucination.evaluation import (
     HallucinationConfig,
     prompt_of,
 )
-from clearhead.evals.faithfulness.judges.base import Case, Judge, JudgeConfig, JudgeError, Verdict
+from clearhead.evals.faithfulness.judges.base import Case, Judge, JudgeConfig, JudgeError, Judgement
 from clearhead.evals.runner import checked, evaluate_external
 from clearhead.evals.subjects.external import ExternalSpec
 from tests.evals import tiny
@@ -44,7 +44,7 @@ class Words(Judge[WordsConfig]):
     def prepare(self) -> None:
         pass
 
-    def judge(self, cases: Sequence[Case]) -> Iterator[tuple[int, Verdict]]:
+    def judge(self, cases: Sequence[Case]) -> Iterator[tuple[int, Judgement]]:
         # Not in their order: no judge has to keep it.
         for count, index in enumerate(reversed(range(len(cases)))):
             if count == self.config.stop:
@@ -53,7 +53,7 @@ class Words(Judge[WordsConfig]):
             judged.append(case)
             last = case.proposed.split()[-1].rstrip(".")
             free = None if case.proposed.endswith("?") else f" {last} " in f" {case.document} "
-            yield index, Verdict(free, f"looked for {last}")
+            yield index, Judgement(free, f"looked for {last}")
 
     def described(self) -> str:
         return "the judge of words"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from clearhead.evals.faithfulness.judges.base import Case, JudgeError, Verdict, make_judge
+from clearhead.evals.faithfulness.judges.base import Case, JudgeError, Judgement, make_judge
 from clearhead.evals.faithfulness.judges.endpoint import Endpoint
 from clearhead.evals.faithfulness.judges.prompt import conclusion, judge_prompt
 from clearhead.evals.faithfulness.judges.transport import retry_after
@@ -36,7 +36,7 @@ def made(url: str, settings: dict[str, Any], **more: Any) -> Endpoint:
     return judge
 
 
-def verdicts(judge: Endpoint, cases: list[Case]) -> list[Verdict]:
+def verdicts(judge: Endpoint, cases: list[Case]) -> list[Judgement]:
     found = dict(judge.judge(cases))
     return [found[i] for i in range(len(cases))]
 

@@ -20,8 +20,8 @@ from clearhead.data.tokenizer import train_bpe, wrap
 from clearhead.evals.asking.records import RecordError
 from clearhead.evals.in_context.labelled import Example
 from clearhead.evals.in_context.many_shot.evaluation import ManyShot, ManyShotConfig, numbers
-from clearhead.evals.in_context.prompts import Form, LabelTrie, encode, make_prompts, make_trie
-from clearhead.evals.in_context.scoring import Reader, Score, decide, likelihoods
+from clearhead.evals.in_context.prompts import LabelTrie, Wording, encode, make_prompts, make_trie
+from clearhead.evals.in_context.scoring import LogitReader, Score, decide, likelihoods
 from clearhead.runs.results import ArmResults, RunResults, SeedResults
 from tests.evals import tiny
 from tests.evals.test_many_shot_data import write
@@ -37,7 +37,7 @@ LABELS = [
     "location city of the north",
     "noon",
 ]
-FORM = Form("Question: {text}", "Type: {label}")
+FORM = Wording("Question: {text}", "Type: {label}")
 TEXTS = ["who is it?", "where does the slow brown river end, and why", "when", "what is a mill? 42"]
 SEEN = [Example(text, label) for text, label in zip(TEXTS, LABELS[:1] + LABELS[3:6], strict=True)]
 
@@ -129,7 +129,7 @@ def test_prompts_are_the_published_text_and_paths_end_with_the_line(make: Any) -
 def test_labels_that_a_tokenizer_cannot_tell_apart_or_joins_to_the_prompt_are_refused() -> None:
     with pytest.raises(ValueError, match="gives the labels 'a' and 'b' the same tokens"):
         LabelTrie.of(["a", "b"], [(1, 2), (1, 2)])
-    glued = Form("Question: {text}", "Type={label}")
+    glued = Wording("Question: {text}", "Type={label}")
     made = Tokenizer(
         models.BPE(
             {"=": 0, "y": 1, "=y": 2, **{c: 3 + i for i, c in enumerate("Ċ=TypeQusin:oĠwh")}}, [("=", "y")]
@@ -157,7 +157,7 @@ def test_labels_are_those_of_an_unbatched_oracle(name: str) -> None:
     ):
         tokenizer.padding_side = side
         with torch.inference_mode():
-            reader = Reader(model, prompts, common, batch_tokens=batch_tokens, length=length)
+            reader = LogitReader(model, prompts, common, batch_tokens=batch_tokens, length=length)
             assert (reader.kept is not None) == (common is not None and name not in ("window", "dynamic"))
             found = likelihoods(reader, prompts, trie)
             assert float((found - wanted).abs().max()) < 1e-10
@@ -206,7 +206,7 @@ def test_no_more_passes_than_labels_need(reply: str, score: Score) -> None:
     model = Speller(tokenizer, lambda prompt: reply).eval()
     trie, _, prompts, texts = prompts_of(tokenizer)
     with torch.inference_mode():
-        said = dict(decide(Reader(model, prompts[:1]), prompts[:1], trie, score))
+        said = dict(decide(LogitReader(model, prompts[:1]), prompts[:1], trie, score))
     assert [trie.labels[label] for label in said.values()] == [reply]
     paths = [path_of(tokenizer, texts[0], label) for label in LABELS]
     own = path_of(tokenizer, texts[0], reply)

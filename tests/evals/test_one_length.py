@@ -98,7 +98,7 @@ def test_a_question_is_settled_for_its_own_length(tmp_path: Path, monkeypatch: p
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     seen: list[tuple[set[int], int | None]] = []
 
-    class Recording(in_context.Reader):
+    class Recording(in_context.LogitReader):
         def __init__(
             self, model: Any, prompts: Any, *given: Any, length: int | None = None, **more: Any
         ) -> None:

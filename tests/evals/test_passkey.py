@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from clearhead.evals.probing.rescaling import rescaled
 from clearhead.evals.retrieval.passkey import evaluation as passkey
-from clearhead.evals.retrieval.passkey.evaluation import Passkey, PasskeyConfig, Reply, answers, published
+from clearhead.evals.retrieval.passkey.evaluation import KeyReply, Passkey, PasskeyConfig, answers, published
 from clearhead.evals.retrieval.passkey.prompts import FORMS, judge, passkey_prompt
 from clearhead.runs.results import ArmResults, RunResults, SeedResults
 from tests.evals import tiny
@@ -75,7 +75,7 @@ def test_places_inside_and_outside_the_window() -> None:
 def test_inside_is_the_whole_sentence_within_the_last_training_length(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    silent = Reply("", judge("", "1", ended=True))
+    silent = KeyReply("", judge("", "1", ended=True))
     monkeypatch.setattr(passkey, "answers", lambda subject, prompts, new, size: [silent] * len(prompts))
     subject = tiny.subject(tiny.llama(), external=True, training_length=256)
     config = PasskeyConfig(forms=["coca"], lengths=[512], samples=60)

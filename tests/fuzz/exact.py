@@ -57,7 +57,7 @@ def finite(bias: Tensor) -> Tensor:
     return four.masked_fill(four == -math.inf, 0.0)
 
 
-def weights_of(logits: Tensor, see: Tensor) -> Tensor:
+def weights_digest(logits: Tensor, see: Tensor) -> Tensor:
     """Softmax over the visible keys; a row that sees none is zero. Differentiable as often as anyone likes."""
     top = logits.detach().masked_fill(~see, -math.inf).amax(-1, keepdim=True)
     top = torch.where(top == -math.inf, 0.0, top)
@@ -91,7 +91,7 @@ def attend(
     maps = []
     for query, key in zip(queries, keys, strict=True):
         logits = scale * (query @ key.mT)
-        maps.append(weights_of(logits if bias is None else logits + bias, see))
+        maps.append(weights_digest(logits if bias is None else logits + bias, see))
     mixed = maps[0] if lam is None else maps[0] - lam * maps[1]
     return mixed @ v.repeat_interleave(queries[0].shape[1] // v.shape[1], 1)
 
@@ -219,7 +219,7 @@ def layer(spec: Spec, weights: dict[str, Tensor], x: Tensor, source: Tensor, pla
         sloped = -slopes[:, None, None] * place.distance[:, None]
         bias = sloped if bias is None else bias + sloped
     every = [unscaled(spec, q, k, place) * spec.width**-0.5 for q, k in zip(queries, keys, strict=True)]
-    maps = [weights_of(logits if bias is None else logits + bias, place.see) for logits in every]
+    maps = [weights_digest(logits if bias is None else logits + bias, place.see) for logits in every]
     initial = _initial(spec)
     if v1:
         vectors = [weights[f"lambda_{name}"] for name in ("q1", "k1", "q2", "k2")]

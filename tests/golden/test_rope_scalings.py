@@ -106,7 +106,7 @@ def test_frequencies_and_factors_are_transformers(name: str) -> None:
     config = CONFIGS[name]
     parameters = from_transformers(config)
     # What was imported says everything: the model's own maximum is not asked for.
-    rope = Rope.from_rope_parameters(width(config), parameters, None)
+    rope = Rope.from_parameters(width(config), parameters, None)
     for length in LENGTHS:
         expected, factor = theirs(config, length)
         found = rope.scaling.frequencies(torch.tensor([length]))
@@ -135,7 +135,7 @@ def test_a_configuration_goes_there_and_back(name: str) -> None:
 def test_cos_and_sin_are_transformers(name: str, embedding: Any, tokens: int) -> None:
     config, where = CONFIGS[name], torch.arange(tokens)[None]
     cos, sin = embedding(config)(torch.zeros(1), where)
-    rotation = Rope.from_rope_parameters(width(config), from_transformers(config), None).rotation(where)
+    rotation = Rope.from_parameters(width(config), from_transformers(config), None).rotation(where)
     half = width(config) // 2
     # Angles go to `tokens`, and float32 keeps 24 bits of them.
     bound = 2 * tokens * 2**-24 + 1e-6
@@ -149,7 +149,7 @@ def test_ntk_is_transformers_default_with_another_base(trained: int, factor: flo
     parameters = {"rope_type": "ntk", "rope_theta": 10000.0, "factor": factor}
     config = llama(trained, **to_transformers(parameters, 64, trained))
     expected, _ = theirs(config, 8)
-    found = Rope.from_rope_parameters(64, parameters, trained).scaling.frequencies()
+    found = Rope.from_parameters(64, parameters, trained).scaling.frequencies()
     assert float((found / expected - 1).abs().max()) < 1e-6
     plain = [10000.0 ** (-2 * j / 64) for j in range(32)]
     assert float(found[0]) == 1.0
@@ -269,5 +269,5 @@ def test_deepseek_s_magnitude_is_imported() -> None:
         "original_max_position_embeddings": 4096,
     }
     config = DeepseekV3Config(head_dim=64, rope_parameters=parameters, max_position_embeddings=163840)
-    rope = Rope.from_rope_parameters(64, from_transformers(config), None)
+    rope = Rope.from_parameters(64, from_transformers(config), None)
     assert rope.scaling.attention_factor() == theirs(config, 8)[1] == 1.0

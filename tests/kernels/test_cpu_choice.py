@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clearhead.core.dispatch import Problem
+from clearhead.core.dispatch import AttentionProblem
 from clearhead.kernels.cpu import library
 from clearhead.kernels.cpu.kernel import Cpu
 
@@ -20,13 +20,13 @@ EXCEPTIONS = 0.06
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 
 
-def problem(line: dict[str, object]) -> Problem:
+def problem(line: dict[str, object]) -> AttentionProblem:
     streams = 1 if line["form"] == "softmax" else 2
     own_keys = line["form"] == "V1"
     heads = {"softmax": 8, "V1": 4, "V2": 8}[str(line["form"])]
     width = int(str(line["width"]))
     training = line["queries"] == line["keys"]
-    return Problem(
+    return AttentionProblem(
         streams=streams,
         shares_keys=not own_keys,
         heads=heads,

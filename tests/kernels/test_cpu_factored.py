@@ -8,8 +8,8 @@ from torch import Tensor
 
 from clearhead.core.attend import attend, difference, prepare, problem_of, single
 from clearhead.core.dispatch import load_backend
-from clearhead.core.heads import Heads
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import Streams
 from tests.kernels.support import every_set
 
 # query heads, key-value heads, queries, keys, D, E
@@ -22,7 +22,7 @@ SHAPES = (
 )
 
 
-def heads_of(shape: tuple[int, ...], streams: int, shared: bool, batch: int, dtype: torch.dtype) -> Heads:
+def heads_of(shape: tuple[int, ...], streams: int, shared: bool, batch: int, dtype: torch.dtype) -> Streams:
     count, groups, queries, keys, width, value = shape
     rng = torch.Generator().manual_seed(sum(shape) + streams)
 
@@ -30,7 +30,7 @@ def heads_of(shape: tuple[int, ...], streams: int, shared: bool, batch: int, dty
         return torch.randn(size, generator=rng).to(dtype)
 
     gate = torch.rand(batch, count, queries, 1, generator=rng) if streams == 2 else None
-    return Heads(
+    return Streams(
         tuple(some(batch, count, queries, width) for _ in range(streams)),
         tuple(some(batch, groups, keys, width // 2) for _ in range(1 if shared else streams)),
         some(batch, groups, keys, value),
@@ -39,18 +39,18 @@ def heads_of(shape: tuple[int, ...], streams: int, shared: bool, batch: int, dty
     )
 
 
-def wide(heads: Heads) -> Heads:
+def wide(heads: Streams) -> Streams:
     def double(x: Tensor) -> Tensor:
         return x.double()
 
     assert heads.table is not None
     gate = None if heads.gate is None else heads.gate.double()
-    return Heads(
+    return Streams(
         tuple(map(double, heads.q)), tuple(map(double, heads.k)), heads.v.double(), gate, heads.table.double()
     )
 
 
-def run(heads: Heads, mask: MaskSpec, backend: str) -> Tensor:
+def run(heads: Streams, mask: MaskSpec, backend: str) -> Tensor:
     mix = single if len(heads.q) == 1 else difference
     problem = problem_of(heads, mask, mix.__name__)
     return attend(heads, prepare((load_backend(backend),), problem, mask, False), 0.3, mix)[0]

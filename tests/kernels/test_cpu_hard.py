@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from clearhead.core.attend import difference
-from clearhead.core.dispatch import Problem, load_backend
-from clearhead.core.heads import Heads
+from clearhead.core.dispatch import AttentionProblem, load_backend
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import Streams
 from clearhead.engines.eager import Eager
 from clearhead.functional import attention, differential_attention
 from clearhead.kernels import ops
@@ -189,7 +189,7 @@ def run(case: Case, spec: MaskSpec, leaves: list[Tensor], cotangent: Tensor | No
     q, k, v, *gate = leaves
     streams = q.unflatten(1, (-1, case.streams)).unbind(2)
     keys = k.unflatten(1, (-1, 2)).unbind(2) if case.own_keys else (k,)
-    out = Cpu().run(Heads(streams, keys, v, *gate), spec, case.width**-0.5)
+    out = Cpu().run(Streams(streams, keys, v, *gate), spec, case.width**-0.5)
     gradients = () if cotangent is None else torch.autograd.grad(out, leaves, cotangent)
     return [x.detach().double() for x in (out, *gradients)]
 
@@ -254,7 +254,7 @@ def test_what_the_gradient_needs_is_kept_only_for_a_gradient(
 ) -> None:
     q, k, v, gate = (x.float() for x in make_inputs(FORMS["v1"], torch.float32).tensors)
     pairs, keys = q.unflatten(1, (-1, 2)).unbind(2), k.unflatten(1, (-1, 2)).unbind(2)
-    inputs = ops.Inputs(*pairs, *keys, v, gate, None, None, None, 0, 0, False, 0.25)
+    inputs = ops.KernelInputs(*pairs, *keys, v, gate, None, None, None, 0, 0, False, 0.25)
     out, noise, statistics = torch.ops.clearhead.fused_attention(*inputs, keep)
     assert (noise.shape == out.shape) == (statistics.shape == (2, 2, *gate.shape[:3])) == keep
     assert (noise.numel() == statistics.numel() == 0) != keep
@@ -281,7 +281,7 @@ def test_heads_wider_than_the_kernel_holds_are_an_error_of_the_operator_too() ->
         )
 
 
-PROBLEM = Problem(1, True, 4, 2, 5, 5, 8, 8, torch.float32, "cpu")
+PROBLEM = AttentionProblem(1, True, 4, 2, 5, 5, 8, 8, torch.float32, "cpu")
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "float64": ({"dtype": torch.float64}, "bfloat16, float32, not in float64"),
     "float16": ({"dtype": torch.float16}, "bfloat16, float32, not in float16"),

@@ -74,7 +74,7 @@ def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_opcheck_of_a_position_that_is_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     for keep in (False, True):
         call = recorded(SMALL, torch.float32, monkeypatch)["forward"]
-        inputs = ops.Inputs(*[x.detach() if isinstance(x, Tensor) else x for x in call[:-1]])
+        inputs = ops.KernelInputs(*[x.detach() if isinstance(x, Tensor) else x for x in call[:-1]])
         moved = inputs._replace(position=torch.tensor(2), offset=0)
         torch.library.opcheck(torch.ops.clearhead.fused_attention.default, (*moved, keep))
         fixed = inputs._replace(offset=2)
@@ -238,7 +238,7 @@ def test_autocast_runs_it_in_bfloat16(name: str, isa: str, monkeypatch: pytest.M
     dtypes: list[torch.dtype] = []
     original = ops.outputs
 
-    def outputs(inputs: ops.Inputs, keep: bool) -> Any:
+    def outputs(inputs: ops.KernelInputs, keep: bool) -> Any:
         dtypes.append(inputs.v.dtype)
         return original(inputs, keep)
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clearhead.core.heads import Heads, split_heads
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import Streams, split_heads
 from clearhead.functional import attention, differential_attention
 from clearhead.kernels import ops
 from clearhead.kernels.cpu.kernel import Cpu
@@ -181,7 +181,7 @@ def test_streams_side_by_side(dtype: str, isa: str) -> None:
     packed = torch.cat(pairs.unbind(2), -1).transpose(1, 2).flatten(2)
     streams = split_heads(packed, V1.heads).chunk(2, -1)
     keys = torch.cat(k.unflatten(1, (-1, 2)).unbind(2), -1)
-    heads = Heads(streams, keys.chunk(2, -1), v, gate)
+    heads = Streams(streams, keys.chunk(2, -1), v, gate)
     found = Cpu().run(heads, MaskSpec(is_causal=True), V1.width**-0.5)
     assert torch.equal(found, differential_attention(q, k, v, gate, is_causal=True, backend="cpu"))
 

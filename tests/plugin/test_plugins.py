@@ -59,7 +59,7 @@ VARIANT = Plugin(
     "clearhead.variants.toy:Toy",
     """
 from torch import Tensor
-from clearhead.core.heads import HeadShape
+from clearhead.core.streams import HeadShape
 from clearhead.variants.softmax import Softmax
 
 class Toy(Softmax):
@@ -272,20 +272,20 @@ KERNEL = Plugin(
     "clearhead.kernels.toy:Toy",
     """
 from torch import Tensor
-from clearhead.core.dispatch import Kernel, Problem
-from clearhead.core.heads import Heads, repeat_kv
+from clearhead.core.dispatch import Kernel, AttentionProblem
+from clearhead.core.streams import Streams, repeat_kv
 from clearhead.core.masks import MaskSpec
 
 class Toy(Kernel):
     name = "toy"
     runs = 0
 
-    def refusal(self, problem: Problem) -> str | None:
+    def refusal(self, problem: AttentionProblem) -> str | None:
         if problem.mixing != "difference" or problem.mask or problem.needs_maps:
             return "it knows the difference of two streams without a mask"
         return None
 
-    def run(self, heads: Heads, mask: MaskSpec, scale: float) -> Tensor:
+    def run(self, heads: Streams, mask: MaskSpec, scale: float) -> Tensor:
         Toy.runs += 1
         count = heads.q[0].shape[1]
         keys = heads.k * 2 if heads.shares_keys else heads.k

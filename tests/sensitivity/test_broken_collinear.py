@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clearhead.core.heads import Heads
+from clearhead.core.streams import Streams
 from clearhead.positions.base import Rotation
 from clearhead.variants.base import Variant
 from clearhead.variants.differential_collinear import DifferentialCollinear, DifferentialV2Collinear
@@ -80,7 +80,7 @@ def length_not_squared(patch: Patch) -> None:
 def noise_not_collinear(patch: Patch) -> None:
     """The second stream as ordinary RoPE has it."""
 
-    def place(self: Variant, heads: Heads, rotation: Rotation) -> Heads:
+    def place(self: Variant, heads: Streams, rotation: Rotation) -> Streams:
         q, k = (
             [self.place_query(q, rotation) for q in heads.q],
             [self.place_key(k, rotation) for k in heads.k],
@@ -97,7 +97,7 @@ def noise_not_collinear(patch: Patch) -> None:
 def only_noise_keys_ordinary(patch: Patch) -> None:
     """q2 collinear against a rotated k2: neither mechanism."""
 
-    def place(self: Variant, heads: Heads, rotation: Rotation) -> Heads:
+    def place(self: Variant, heads: Streams, rotation: Rotation) -> Streams:
         placed = Variant.place(self, heads, rotation)
         return replace(placed, k=(placed.k[0], rotation.key(heads.k[1])))
 
@@ -105,7 +105,7 @@ def only_noise_keys_ordinary(patch: Patch) -> None:
 
 
 def one_t_for_both_streams(patch: Patch) -> None:
-    def place(self: Variant, heads: Heads, rotation: Rotation) -> Heads:
+    def place(self: Variant, heads: Streams, rotation: Rotation) -> Streams:
         placed = Variant.place(self, heads, rotation)
         return replace(placed, k=(placed.k[0],) * 2)
 

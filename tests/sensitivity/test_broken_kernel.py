@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from clearhead.core.heads import Heads
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import Streams
 from clearhead.kernels.cpu import library
 from clearhead.kernels.cpu.kernel import Cpu
 from tests.kernels.support import Case, answers, assert_right, assert_rounding_only, op_of, solve
 
 Patch = pytest.MonkeyPatch
-Change = Callable[[Heads, MaskSpec, float], tuple[Heads, MaskSpec, float]]
+Change = Callable[[Streams, MaskSpec, float], tuple[Streams, MaskSpec, float]]
 
 
 def asked(name: str, change: Change) -> Callable[[Patch], None]:
@@ -31,13 +31,13 @@ def asked(name: str, change: Change) -> Callable[[Patch], None]:
     return apply
 
 
-def computed(name: str, call: str, change: Callable[[library.Problem], object]) -> Callable[[Patch], None]:
+def computed(name: str, call: str, change: Callable[[library.CProblem], object]) -> Callable[[Patch], None]:
     """Another problem in the forward or the backward pass alone."""
 
     def apply(patch: Patch) -> None:
         original = getattr(library.Library, call)
 
-        def broken(self: library.Library, problem: library.Problem) -> None:
+        def broken(self: library.Library, problem: library.CProblem) -> None:
             change(problem)
             original(self, problem)
 
@@ -47,20 +47,20 @@ def computed(name: str, call: str, change: Callable[[library.Problem], object]) 
     return apply
 
 
-def with_(field: str, change: Callable[[Any], Any]) -> Callable[[library.Problem], object]:
+def with_(field: str, change: Callable[[Any], Any]) -> Callable[[library.CProblem], object]:
     return lambda problem: setattr(problem, field, change(getattr(problem, field)))
 
 
-def swapped(field: str) -> Callable[[library.Problem], object]:
-    def swap(problem: library.Problem) -> None:
+def swapped(field: str) -> Callable[[library.CProblem], object]:
+    def swap(problem: library.CProblem) -> None:
         pair = getattr(problem, field)
-        first, second = (library.Tensor.from_buffer_copy(x) for x in pair)
+        first, second = (library.CTensor.from_buffer_copy(x) for x in pair)
         pair[0], pair[1] = second, first
 
     return swap
 
 
-def groups_tiled(heads: Heads, mask: MaskSpec, scale: float) -> tuple[Heads, MaskSpec, float]:
+def groups_tiled(heads: Streams, mask: MaskSpec, scale: float) -> tuple[Streams, MaskSpec, float]:
     """Head h on group h mod G instead of h // (H / G)."""
     groups, count = heads.v.shape[1], heads.q[0].shape[1]
     index = torch.arange(count) % groups

@@ -11,11 +11,11 @@ from torch import Tensor
 import clearhead.engines.eager as eager
 import clearhead.variants.differential as v1
 from clearhead.core.attend import Mix
-from clearhead.core.heads import split_heads
 from clearhead.core.masks import MaskSpec
-from clearhead.nn import AttentionCore
+from clearhead.core.streams import split_heads
+from clearhead.nn import ProjectedAttention
 from clearhead.positions.base import PlaneRotation, Rotation
-from clearhead.positions.scaling.default import Default
+from clearhead.positions.scaling.default import DefaultScaling
 from clearhead.variants.base import Variant
 from clearhead.variants.differential import Differential
 from clearhead.variants.differential_v2 import DifferentialV2
@@ -143,13 +143,13 @@ def gates_of_the_wrong_token(patch: Patch) -> None:
 
 
 def scale_of_two_widths(patch: Patch) -> None:
-    original = AttentionCore.combine
+    original = ProjectedAttention.combine
 
-    def combine(self: AttentionCore, *arguments: object) -> object:
+    def combine(self: ProjectedAttention, *arguments: object) -> object:
         self.scale = self.scale / 2**0.5
         return original(self, *arguments)  # type: ignore[arg-type]
 
-    patch.setattr(AttentionCore, "combine", combine)
+    patch.setattr(ProjectedAttention, "combine", combine)
 
 
 def mask_off_by_one(patch: Patch) -> None:
@@ -239,10 +239,10 @@ def rotated_backwards(patch: Patch) -> None:
 def other_frequencies(patch: Patch) -> None:
     """θ_j = base^(−j/D) instead of base^(−2j/D)."""
 
-    def tables(self: Default, dtype: torch.dtype = torch.float32, device: object = None) -> Tensor:
+    def tables(self: DefaultScaling, dtype: torch.dtype = torch.float32, device: object = None) -> Tensor:
         return self.theta ** (-torch.arange(self.head_dim // 2, dtype=dtype) / self.head_dim)[None]
 
-    patch.setattr(Default, "tables", tables)
+    patch.setattr(DefaultScaling, "tables", tables)
 
 
 def no_zeros_for_blind_rows(patch: Patch) -> None:

@@ -13,7 +13,7 @@ import torch
 from clearhead.runs.recipe import Recipe
 from clearhead.runs.recipe_io import parse_recipe
 from clearhead.train import trainer
-from clearhead.train.pool import Task, place
+from clearhead.train.pool import TrainingTask, place
 
 STEPS = 12
 SAVE_EVERY = 3
@@ -60,9 +60,9 @@ def recipe(corpus: Path, **train: Any) -> Recipe:
     return parse_recipe(raw, source="test")
 
 
-def task(corpus: Path, run: Path) -> Task:
+def task(corpus: Path, run: Path) -> TrainingTask:
     """The one job of the recipe, placed in `run`."""
-    made = Task(recipe(corpus).for_arm("V1", 0), run, "V1")
+    made = TrainingTask(recipe(corpus).for_arm("V1", 0), run, "V1")
     place(made)
     return made
 

@@ -28,7 +28,7 @@ from clearhead.runs.files import write_text
 from clearhead.runs.status import Status, read_status, write_status
 from clearhead.train import trainer, worker
 from clearhead.train.callbacks import Journal, Progress
-from clearhead.train.pool import Task
+from clearhead.train.pool import TrainingTask
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def test_an_interruption_outside_of_a_run_is_told_too(
 def test_checkpoints_that_a_killed_process_did_not_come_to_remove_go_with_the_next_call(
     tmp_path: Path,
 ) -> None:
-    made: Task = small.task(tmp_path / "corpus", tmp_path / "job")
+    made: TrainingTask = small.task(tmp_path / "corpus", tmp_path / "job")
     (made.directory / "model").mkdir()
     (made.directory / "model" / "config.json").touch()
     (made.directory / "checkpoints" / "checkpoint-3").mkdir(parents=True)

@@ -18,7 +18,7 @@ from clearhead.runs.files import BrokenFile
 from clearhead.runs.status import read_status
 from clearhead.train import checkpoint, trainer
 from clearhead.train.checkpoint import MARKER, newest_complete
-from clearhead.train.pool import Task, place
+from clearhead.train.pool import TrainingTask, place
 
 # Seconds until a test gives up on a process; none is expected to take nearly as long.
 PATIENCE = 300
@@ -268,7 +268,7 @@ def test_a_loss_that_is_no_number_ends_the_training(
 ) -> None:
     from clearhead.train.callbacks import TrainingError
 
-    made = Task(small.recipe(corpus, learning_rate=1e30).for_arm("V1", 0), tmp_path / "run", "V1")
+    made = TrainingTask(small.recipe(corpus, learning_rate=1e30).for_arm("V1", 0), tmp_path / "run", "V1")
     place(made)
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d+; lower train\.learning_rate"):
         trainer.train_job(made.job, made.directory)

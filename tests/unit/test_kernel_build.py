@@ -241,14 +241,14 @@ def test_the_checkout_s_own_library_is_built_and_loads() -> None:
     finally:
         loaded.set_isa(best)
     with pytest.raises(RuntimeError, match="makes no sense"):
-        loaded.forward(library.Problem())
+        loaded.forward(library.CProblem())
     with pytest.raises(RuntimeError, match="makes no sense"):
-        loaded.backward(library.Problem())
+        loaded.backward(library.CProblem())
 
 
 @needs_compiler
 def test_the_structs_are_those_of_the_header(tmp_path: Path) -> None:
-    structs = {"clearhead_tensor": library.Tensor, "clearhead_problem": library.Problem}
+    structs = {"clearhead_tensor": library.CTensor, "clearhead_problem": library.CProblem}
     expected = [("abi", library.ABI)]
     lines = ['printf("abi %d\\n", CLEARHEAD_ABI);']
     for name, mirror in structs.items():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from clearhead.runs.recipe import (
     Arm,
-    Corpus,
+    CorpusOptions,
     Data,
     Evaluate,
     Job,
@@ -19,7 +19,7 @@ from clearhead.runs.recipe import (
     Recipe,
     RecipeError,
     Sweep,
-    Tokenizer,
+    TokenizerOptions,
     Train,
 )
 from clearhead.runs.recipe_io import differences, dump_toml, load_recipe, parse_recipe
@@ -255,9 +255,14 @@ def test_the_documented_recipe_is_complete_and_true() -> None:
     text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
     raw = tomllib.loads(text.partition("```toml")[2].partition("```")[0])
     shown = parse_recipe(raw, source="docs/recipes.md")
-    for table, model in (("corpus", Corpus), ("tokenizer", Tokenizer), ("data", Data), ("train", Train)):
+    for table, model in (
+        ("corpus", CorpusOptions),
+        ("tokenizer", TokenizerOptions),
+        ("data", Data),
+        ("train", Train),
+    ):
         assert set(raw[table]) == set(model.model_fields)
-        expected = model().model_copy(update={"max_bytes": 4_000_000}) if model is Corpus else model()
+        expected = model().model_copy(update={"max_bytes": 4_000_000}) if model is CorpusOptions else model()
         assert getattr(shown, table) == expected
     assert set(raw["data"]["needles"]) == set(NeedleRows.model_fields)
     assert set(raw["sweep"]) == set(Sweep.model_fields)

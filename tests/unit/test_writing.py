@@ -46,7 +46,11 @@ def test_what_a_killed_process_left_goes_with_the_next(tmp_path: Path) -> None:
         part.write_text("{}")
     left = sorted(one.name for one in tmp_path.iterdir())
     assert left == sorted(
-        [f".status.json.{host}-{os.getpid()}-999.part", f".status.json.{host}x-{child}-999.part", "status.json"]
+        [
+            f".status.json.{host}-{os.getpid()}-999.part",
+            f".status.json.{host}x-{child}-999.part",
+            "status.json",
+        ]
     )
 
 

@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from clearhead.analysis.sections import LineChart, Panel, Reference, Series, Table
+from clearhead.analysis.sections import LineChart, Panel, Reference, SectionTable, Series
 from clearhead.analysis.statistics import Estimate
 
 T = TypeVar("T")
@@ -112,12 +112,12 @@ def length_table(
     lengths: Sequence[int],
     cell: Callable[[str, int], str | None],
     caption: str = "",
-) -> Table:
+) -> SectionTable:
     """A row a length, a column an arm."""
     rows: list[list[str | None]] = [
         [f"{length:,} tokens", *(cell(arm, length) for arm in arms)] for length in lengths
     ]
-    return Table(title, ["length", *arms], rows, caption)
+    return SectionTable(title, ["length", *arms], rows, caption)
 
 
 def times(length: int, trained: int | None) -> str:

@@ -6,12 +6,12 @@ of the PG-19 test set cut to 32,768 tokens, stride 512; 100 passkeys a length.
 
 from __future__ import annotations
 
-from clearhead.analysis.sections import Table
+from clearhead.analysis.sections import SectionTable
 
 LENGTHS = ["512", "1024", "2048", "4096", "8192", "16k", "32k"]
 CAPTION = "Another scale, corpus and tokenizer: for the direction only."
 
-PERPLEXITY = Table(
+PERPLEXITY = SectionTable(
     "The CoCA paper's table 1: perplexity, models of 350M parameters trained at 512 tokens",
     ["model", *LENGTHS],
     [
@@ -24,7 +24,7 @@ PERPLEXITY = Table(
     f"{CAPTION} An earlier version of the paper reads about 385 for RoFormer + dynamic NTK at 8192.",
 )
 
-PASSKEY = Table(
+PASSKEY = SectionTable(
     "The CoCA paper's table 2: passkey accuracy, models of 350M parameters trained at 512 tokens, n = 100",
     ["model", *LENGTHS],
     [
@@ -37,7 +37,7 @@ PASSKEY = Table(
     f"{CAPTION} With n = 100 an accuracy near one half is known to ±0.10. The match rule is not stated.",
 )
 
-FACTORS = Table(
+FACTORS = SectionTable(
     "The CoCA paper's table 3: slack CoCA with dynamic NTK by factor",
     ["measure and factor", *LENGTHS],
     [

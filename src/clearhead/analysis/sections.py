@@ -113,7 +113,7 @@ Chart = LineChart | BarChart | HeatMap
 
 
 @dataclass(frozen=True)
-class Table:
+class SectionTable:
     """Cells are text; `None` is shown as missing. The first column names the row."""
 
     title: str
@@ -150,6 +150,6 @@ class Section:
     digits: int = 2
     headlines: Sequence[Headline] = ()
     charts: Sequence[Chart] = ()
-    tables: Sequence[Table] = ()
+    tables: Sequence[SectionTable] = ()
     notes: Sequence[str] = field(default_factory=tuple)
     missing: bool = False

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from clearhead.bench.cases import AttentionCase, Formula
 from clearhead.bench.measure import reason_of
-from clearhead.bench.peers import Inputs, Peer, as_softmax, dtype_of, make_inputs
+from clearhead.bench.peers import Peer, PeerInputs, as_softmax, dtype_of, make_inputs
 
 # One length of several tiles and one that ends inside a tile. A single query is checked over all its keys.
 LENGTHS = (384, 193)
@@ -16,7 +16,7 @@ Results = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class GateVerdict:
     """How far one result of a peer is from float64, and how far it may be. `error` is None where there is none."""
 
     what: str
@@ -38,16 +38,16 @@ class Verdict:
 class Exam:
     """Inputs of a reduced case, the right answers to them, and those of the formula in the case's own precision."""
 
-    inputs: Inputs
+    inputs: PeerInputs
     cotangent: Tensor
     exact: Results
     plain: Results
 
 
-def check(peers: Mapping[str, Peer], case: AttentionCase) -> dict[str, list[Verdict]]:
+def check(peers: Mapping[str, Peer], case: AttentionCase) -> dict[str, list[GateVerdict]]:
     """Verdicts by peer on the output and the gradients, at reduced lengths of `case`."""
     lengths = (case.keys,) if case.queries == 1 else LENGTHS
-    verdicts: dict[str, list[Verdict]] = {name: [] for name in peers}
+    verdicts: dict[str, list[GateVerdict]] = {name: [] for name in peers}
     for reduced in dict.fromkeys(case.of_length(length) for length in lengths):
         exams = {formula: _exam(reduced, formula) for formula in {peer.formula for peer in peers.values()}}
         for name, peer in peers.items():
@@ -67,21 +67,21 @@ def _exam(case: AttentionCase, formula: Formula) -> Exam:
     return Exam(inputs, cotangent, results(right, double, cotangent), plain)
 
 
-def _graded(peer: Peer, exam: Exam, dtype: torch.dtype) -> list[Verdict]:
+def _graded(peer: Peer, exam: Exam, dtype: torch.dtype) -> list[GateVerdict]:
     try:
         # What is softmax input already, a softmax peer's arrangement leaves as it is.
         output = peer.present(peer.run(peer.arrange(exam.inputs)))
         expected = exam.exact["output"].shape
         if output.shape != expected:
             note = f"its shape is {tuple(output.shape)}, not {tuple(expected)}"
-            return [Verdict("output", None, note=note)]
+            return [GateVerdict("output", None, note=note)]
         found = results(output, exam.inputs, exam.cotangent)
     except Exception as error:  # whatever a peer raises is its answer
-        return [Verdict("it raised", None, note=reason_of(error))]
+        return [GateVerdict("it raised", None, note=reason_of(error))]
     return judge(found, exam.exact, exam.plain, dtype)
 
 
-def naive(inputs: Inputs, causal: bool) -> Tensor:
+def naive(inputs: PeerInputs, causal: bool) -> Tensor:
     """softmax(q kᵀ / √D) v, or the difference of two such maps times v, the maps written out.
 
     In the precision of the inputs; the softmax and the difference in float32 (float64 in float64).
@@ -109,7 +109,7 @@ def _statistics(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def results(output: Tensor, inputs: Inputs, cotangent: Tensor) -> dict[str, Tensor]:
+def results(output: Tensor, inputs: PeerInputs, cotangent: Tensor) -> dict[str, Tensor]:
     """The output and the gradients by name."""
     if not inputs.q.requires_grad:
         return {"output": output}
@@ -119,11 +119,11 @@ def results(output: Tensor, inputs: Inputs, cotangent: Tensor) -> dict[str, Tens
     return {"output": output.detach(), "dq": dq, "dk": dk, name: flat(rest)}
 
 
-def judge(found: Results, exact: Results, plain: Results, dtype: torch.dtype) -> list[Verdict]:
+def judge(found: Results, exact: Results, plain: Results, dtype: torch.dtype) -> list[GateVerdict]:
     """Relative errors: at most twice that of the plain computation in the same precision, plus a rounding floor."""
     floor = torch.finfo(dtype).eps
     return [
-        Verdict(what, _relative(found[what], right), 2 * _relative(plain[what], right) + floor)
+        GateVerdict(what, _relative(found[what], right), 2 * _relative(plain[what], right) + floor)
         for what, right in exact.items()
     ]
 

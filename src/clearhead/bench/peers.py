@@ -21,10 +21,10 @@ from clearhead.bench.cases import (
     Formula,
 )
 from clearhead.core.attend import Prepared, attend, difference
-from clearhead.core.dispatch import Engine, Plan, Problem, load_backend
-from clearhead.core.heads import Heads
+from clearhead.core.dispatch import AttentionProblem, Engine, Plan, load_backend
 from clearhead.core.lowering import Lowering
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import Streams
 from clearhead.functional import attention, differential_attention
 from clearhead.registry import names
 
@@ -34,7 +34,7 @@ class Unavailable(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
+class PeerInputs:
     """Arguments as `clearhead.functional` takes them; `gate` is λ, or None for softmax attention.
 
     q (B, 2H, L, D) with the streams of a head next to each other, k (B, 2G, S, D) or (B, G, S, D), v (B, G, S, E),
@@ -49,14 +49,14 @@ class Inputs:
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.q, self.k, self.v) if self.gate is None else (self.q, self.k, self.v, self.gate)
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
-        return Inputs(*(change(x) for x in self.tensors()))
+    def map(self, change: Callable[[Tensor], Tensor]) -> "PeerInputs":
+        return PeerInputs(*(change(x) for x in self.tensors()))
 
 
-Run = Callable[[Inputs], Tensor]
+Run = Callable[[PeerInputs], Tensor]
 
 
-def _unchanged(inputs: Inputs) -> Inputs:
+def _unchanged(inputs: PeerInputs) -> PeerInputs:
     return inputs
 
 
@@ -69,7 +69,7 @@ class Peer:
 
     run: Run
     formula: Formula = "variant"
-    arrange: Callable[[Inputs], Inputs] = _unchanged
+    arrange: Callable[[PeerInputs], PeerInputs] = _unchanged
     tokens_first: bool = False
 
     def present(self, output: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def shapes(case: AttentionCase) -> tuple[tuple[int, ...], ...]:
     )
 
 
-def make_inputs(case: AttentionCase, seed: int = 0) -> Inputs:
+def make_inputs(case: AttentionCase, seed: int = 0) -> PeerInputs:
     """Random inputs of the case, ready for gradients if it has a backward pass."""
     rng = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(shape, generator=rng).to(dtype_of(case)) for shape in shapes(case))
@@ -101,7 +101,7 @@ def make_inputs(case: AttentionCase, seed: int = 0) -> Inputs:
         gate = torch.full((1, 1, 1, 1), 0.4)
     elif case.variant == "differential_v2":
         gate = torch.randn(case.batch, case.heads, case.queries, 1, generator=rng).sigmoid()
-    return Inputs(q, k, v, gate).map(lambda x: x.requires_grad_(case.backward))
+    return PeerInputs(q, k, v, gate).map(lambda x: x.requires_grad_(case.backward))
 
 
 def timed_call(peer: Peer, case: AttentionCase) -> Callable[[], object]:
@@ -127,35 +127,35 @@ def build(name: str, case: AttentionCase) -> Peer:
     return PEERS[name](case)
 
 
-def as_softmax(inputs: Inputs) -> Inputs:
+def as_softmax(inputs: PeerInputs) -> PeerInputs:
     """The same numbers as softmax attention alone: the wide value of V1 becomes a value head for each stream."""
     width, value = inputs.q.shape[-1], inputs.v
     if value.shape[-1] != width:
         value = value.unflatten(-1, (-1, width)).permute(0, 1, 3, 2, 4).flatten(1, 2)
-    return Inputs(inputs.q, inputs.k, value)
+    return PeerInputs(inputs.q, inputs.k, value)
 
 
-def _as_halves(inputs: Inputs) -> Inputs:
+def _as_halves(inputs: PeerInputs) -> PeerInputs:
     """DiffLlama's order: the signal of every head, then the noise of every head; values and keys alike."""
 
     def sides(x: Tensor) -> Tensor:
         return x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
 
     value = sides(as_softmax(inputs).v)
-    return Inputs(sides(inputs.q), sides(inputs.k), value, inputs.gate)
+    return PeerInputs(sides(inputs.q), sides(inputs.k), value, inputs.gate)
 
 
-def _streams(inputs: Inputs) -> Heads:
+def _streams(inputs: PeerInputs) -> Streams:
     if inputs.gate is None:
-        return Heads((inputs.q,), (inputs.k,), inputs.v)
+        return Streams((inputs.q,), (inputs.k,), inputs.v)
     q = inputs.q.unflatten(1, (-1, 2)).unbind(2)
     shared = inputs.k.shape[1] == inputs.v.shape[1]
-    return Heads(
+    return Streams(
         q, (inputs.k,) if shared else inputs.k.unflatten(1, (-1, 2)).unbind(2), inputs.v, inputs.gate
     )
 
 
-def problem(case: AttentionCase, formula: Formula = "variant") -> Problem:
+def problem(case: AttentionCase, formula: Formula = "variant") -> AttentionProblem:
     """The case as the choice of a backend sees it."""
     heads, kv_heads, key_streams, value_width = (
         (case.heads,) * case.streams,
@@ -166,7 +166,7 @@ def problem(case: AttentionCase, formula: Formula = "variant") -> Problem:
     if formula == "softmax":  # as `as_softmax` arranges it
         heads = (case.streams * case.heads,)
         kv_heads, key_streams, value_width = case.key_streams * case.groups, 1, case.width
-    return Problem.of(
+    return AttentionProblem.of(
         heads,
         kv_heads,
         key_streams,
@@ -182,7 +182,7 @@ def problem(case: AttentionCase, formula: Formula = "variant") -> Problem:
     )
 
 
-def refusal(backend: str, problem: Problem) -> str | None:
+def refusal(backend: str, problem: AttentionProblem) -> str | None:
     """Why `backend` cannot run `problem`, or None."""
     if backend not in (*names("kernels"), *names("engines")):
         return f"there is no kernel {backend!r} in this installation"
@@ -197,7 +197,7 @@ def _through(backend: str, formula: Formula = "variant") -> Callable[[AttentionC
         if reason is not None:
             raise Unavailable(reason)
 
-        def run(inputs: Inputs) -> Tensor:
+        def run(inputs: PeerInputs) -> Tensor:
             q, k, v, gate = inputs.q, inputs.k, inputs.v, inputs.gate
             if gate is None:
                 return attention(q, k, v, is_causal=case.causal, backend=backend)
@@ -222,7 +222,7 @@ def _lowered(lowering: Lowering) -> Callable[[AttentionCase], Peer]:
 
 
 def _sdpa(case: AttentionCase) -> Peer:
-    def run(inputs: Inputs) -> Tensor:
+    def run(inputs: PeerInputs) -> Tensor:
         q, k, v = inputs.q, inputs.k, inputs.v
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=case.causal, enable_gqa=q.shape[1] != k.shape[1]
@@ -248,7 +248,7 @@ def _diff_llama(case: AttentionCase) -> Peer:
 
     layer = _Layer(case.heads // case.groups)
 
-    def run(inputs: Inputs) -> Tensor:
+    def run(inputs: PeerInputs) -> Tensor:
         assert inputs.gate is not None
         outputs = []
         for value in torch.chunk(inputs.v, 2, dim=1):

@@ -10,14 +10,14 @@ from typing import Any
 
 from clearhead.bench.machine import facts, versions
 from clearhead.bench.measure import Spread
-from clearhead.bench.run import Outcome
+from clearhead.bench.run import MeasuredCase
 from clearhead.data.writing import writing
 from clearhead.runs.files import plain
 
 CHARTS = (".png", ".svg")
 
 
-def lines(verb: str, outcome: Outcome) -> list[dict[str, Any]]:
+def lines(verb: str, outcome: MeasuredCase) -> list[dict[str, Any]]:
     """One entry for every peer of a case that was measured, those that could not run with their reason."""
     case = {key: value for key, value in asdict(outcome.case).items() if key != "peers"}
     common = {"machine": facts(), "versions": versions(), "date": date.today().isoformat()}

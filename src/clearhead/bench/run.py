@@ -21,7 +21,7 @@ Start = Callable[[], tuple[Call, float]]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class MeasuredPeer:
     """What is known of one peer: its numbers, or the reason why there are none.
 
     seconds: of a call.   ratio: over the reference in the same round, or of memory.   rate: needed FLOPs a second.
@@ -39,7 +39,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class MeasuredCase:
     """A case that was measured, as far as it came, or that failed its gate and has no rows.
 
     matrix: floating-point operations per second of torch.mm in the case's dtype.
@@ -47,7 +47,7 @@ class Outcome:
     """
 
     case: Case
-    rows: tuple[Row, ...] = ()
+    rows: tuple[MeasuredPeer, ...] = ()
     rounds: int = 0
     matrix: float | None = None
     copy: float | None = None
@@ -64,12 +64,12 @@ class _Field:
     red: list[str] = field(default_factory=list)
 
 
-def run_case(case: Case, rounds: int, progress: Progress) -> Outcome:
+def run_case(case: Case, rounds: int, progress: Progress) -> MeasuredCase:
     """Check every peer of `case`, and time them if all are right. Ctrl-C ends it with the rounds that are complete."""
     progress(f"{case.name}: checking")
     entered = _attention_field(case) if isinstance(case, AttentionCase) else _training_field(case)
     if entered.red:
-        return Outcome(case, red=tuple(entered.red))
+        return MeasuredCase(case, red=tuple(entered.red))
     if isinstance(case, AttentionCase) and case.memory:
         return _memory(case, entered, progress)
     with limited_memory():
@@ -109,12 +109,12 @@ def _training_field(case: TrainCase) -> _Field:
     return entered
 
 
-def _start_training(arm: training.Arm, case: TrainCase) -> tuple[Call, float]:
+def _start_training(arm: training.BenchArm, case: TrainCase) -> tuple[Call, float]:
     model = training.build(arm, case)
     return training.timed_step(model, case), training.step_flops(arm, model, case)
 
 
-def _timed(case: Case, entered: _Field, rounds: int, progress: Progress) -> Outcome:
+def _timed(case: Case, entered: _Field, rounds: int, progress: Progress) -> MeasuredCase:
     progress(f"{case.name}: measuring the machine")
     matrix = matrix_rate(dtype_of(case))
     calls: dict[str, Call] = {}
@@ -140,16 +140,16 @@ def _timed(case: Case, entered: _Field, rounds: int, progress: Progress) -> Outc
     except KeyboardInterrupt:
         interrupted = True
     rows = tuple(
-        Row(name, entered.reasons.get(name, "interrupted before the first round was complete"))
+        MeasuredPeer(name, entered.reasons.get(name, "interrupted before the first round was complete"))
         if name in entered.reasons or not done
         else _row(name, case, done, flops[name])
         for name in case.peers
     )
     copy = 2 * read / spread([found[COPY] for found in done]).median if read is not None and done else None
-    return Outcome(case, rows, len(done), matrix, copy, interrupted=interrupted)
+    return MeasuredCase(case, rows, len(done), matrix, copy, interrupted=interrupted)
 
 
-def _memory(case: AttentionCase, entered: _Field, progress: Progress) -> Outcome:
+def _memory(case: AttentionCase, entered: _Field, progress: Progress) -> MeasuredCase:
     found: dict[str, int] = {}
     interrupted = False
     try:
@@ -168,14 +168,14 @@ def _memory(case: AttentionCase, entered: _Field, progress: Progress) -> Outcome
         count = found.get(name)
         reason = entered.reasons.get(name, "interrupted before its turn") if count is None else None
         ratio = spread([count / base]) if count is not None and base else None
-        rows.append(Row(name, reason, ratio=ratio, extra_bytes=count))
-    return Outcome(case, tuple(rows), 1, interrupted=interrupted)
+        rows.append(MeasuredPeer(name, reason, ratio=ratio, extra_bytes=count))
+    return MeasuredCase(case, tuple(rows), 1, interrupted=interrupted)
 
 
-def _row(name: str, case: Case, done: Sequence[Round], flops: float) -> Row:
+def _row(name: str, case: Case, done: Sequence[Round], flops: float) -> MeasuredPeer:
     seconds = spread([found[name] for found in done])
     reference = case.peers[0]
-    return Row(
+    return MeasuredPeer(
         name,
         seconds=seconds,
         ratio=ratios(done, name, reference) if reference in done[0] else None,

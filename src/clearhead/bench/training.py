@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, PreTrainedModel
 
 from clearhead.bench.cases import TrainCase, attention_flops
-from clearhead.bench.gate import Results, Verdict, flat, judge
+from clearhead.bench.gate import GateVerdict, Results, flat, judge
 from clearhead.bench.measure import reason_of
 from clearhead.bench.peers import Unavailable, refusal
-from clearhead.core.dispatch import Problem
-from clearhead.core.heads import Widths
+from clearhead.core.dispatch import AttentionProblem
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import Widths
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
 
 # Tokens of a row when a model is checked against float64.
@@ -23,7 +23,7 @@ GATE_CONTEXT = 96
 
 
 @dataclass(frozen=True, slots=True)
-class Arm:
+class BenchArm:
     """An attention and what runs it."""
 
     attention: str
@@ -32,7 +32,7 @@ class Arm:
     diff_llama: bool = False
 
 
-def _arms() -> dict[str, Arm]:
+def _arms() -> dict[str, BenchArm]:
     variants: dict[str, tuple[str, dict[str, Any]]] = {
         "Transformer": ("softmax", {}),
         "DIFF V1": ("differential", {}),
@@ -41,17 +41,17 @@ def _arms() -> dict[str, Arm]:
         "CoCA slack": ("collinear", {"mode": "slack"}),
     }
     arms = {
-        f"{name} ({backend})": Arm(attention, backend, options)
+        f"{name} ({backend})": BenchArm(attention, backend, options)
         for name, (attention, options) in variants.items()
         for backend in ("cpu", "sdpa", "flex", "eager")
     }
-    return {**arms, "DiffLlama (sdpa)": Arm("differential", "sdpa", diff_llama=True)}
+    return {**arms, "DiffLlama (sdpa)": BenchArm("differential", "sdpa", diff_llama=True)}
 
 
 ARMS = _arms()
 
 
-def build(arm: Arm, case: TrainCase) -> PreTrainedModel:
+def build(arm: BenchArm, case: TrainCase) -> PreTrainedModel:
     """The arm's model, its weights always the same; `Unavailable` with the reason if its backend cannot run it."""
     config = _config(arm, case)
     reason = _refusal(arm, config, case)
@@ -81,7 +81,7 @@ def timed_step(model: PreTrainedModel, case: TrainCase) -> Callable[[], object]:
     return step
 
 
-def step_flops(arm: Arm, model: PreTrainedModel, case: TrainCase) -> float:
+def step_flops(arm: BenchArm, model: PreTrainedModel, case: TrainCase) -> float:
     """Six for every weight of a matrix product and token, and what attention needs in every layer."""
     weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     sizes = _widths(_config(arm, case))
@@ -92,7 +92,7 @@ def step_flops(arm: Arm, model: PreTrainedModel, case: TrainCase) -> float:
     return 6.0 * weights * case.batch * case.context + case.layers * attention
 
 
-def check(arm: Arm, case: TrainCase) -> list[Verdict]:
+def check(arm: BenchArm, case: TrainCase) -> list[GateVerdict]:
     """Verdicts on logits and gradients at a short context, against the same weights, eager, in float64."""
     reduced = replace(case, context=min(GATE_CONTEXT, case.context))
     model = build(arm, reduced)
@@ -102,7 +102,7 @@ def check(arm: Arm, case: TrainCase) -> list[Verdict]:
     try:
         found = _results(model, reduced)
     except Exception as error:  # whatever a peer raises is its answer
-        return [Verdict("it raised", None, note=reason_of(error))]
+        return [GateVerdict("it raised", None, note=reason_of(error))]
     return judge(found, _results(exact, reduced), _results(plain, reduced), torch.float32)
 
 
@@ -128,7 +128,7 @@ def _sizes(case: TrainCase) -> dict[str, Any]:
     }
 
 
-def _config(arm: Arm, case: TrainCase) -> ClearheadConfig:
+def _config(arm: BenchArm, case: TrainCase) -> ClearheadConfig:
     return ClearheadConfig(**_sizes(case), attention=arm.attention, attention_options=dict(arm.options))
 
 
@@ -136,9 +136,9 @@ def _widths(config: ClearheadConfig) -> Widths:
     return config.make_variant(0).sizes
 
 
-def _refusal(arm: Arm, config: ClearheadConfig, case: TrainCase) -> str | None:
+def _refusal(arm: BenchArm, config: ClearheadConfig, case: TrainCase) -> str | None:
     variant = config.make_variant(0)
-    found = Problem.of_widths(
+    found = AttentionProblem.of_widths(
         variant.sizes,
         queries=case.context,
         keys=case.context,

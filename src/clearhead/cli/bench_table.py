@@ -7,10 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from clearhead.bench.measure import Spread
-from clearhead.bench.run import Outcome, Row
+from clearhead.bench.run import MeasuredCase, MeasuredPeer
 
 
-def render(outcome: Outcome) -> RenderableType:
+def render(outcome: MeasuredCase) -> RenderableType:
     """The peers of a case, or what its gate found wrong."""
     case = outcome.case
     title = Text.assemble((case.name, "bold"), f"  {case.title}")
@@ -25,7 +25,7 @@ def render(outcome: Outcome) -> RenderableType:
     return Group(title, table, *([] if memory else [_footer(outcome)]), *notes)
 
 
-def _time_table(outcome: Outcome) -> Table:
+def _time_table(outcome: MeasuredCase) -> Table:
     decoding = any(row.reads for row in outcome.rows)
     table = _table("peer", "median ms", "quartiles", "min", "time over the first's", "GFLOP/s")
     if decoding:
@@ -47,7 +47,7 @@ def _time_table(outcome: Outcome) -> Table:
     return table
 
 
-def _memory_table(outcome: Outcome) -> Table:
+def _memory_table(outcome: MeasuredCase) -> Table:
     table = _table("peer", "peak beyond inputs, MB", "over the first's")
     for row in outcome.rows:
         size = "–" if row.extra_bytes is None else f"{row.extra_bytes / 1e6:,.0f}"
@@ -72,12 +72,12 @@ def _ratio(ratio: Spread | None) -> str:
     return "–" if ratio is None else f"{ratio.median:.2f} ({ratio.q1:.2f} to {ratio.q3:.2f})"
 
 
-def _rate(row: Row, matrix: float | None) -> str:
+def _rate(row: MeasuredPeer, matrix: float | None) -> str:
     assert row.rate is not None and matrix is not None
     return f"{row.rate / 1e9:.3g} ({row.rate / matrix:.0%})"
 
 
-def _footer(outcome: Outcome) -> Text:
+def _footer(outcome: MeasuredCase) -> Text:
     """What the table's last columns are measured against."""
     assert outcome.matrix is not None
     plural = "s" * (outcome.rounds != 1)

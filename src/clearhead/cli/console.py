@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from clearhead.train.pool import Row
+    from clearhead.train.pool import ProgressRow
 
 
 class Interrupted(Exception):
@@ -61,7 +61,7 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def seconds_left(rows: "Sequence[Row]") -> float | None:
+def seconds_left(rows: "Sequence[ProgressRow]") -> float | None:
     """Training time left over all jobs at the present speed of those that run; None when none has a speed yet."""
     speed = sum(row.status.tokens_per_second or 0.0 for row in rows if row.running)
     left = sum(

@@ -80,9 +80,11 @@ def command(
     ] = False,
 ) -> None:
     """Evaluate what was trained; results that are there already are measured again only when their options changed."""
-    from clearhead.cli.evaluation_plan import Asked, ExternalPlan, plan_evaluation
+    from clearhead.cli.evaluation_plan import EvaluateArguments, ExternalPlan, plan_evaluation
 
-    plan = plan_evaluation(Asked(subject, suite or (), set_ or (), config, sets, corpus, out, lm_eval))
+    plan = plan_evaluation(
+        EvaluateArguments(subject, suite or (), set_ or (), config, sets, corpus, out, lm_eval)
+    )
     # What follows is slow to import; a wrong argument has been answered by now.
     from transformers.utils.logging import disable_progress_bar
 

@@ -12,7 +12,7 @@ from clearhead.runs.recipe import RecipeError
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluateArguments:
     """The command line of one `clearhead evaluate`.
 
     suites: evaluations to run, all that the subject's recipe or the suite file names where it is empty.
@@ -54,7 +54,7 @@ class ExternalPlan:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
 
-def plan_evaluation(asked: Asked) -> TrainedPlan | ExternalPlan:
+def plan_evaluation(asked: EvaluateArguments) -> TrainedPlan | ExternalPlan:
     """Look at the subject and the options; reads the suite file and names of files, writes nothing.
 
     Raises RecipeError, RunError or ValueError in one sentence for what cannot be run.

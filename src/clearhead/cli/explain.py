@@ -8,7 +8,7 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-    from clearhead.core.dispatch import Problem
+    from clearhead.core.dispatch import AttentionProblem
     from clearhead.models import ClearheadConfig
 
 # Backends outside the registry that people ask about.
@@ -144,19 +144,21 @@ def _kinds(config: "ClearheadConfig") -> dict[int, str]:
 
 def _problems(
     config: "ClearheadConfig", layer: int, length: int, device: "torch.device", dtype: "torch.dtype"
-) -> "dict[str, Problem]":
+) -> "dict[str, AttentionProblem]":
     """The attention problems of a model's life, by a description."""
     from dataclasses import replace
 
     import torch
 
-    from clearhead.core.dispatch import Problem
+    from clearhead.core.dispatch import AttentionProblem
     from clearhead.core.masks import MaskSpec
 
     variant, kind = config.make_variant(layer), config.layer_kinds[layer]
 
-    def problem(queries: int, mask: MaskSpec, *, training: bool = False, maps: bool = False) -> "Problem":
-        return Problem.of_widths(
+    def problem(
+        queries: int, mask: MaskSpec, *, training: bool = False, maps: bool = False
+    ) -> "AttentionProblem":
+        return AttentionProblem.of_widths(
             variant.sizes,
             queries=queries,
             keys=length,
@@ -186,7 +188,7 @@ def _cpu_kernel() -> str:
     return f"instruction set {library.load().isa()}" if reason is None else reason.removesuffix(".")
 
 
-def _plans(problem: "Problem") -> list[str]:
+def _plans(problem: "AttentionProblem") -> list[str]:
     """One line a backend: how it would run the problem, or its reason not to; the one `auto` takes is marked."""
     from rich.markup import escape
 

@@ -9,14 +9,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from clearhead.cli.console import duration, say, seconds_left
-from clearhead.train.pool import Row, Watcher
+from clearhead.train.pool import ProgressRow, Watcher
 
 # Seconds between two plain lines about one running job.
 LINE_SECONDS = 30.0
 STYLES = {"training": "cyan", "evaluating": "cyan", "done": "green", "failed": "red", "waiting": "dim"}
 
 
-def phase(row: Row) -> str:
+def phase(row: ProgressRow) -> str:
     """What the job is doing, in a word."""
     state = row.status.state
     if state == "evaluated":
@@ -42,10 +42,10 @@ class LiveTable(Watcher):
     def __exit__(self, *error: object) -> None:
         self.live.stop()
 
-    def update(self, rows: Sequence[Row]) -> None:
+    def update(self, rows: Sequence[ProgressRow]) -> None:
         self.live.update(self.table(rows))
 
-    def table(self, rows: Sequence[Row]) -> Table:
+    def table(self, rows: Sequence[ProgressRow]) -> Table:
         done = sum(row.status.state == "evaluated" for row in rows)
         left = seconds_left(rows)
         table = Table(
@@ -72,7 +72,7 @@ class LiveTable(Watcher):
             )
         return table
 
-    def _visible(self, rows: Sequence[Row]) -> Sequence[Row]:
+    def _visible(self, rows: Sequence[ProgressRow]) -> Sequence[ProgressRow]:
         """All rows when they fit on the screen, else those that run, failed, or come next."""
         room = max(4, self.live.console.height - 6)
         if len(rows) <= room:
@@ -95,7 +95,7 @@ class PlainLines(Watcher):
     def __exit__(self, *error: object) -> None:
         pass
 
-    def update(self, rows: Sequence[Row]) -> None:
+    def update(self, rows: Sequence[ProgressRow]) -> None:
         now = time.monotonic()
         for row in rows:
             key, word = str(row.task.directory), phase(row)
@@ -106,7 +106,7 @@ class PlainLines(Watcher):
                 self.spoken[key] = now
             self.phases[key] = word
 
-    def _line(self, row: Row, word: str, rows: Sequence[Row]) -> str:
+    def _line(self, row: ProgressRow, word: str, rows: Sequence[ProgressRow]) -> str:
         status = row.status
         parts = [f"{row.task.label}, seed {row.task.job.seed}: {word}"]
         if word == "failed":

@@ -14,8 +14,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from clearhead.convert.computing import Reader
-from clearhead.convert.weights import ConversionError, FileWeights, MemoryWeights, Recipe, Weights, same
+from clearhead.convert.computing import WeightReader
+from clearhead.convert.weights import ConversionError, FileWeights, MemoryWeights, TensorRecipe, Weights, same
 from clearhead.models.config import ClearheadConfig
 
 LAYER = "{layer}"
@@ -59,7 +59,7 @@ class Computation(Protocol):
     embedding: str
     head: str
 
-    def hidden(self, embedded: Tensor, read: Reader) -> Tensor:
+    def hidden(self, embedded: Tensor, read: WeightReader) -> Tensor:
         """(B, L, hidden_size) embedded tokens to the states that the output matrix is multiplied with.
 
         read: a weight by its name in this format, in the dtype of `embedded`.
@@ -68,7 +68,7 @@ class Computation(Protocol):
 
 
 @dataclass(frozen=True)
-class Line:
+class NameLine:
     """One row of a table of names; `{layer}` stands for the layer's number.
 
     into, back: the order of the rows here made of theirs, and theirs made of ours.
@@ -81,31 +81,31 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Table:
+class NameTable:
     """Lines for one model, with its number of layers."""
 
-    lines: tuple[Line, ...]
+    lines: tuple[NameLine, ...]
     layers: int
 
-    def expanded(self) -> Iterable[Line]:
+    def expanded(self) -> Iterable[NameLine]:
         """A line a tensor."""
         for line in self.lines:
             count = self.layers if LAYER in line.ours else 1
             for layer in range(count):
-                yield Line(
+                yield NameLine(
                     line.ours.replace(LAYER, str(layer)),
                     line.theirs.replace(LAYER, str(layer)),
                     line.into,
                     line.back,
                 )
 
-    def incoming(self) -> dict[str, Recipe]:
+    def incoming(self) -> dict[str, TensorRecipe]:
         """Our tensors by their name here."""
-        return {line.ours: Recipe((line.theirs,), line.into) for line in self.expanded()}
+        return {line.ours: TensorRecipe((line.theirs,), line.into) for line in self.expanded()}
 
-    def outgoing(self) -> dict[str, Recipe]:
+    def outgoing(self) -> dict[str, TensorRecipe]:
         """Their tensors by their name there."""
-        return {line.theirs: Recipe((line.ours,), line.back) for line in self.expanded()}
+        return {line.theirs: TensorRecipe((line.ours,), line.back) for line in self.expanded()}
 
 
 class Converter(ABC):
@@ -127,14 +127,14 @@ class Converter(ABC):
         """This library's configuration of the same model; ConversionError, naming the key, where there is none."""
 
     @abstractmethod
-    def table(self, config: ClearheadConfig) -> Table:
+    def table(self, config: ClearheadConfig) -> NameTable:
         """Which tensor is which."""
 
     @abstractmethod
     def computation(self, config: Mapping[str, Any], weights: Weights, dtype: torch.dtype) -> Computation:
         """How a model in this format computes, independently of this library where it can be."""
 
-    def incoming(self, config: ClearheadConfig, source: Source) -> dict[str, Recipe]:
+    def incoming(self, config: ClearheadConfig, source: Source) -> dict[str, TensorRecipe]:
         """How each of our tensors is made of theirs."""
         return self.table(config).incoming()
 
@@ -146,7 +146,7 @@ class Converter(ABC):
         """Text files of this format beside weights and configuration, by name."""
         return {}
 
-    def outgoing(self, config: ClearheadConfig, weights: Weights) -> dict[str, Recipe]:
+    def outgoing(self, config: ClearheadConfig, weights: Weights) -> dict[str, TensorRecipe]:
         """How each of their tensors is made of ours."""
         return self.table(config).outgoing()
 

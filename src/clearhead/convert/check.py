@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from clearhead.convert.base import Computation
-from clearhead.convert.computing import Reader
+from clearhead.convert.computing import WeightReader
 from clearhead.convert.weights import Weights
 
 TEXT = (
@@ -71,7 +71,7 @@ def compare(
     states = []
     for computation, weights in (first, second):
         embedded = weights.take(computation.embedding, ids).to(dtype)[None]
-        states.append(computation.hidden(embedded, Reader(weights, dtype)))
+        states.append(computation.hidden(embedded, WeightReader(weights, dtype)))
     difference = largest = 0.0
     step = max(1, CHUNK // states[0].shape[-1])
     for start in range(0, vocabulary, step):

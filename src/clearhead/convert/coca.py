@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clearhead.convert.base import Computation, Converter, Line, Source, Table, refuse
-from clearhead.convert.computing import PlainDecoder, Reader, angles, causal_softmax, spread
+from clearhead.convert.base import Computation, Converter, NameLine, NameTable, Source, refuse
+from clearhead.convert.computing import PlainDecoder, WeightReader, angles, causal_softmax, spread
 from clearhead.convert.family import ATTENTION, LlamaFamily
 from clearhead.convert.weights import Weights
 from clearhead.models.config import ClearheadConfig
@@ -33,11 +33,11 @@ class CocaLlama(LlamaFamily):
     def configuration(self, source: Source) -> ClearheadConfig:
         return super().configuration(replace(source, config=_standard(source.config)))
 
-    def table(self, config: ClearheadConfig) -> Table:
+    def table(self, config: ClearheadConfig) -> NameTable:
         theirs = f"{ATTENTION}.t_proj.weight"
         table = super().table(config)
         lines = tuple(
-            Line(line.ours, theirs, line.into, line.back) if line.ours.endswith("k_proj.weight") else line
+            NameLine(line.ours, theirs, line.into, line.back) if line.ours.endswith("k_proj.weight") else line
             for line in table.lines
         )
         return replace(table, lines=lines)
@@ -46,7 +46,7 @@ class CocaLlama(LlamaFamily):
         theirs = self._theirs(_standard(config))
         heads, groups = theirs.num_attention_heads, theirs.num_key_value_heads
 
-        def attention(layer: int, x: Tensor, read: Reader) -> Tensor:
+        def attention(layer: int, x: Tensor, read: WeightReader) -> Tensor:
             prefix = f"model.layers.{layer}.self_attn"
             q, t, v = (
                 read.linear(x, f"{prefix}.{name}.weight").unflatten(-1, (count, -1)).transpose(1, 2)
@@ -80,7 +80,7 @@ class CocaNeox(Converter):
             "have none of them",
         )
 
-    def table(self, config: ClearheadConfig) -> Table:
+    def table(self, config: ClearheadConfig) -> NameTable:
         raise NotImplementedError
 
     def computation(self, config: Mapping[str, Any], weights: Weights, dtype: torch.dtype) -> Computation:

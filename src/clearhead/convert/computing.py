@@ -26,7 +26,7 @@ def give_back() -> None:
         trim(0)
 
 
-class Reader:
+class WeightReader:
     """Weights by name in one dtype, and products with matrices of which a few rows are in memory at a time."""
 
     def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
@@ -92,7 +92,7 @@ class ModelComputation:
                 else:
                     self.decoder.rotary_emb = type(self.decoder.rotary_emb)(config=config)
 
-    def hidden(self, embedded: Tensor, read: Reader) -> Tensor:
+    def hidden(self, embedded: Tensor, read: WeightReader) -> Tensor:
         """The decoder's last states, after its norm."""
         blocks = {f"model.layers.{index}": layer for index, layer in enumerate(self.decoder.layers)}
         blocks["model.norm"] = self.decoder.norm
@@ -112,7 +112,7 @@ class ModelComputation:
                 hook.remove()
 
 
-def _held(unit: nn.Module, names: Mapping[str, str], read: Reader) -> list[RemovableHandle]:
+def _held(unit: nn.Module, names: Mapping[str, str], read: WeightReader) -> list[RemovableHandle]:
     """Hooks that give a module the parameters `names` (its own name of each: ours) for as long as it runs."""
 
     def fill(module: nn.Module, inputs: Any) -> None:
@@ -140,14 +140,14 @@ class PlainDecoder:
     embedding = "model.embed_tokens.weight"
 
     def __init__(
-        self, attention: Callable[[int, Tensor, Reader], Tensor], layers: int, eps: float, tied: bool
+        self, attention: Callable[[int, Tensor, WeightReader], Tensor], layers: int, eps: float, tied: bool
     ) -> None:
         self.attention = attention
         self.layers = layers
         self.eps = eps
         self.head = self.embedding if tied else "lm_head.weight"
 
-    def hidden(self, embedded: Tensor, read: Reader) -> Tensor:
+    def hidden(self, embedded: Tensor, read: WeightReader) -> Tensor:
         """The decoder's last states, after its norm."""
         x = embedded
         for layer in range(self.layers):

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clearhead.convert.base import Line, Source, Table, refuse
+from clearhead.convert.base import NameLine, NameTable, Source, refuse
 from clearhead.convert.family import ATTENTION, LlamaFamily, frame, rope_for, shared_keys, to_halves
 from clearhead.convert.orders import chunks_to_stripes, stripes_to_chunks
-from clearhead.convert.weights import Recipe, Weights, same
+from clearhead.convert.weights import TensorRecipe, Weights, same
 from clearhead.models.config import ClearheadConfig
 
 NORM = f"{ATTENTION}.variant.head_norm.weight"
@@ -36,7 +36,7 @@ class DiffLlama(LlamaFamily):
             options["lambda_std"] = config.lambda_std_dev
         return "differential", options
 
-    def table(self, config: ClearheadConfig) -> Table:
+    def table(self, config: ClearheadConfig) -> NameTable:
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         assert groups is not None
         turned = to_halves(config)
@@ -45,11 +45,11 @@ class DiffLlama(LlamaFamily):
             _striped("k_proj", groups, turned),
             _striped("v_proj", groups, same),
         ]
-        lines.append(Line(f"{ATTENTION}.o_proj.weight", f"{ATTENTION}.o_proj.weight"))
-        lines += [Line(f"{ATTENTION}.variant.{name}", f"{ATTENTION}.{name}") for name in LAMBDAS]
-        return Table((*frame(config), *lines), config.num_hidden_layers)
+        lines.append(NameLine(f"{ATTENTION}.o_proj.weight", f"{ATTENTION}.o_proj.weight"))
+        lines += [NameLine(f"{ATTENTION}.variant.{name}", f"{ATTENTION}.{name}") for name in LAMBDAS]
+        return NameTable((*frame(config), *lines), config.num_hidden_layers)
 
-    def incoming(self, config: ClearheadConfig, source: Source) -> dict[str, Recipe]:
+    def incoming(self, config: ClearheadConfig, source: Source) -> dict[str, TensorRecipe]:
         assert config.head_dim is not None
         found = super().incoming(config, source)
         width = 2 * config.head_dim
@@ -57,7 +57,7 @@ class DiffLlama(LlamaFamily):
             norm = NORM.format(layer=layer)
             beside = f"{ATTENTION}.o_proj.weight".format(layer=layer)
             like = source.weights.dtype(beside) if beside in source.weights else None
-            found[norm] = Recipe((), lambda: torch.ones(width), like)
+            found[norm] = TensorRecipe((), lambda: torch.ones(width), like)
         return found
 
     def written(self, config: ClearheadConfig) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class DiffLlama(LlamaFamily):
         )
         return dict(made.to_diff_dict())
 
-    def outgoing(self, config: ClearheadConfig, weights: Weights) -> dict[str, Recipe]:
+    def outgoing(self, config: ClearheadConfig, weights: Weights) -> dict[str, TensorRecipe]:
         found = super().outgoing(config, weights)
         folded = False
         low = False
@@ -100,16 +100,16 @@ class DiffLlama(LlamaFamily):
                 dtype = weights.dtype(name)
                 folded, low = True, low or dtype.itemsize < 4
                 # Two factors of 11 bits at most have an exact product in float32.
-                found[name] = Recipe((name, norm), fold, rounded=dtype == torch.float32)
+                found[name] = TensorRecipe((name, norm), fold, rounded=dtype == torch.float32)
         if folded and low:
             found = {
-                name: Recipe(recipe.takes, recipe.make, torch.float32, recipe.rounded)
+                name: TensorRecipe(recipe.takes, recipe.make, torch.float32, recipe.rounded)
                 for name, recipe in found.items()
             }
         return found
 
 
-def _striped(part: str, heads: int, turned: Callable[[Tensor], Tensor]) -> Line:
+def _striped(part: str, heads: int, turned: Callable[[Tensor], Tensor]) -> NameLine:
     """Streams of one head side by side here, in two halves there."""
     name = f"{ATTENTION}.{part}.weight"
 
@@ -119,7 +119,7 @@ def _striped(part: str, heads: int, turned: Callable[[Tensor], Tensor]) -> Line:
     def back(rows: Tensor) -> Tensor:
         return stripes_to_chunks(turned(rows), heads)
 
-    return Line(name, name, into, back)
+    return NameLine(name, name, into, back)
 
 
 def fold(projection: Tensor, weight: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from clearhead.convert.base import INVALID, LAYER, Computation, Converter, Line, Source, Table, refuse
+from clearhead.convert.base import INVALID, LAYER, Computation, Converter, NameLine, NameTable, Source, refuse
 from clearhead.convert.computing import ModelComputation
 from clearhead.convert.orders import pairs_to_halves
 from clearhead.convert.weights import ConversionError, Weights, reason, same
@@ -42,10 +42,10 @@ SIZES = (
 )
 
 
-def frame(config: ClearheadConfig) -> list[Line]:
+def frame(config: ClearheadConfig) -> list[NameLine]:
     """The lines around attention, whose names are LLaMA's here too."""
     head = () if config.tie_word_embeddings else ("lm_head.weight",)
-    return [Line(name, name) for name in (*ENDS, *head, *MLP)]
+    return [NameLine(name, name) for name in (*ENDS, *head, *MLP)]
 
 
 def to_halves(config: ClearheadConfig) -> Callable[[Tensor], Tensor]:
@@ -98,13 +98,13 @@ class LlamaFamily(Converter):
             **windows(theirs),
         )
 
-    def table(self, config: ClearheadConfig) -> Table:
+    def table(self, config: ClearheadConfig) -> NameTable:
         turned = to_halves(config)
         lines = [
-            Line(f"{ATTENTION}.{part}.weight", f"{ATTENTION}.{part}.weight", back=back)
+            NameLine(f"{ATTENTION}.{part}.weight", f"{ATTENTION}.{part}.weight", back=back)
             for part, back in (("q_proj", turned), ("k_proj", turned), ("v_proj", same), ("o_proj", same))
         ]
-        return Table((*frame(config), *lines), config.num_hidden_layers)
+        return NameTable((*frame(config), *lines), config.num_hidden_layers)
 
     def computation(self, config: Mapping[str, Any], weights: Weights, dtype: torch.dtype) -> Computation:
         return ModelComputation(self._class(), self._theirs(config), dtype)

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from clearhead.convert.base import Computation, Converter, Line, Source, Table
-from clearhead.convert.computing import PlainDecoder, Reader, angles, causal_softmax, rms_norm, spread
+from clearhead.convert.base import Computation, Converter, NameLine, NameTable, Source
+from clearhead.convert.computing import PlainDecoder, WeightReader, angles, causal_softmax, rms_norm, spread
 from clearhead.convert.family import ATTENTION, frame, layout_of
 from clearhead.convert.orders import halves_to_pairs, pairs_to_halves
 from clearhead.convert.weights import ConversionError, FileWeights, MemoryWeights, Weights, same
@@ -40,12 +40,12 @@ class _Microsoft(Converter):
         """The twin's query heads, its key-value heads and the width of a head, from numbers of rows."""
 
     @abstractmethod
-    def lines(self) -> list[Line]:
+    def lines(self) -> list[NameLine]:
         """What the variant has besides projections."""
 
     @abstractmethod
     def layer(
-        self, layer: int, x: Tensor, read: Reader, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int]
+        self, layer: int, x: Tensor, read: WeightReader, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int]
     ) -> Tensor:
         """The released layer, in plain functions."""
 
@@ -93,7 +93,7 @@ class _Microsoft(Converter):
 
     output: ClassVar[str] = "o_proj.weight"
 
-    def table(self, config: ClearheadConfig) -> Table:
+    def table(self, config: ClearheadConfig) -> NameTable:
         assert config.head_dim is not None
         width, turned = config.head_dim, layout_of(config) == "half"
 
@@ -105,12 +105,12 @@ class _Microsoft(Converter):
 
         order = (into, back) if turned else (same, same)
         lines = [
-            Line(f"{ATTENTION}.q_proj.weight", f"{ATTENTION}.q_proj.weight", *order),
-            Line(f"{ATTENTION}.k_proj.weight", f"{ATTENTION}.k_proj.weight", *order),
-            Line(f"{ATTENTION}.v_proj.weight", f"{ATTENTION}.v_proj.weight"),
-            Line(f"{ATTENTION}.o_proj.weight", f"{ATTENTION}.{self.output}"),
+            NameLine(f"{ATTENTION}.q_proj.weight", f"{ATTENTION}.q_proj.weight", *order),
+            NameLine(f"{ATTENTION}.k_proj.weight", f"{ATTENTION}.k_proj.weight", *order),
+            NameLine(f"{ATTENTION}.v_proj.weight", f"{ATTENTION}.v_proj.weight"),
+            NameLine(f"{ATTENTION}.o_proj.weight", f"{ATTENTION}.{self.output}"),
         ]
-        return Table((*frame(config), *lines, *self.lines()), config.num_hidden_layers)
+        return NameTable((*frame(config), *lines, *self.lines()), config.num_hidden_layers)
 
     def computation(self, config: Mapping[str, Any], weights: Weights, dtype: torch.dtype) -> Computation:
         assert isinstance(weights, FileWeights | MemoryWeights)
@@ -119,7 +119,7 @@ class _Microsoft(Converter):
         sizes = (ours.num_attention_heads, ours.num_key_value_heads, ours.head_dim)
         rope = self._rope(config)
 
-        def attention(layer: int, x: Tensor, read: Reader) -> Tensor:
+        def attention(layer: int, x: Tensor, read: WeightReader) -> Tensor:
             turned = angles(x.shape[1], sizes[2], rope, dtype)
             return self.layer(layer, x, read, turned.cos(), turned.sin(), sizes)
 
@@ -151,12 +151,12 @@ class MicrosoftV1(_Microsoft):
         width = rows("lambda_q1")
         return rows("q_proj.weight") // width, rows("k_proj.weight") // width, width
 
-    def lines(self) -> list[Line]:
-        found = [Line(f"{ATTENTION}.variant.{name}", f"{ATTENTION}.{name}") for name in LAMBDAS]
-        return [*found, Line(f"{ATTENTION}.variant.head_norm.weight", f"{ATTENTION}.subln.weight")]
+    def lines(self) -> list[NameLine]:
+        found = [NameLine(f"{ATTENTION}.variant.{name}", f"{ATTENTION}.{name}") for name in LAMBDAS]
+        return [*found, NameLine(f"{ATTENTION}.variant.head_norm.weight", f"{ATTENTION}.subln.weight")]
 
     def layer(
-        self, layer: int, x: Tensor, read: Reader, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int]
+        self, layer: int, x: Tensor, read: WeightReader, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int]
     ) -> Tensor:
         heads, groups, width = sizes
         prefix = f"model.layers.{layer}.self_attn"
@@ -185,11 +185,11 @@ class MicrosoftV2(_Microsoft):
         width = rows("q_proj.weight") // (2 * heads)
         return heads, rows("k_proj.weight") // max(1, width), width
 
-    def lines(self) -> list[Line]:
-        return [Line(f"{ATTENTION}.variant.lambda_proj.weight", f"{ATTENTION}.lambda_proj.weight")]
+    def lines(self) -> list[NameLine]:
+        return [NameLine(f"{ATTENTION}.variant.lambda_proj.weight", f"{ATTENTION}.lambda_proj.weight")]
 
     def layer(
-        self, layer: int, x: Tensor, read: Reader, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int]
+        self, layer: int, x: Tensor, read: WeightReader, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int]
     ) -> Tensor:
         heads, groups, width = sizes
         prefix = f"model.layers.{layer}.self_attn"

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from clearhead.convert.base import INVALID, Computation, Converter, Line, Source, Table
+from clearhead.convert.base import INVALID, Computation, Converter, NameLine, NameTable, Source
 from clearhead.convert.computing import ModelComputation
 from clearhead.convert.weights import ConversionError, Weights, reason
 from clearhead.models.autoload import AUTO_MAP, MODULE_FILE, MODULE_TEXT
@@ -28,9 +28,9 @@ class Clearhead(Converter):
                 f"the configuration is not one of a clearhead model: {reason(error)}"
             ) from None
 
-    def table(self, config: ClearheadConfig) -> Table:
-        return Table(
-            tuple(Line(name, name) for name in self.shapes(config.to_dict())), config.num_hidden_layers
+    def table(self, config: ClearheadConfig) -> NameTable:
+        return NameTable(
+            tuple(NameLine(name, name) for name in self.shapes(config.to_dict())), config.num_hidden_layers
         )
 
     def computation(self, config: Mapping[str, Any], weights: Weights, dtype: torch.dtype) -> Computation:

@@ -59,7 +59,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """What is made of what."""
 
     source: Source
@@ -135,7 +135,7 @@ def convert(
     return agreement
 
 
-def make_plan(source: Source, to: str, attention: str | None) -> Plan:
+def make_plan(source: Source, to: str, attention: str | None) -> ConversionPlan:
     """Everything but the writing: configurations, tensors and their sizes, checked against each other."""
     name, reader = find_converter(source)
     try:
@@ -160,12 +160,12 @@ def make_plan(source: Source, to: str, attention: str | None) -> Plan:
     shapes = writer.shapes(written)
     sheets = tuple(Sheet(name, made.dtype(name), shape) for name, shape in shapes.items())
     written["dtype"] = _dtype_name(sheets)
-    return Plan(
+    return ConversionPlan(
         source, reader, name, to, writer, before, ours, written, made, sheets, rounded or made.rounded
     )
 
 
-def sentence(plan: Plan, agreement: Agreement) -> str:
+def sentence(plan: ConversionPlan, agreement: Agreement) -> str:
     """What the check found, for the person."""
     record = agreement.record()
     found = (
@@ -216,7 +216,7 @@ def _dtype_name(sheets: tuple[Sheet, ...]) -> str:
     return str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")
 
 
-def _write(part: Path, plan: Plan, shard_bytes: int) -> dict[str, str]:
+def _write(part: Path, plan: ConversionPlan, shard_bytes: int) -> dict[str, str]:
     config = {**plan.config, "transformers_version": importlib.metadata.version("transformers")}
     (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for name, text in plan.writer.beside().items():
@@ -225,7 +225,7 @@ def _write(part: Path, plan: Plan, shard_bytes: int) -> dict[str, str]:
     return {file.name: _sha256(file) for file in files}
 
 
-def _carry(plan: Plan, part: Path) -> None:
+def _carry(plan: ConversionPlan, part: Path) -> None:
     """Tokenizer, generation settings and licence."""
     source = plan.source
     if source.generation is not None:
@@ -260,7 +260,7 @@ def _name_tokenizer_class(folder: Path, part: Path) -> None:
     file.write_text(text + "\n", encoding="utf-8")
 
 
-def _check(plan: Plan, part: Path) -> Agreement:
+def _check(plan: ConversionPlan, part: Path) -> Agreement:
     vocabulary = plan.ours.vocab_size
     # The one that was carried: what cannot be loaded now could not be loaded later.
     tokenizer = _tokenizer(part)
@@ -297,7 +297,7 @@ def _tokenizer(folder: Path) -> Any:
         ) from None
 
 
-def _record(part: Path, plan: Plan, agreement: Agreement, sums: Mapping[str, str]) -> None:
+def _record(part: Path, plan: ConversionPlan, agreement: Agreement, sums: Mapping[str, str]) -> None:
     source = plan.source
     record: dict[str, Any] = {
         "source": {

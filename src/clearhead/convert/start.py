@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clearhead.convert.base import refuse
-from clearhead.convert.weights import MadeWeights, Recipe, Weights, same
+from clearhead.convert.weights import MadeWeights, TensorRecipe, Weights, same
 from clearhead.models.config import ClearheadConfig
 from clearhead.registry import resolve
 
@@ -34,7 +34,7 @@ def restart(weights: Weights, before: ClearheadConfig, after: ClearheadConfig, s
     """The weights of `before` for `after`; what is new begins as its paper says, drawn with `seed`."""
     from clearhead.models.causal import ClearheadForCausalLM
 
-    recipes: dict[str, Recipe] = {name: Recipe((name,), same) for name in weights.names()}
+    recipes: dict[str, TensorRecipe] = {name: TensorRecipe((name,), same) for name in weights.names()}
     doubled = after.attention.startswith("differential_v2")
     width = before.head_dim
     float32 = resolve("variants", after.attention).float32_parameters
@@ -45,12 +45,12 @@ def restart(weights: Weights, before: ClearheadConfig, after: ClearheadConfig, s
         query, output = f"{prefix}.q_proj.weight", f"{prefix}.o_proj.weight"
         if doubled:
             assert width is not None
-            recipes[query] = Recipe((query,), lambda rows: twice(rows, width))
-            recipes[output] = Recipe((output,), lambda matrix: matrix * 2)
+            recipes[query] = TensorRecipe((query,), lambda rows: twice(rows, width))
+            recipes[output] = TensorRecipe((output,), lambda matrix: matrix * 2)
         for name, value in _new(after, layer, seed).items():
             if f"{prefix}.variant.{name}" in wanted:
                 held = value if name in float32 else value.to(weights.dtype(query))
-                recipes[f"{prefix}.variant.{name}"] = Recipe((), lambda held=held: held, held.dtype)
+                recipes[f"{prefix}.variant.{name}"] = TensorRecipe((), lambda held=held: held, held.dtype)
     return MadeWeights(weights, recipes)
 
 

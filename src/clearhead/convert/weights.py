@@ -158,7 +158,7 @@ class MemoryWeights(Weights):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TensorRecipe:
     """How a tensor is made: `make` of the tensors `takes`, which keeps shape and bits but for their order.
 
     dtype:   what it is stored in, by default that of the first tensor taken.
@@ -179,7 +179,7 @@ def same(tensor: Tensor) -> Tensor:
 class MadeWeights(Weights):
     """Tensors made of other weights when they are read."""
 
-    def __init__(self, source: Weights, recipes: Mapping[str, Recipe]) -> None:
+    def __init__(self, source: Weights, recipes: Mapping[str, TensorRecipe]) -> None:
         self.source = source
         self.recipes = recipes
 

@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from clearhead.core.dispatch import Backend, Engine, Kernel, Plan, Problem, choose
-from clearhead.core.heads import Heads, repeat_kv
+from clearhead.core.dispatch import AttentionProblem, Backend, Engine, Kernel, Plan, choose
 from clearhead.core.hidden import (
     all_finite,
     hides_real_keys,
@@ -20,8 +19,9 @@ from clearhead.core.hidden import (
     spoilt_sequences,
     without,
 )
-from clearhead.core.lowering import lower, raise_maps, raise_streams
+from clearhead.core.lowering import lower, unlower_maps, unlower_streams
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import Streams, repeat_kv
 
 Mix = Callable[[tuple[Tensor, ...], Tensor | None], Tensor]
 # What a fused kernel may know a mix by; "other" is any that none of them knows.
@@ -50,11 +50,11 @@ def difference(streams: tuple[Tensor, ...], gate: Tensor | None) -> Tensor:
 MIXES: dict[Mixing, Mix] = {"single": single, "difference": difference}
 
 
-def problem_of(heads: Heads, mask: MaskSpec, mixing: Mixing, needs_maps: bool = False) -> Problem:
+def problem_of(heads: Streams, mask: MaskSpec, mixing: Mixing, needs_maps: bool = False) -> AttentionProblem:
     """What the choice of a backend needs to know of these tensors, mixed as `mixing` says."""
     q, k, v = heads.q[0], heads.k[0], heads.v
     tensors = (*heads.q, *heads.k, v) if heads.gate is None else (*heads.q, *heads.k, v, heads.gate)
-    return Problem.of(
+    return AttentionProblem.of(
         [stream.shape[1] for stream in heads.q],
         k.shape[1],
         len(heads.k),
@@ -87,7 +87,9 @@ class Prepared:
     looks: bool = False
 
 
-def prepare(backends: tuple[Backend, ...], problem: Problem, mask: MaskSpec, automatic: bool) -> Prepared:
+def prepare(
+    backends: tuple[Backend, ...], problem: AttentionProblem, mask: MaskSpec, automatic: bool
+) -> Prepared:
     """Choose among `backends` and turn `mask` into what the chosen one takes."""
     chosen = choose(backends, problem, automatic)
     if not isinstance(chosen.backend, Engine):
@@ -103,7 +105,7 @@ def prepare(backends: tuple[Backend, ...], problem: Problem, mask: MaskSpec, aut
 
 
 def attend(
-    heads: Heads, prepared: Prepared, scale: float, mix: Mix, with_maps: bool = False
+    heads: Streams, prepared: Prepared, scale: float, mix: Mix, with_maps: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """The mixed output (B, H, L, E) and, if asked, the effective map (B, H, L, S), A1 − gate·A2 for a difference.
 
@@ -133,23 +135,23 @@ def attend(
 
 
 def _run(
-    heads: Heads, prepared: Prepared, scale: float, mix: Mix, with_maps: bool
+    heads: Streams, prepared: Prepared, scale: float, mix: Mix, with_maps: bool
 ) -> tuple[Tensor, Tensor | None]:
     backend, lowering = prepared.plan.backend, prepared.plan.lowering
     assert isinstance(backend, Engine) and lowering is not None
     results = [backend(call, prepared.mask, scale) for call in lower(heads, lowering)]
     groups = heads.v.shape[1]
-    streams = raise_streams([out for out, _ in results], lowering, groups)
+    streams = unlower_streams([out for out, _ in results], lowering, groups)
     if not with_maps:
         return mix(streams, heads.gate), None
-    effective = mix(raise_maps([m for _, m in results if m is not None], lowering, groups), heads.gate)
+    effective = mix(unlower_maps([m for _, m in results if m is not None], lowering, groups), heads.gate)
     if mix is single:
         return mix(streams, heads.gate), effective
     # Through the map that is returned, so that it has a gradient; the same by linearity.
     return effective @ repeat_kv(heads.v, effective.shape[1]), effective
 
 
-def _legal(heads: Heads, scale: float) -> tuple[Heads, float]:
+def _legal(heads: Streams, scale: float) -> tuple[Streams, float]:
     """The same logits with a scale above zero: PyTorch's fused kernels are wrong, or NaN, for any other."""
     if scale > 0:
         return heads, scale
@@ -158,7 +160,7 @@ def _legal(heads: Heads, scale: float) -> tuple[Heads, float]:
     return replace(heads, q=tuple(q * 0.0 for q in heads.q)), 1.0
 
 
-def _of_nothing(heads: Heads, mix: Mix, with_maps: bool) -> tuple[Tensor, Tensor | None]:
+def _of_nothing(heads: Streams, mix: Mix, with_maps: bool) -> tuple[Tensor, Tensor | None]:
     """An empty batch: output and map of the right shapes, and gradients that are empty too."""
     maps = tuple(q @ repeat_kv(k, q.shape[1]).mT for q, k in zip(heads.q, heads.own_keys, strict=True))
     outputs = tuple(m @ repeat_kv(heads.v, m.shape[1]) for m in maps)

@@ -1,6 +1,6 @@
 """Which backend runs a problem, decided once and explained.
 
-A backend is an engine (runs softmax calls; the legaliser and the variant's `mix` do the rest) or a kernel (runs a
+A backend is an engine (runs softmax calls; the lowering and the variant's `mix` do the rest) or a kernel (runs a
 whole variant). `plan` is pure: it looks at sizes and kinds, never at tensor values, and every refusal carries its
 reason.
 """
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from clearhead.core.capability import capability_of
-from clearhead.core.heads import Heads, Widths
-from clearhead.core.lowering import Call, Lowering, WideValues, legalise
+from clearhead.core.lowering import Lowering, SoftmaxCall, WideValues, lower_for
 from clearhead.core.masks import MaskSpec
 from clearhead.core.modes import MODES, active_modes
+from clearhead.core.streams import Streams, Widths
 from clearhead.registry import BACKEND_FACTORIES, did_you_mean, names, resolve
 
 MASK_FEATURES = frozenset({"causal", "window", "padding", "documents", "dense", "bias", "alibi", "places"})
@@ -26,7 +26,7 @@ FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class AttentionProblem:
     """One attention as the choice of a backend sees it; `of` makes it, from sizes and a mask.
 
     heads:           of the output, and of every stream unless `stream_heads` says otherwise.
@@ -75,7 +75,7 @@ class Problem:
         device: torch.device,
         needs_grad: bool,
         needs_maps: bool = False,
-    ) -> "Problem":
+    ) -> "AttentionProblem":
         """The problem of streams with `heads` query heads each; every other way to make one comes here."""
         return cls(
             streams=len(heads),
@@ -100,12 +100,12 @@ class Problem:
         )
 
     @classmethod
-    def of_widths(cls, sizes: Widths, **rest: Any) -> "Problem":
+    def of_widths(cls, sizes: Widths, **rest: Any) -> "AttentionProblem":
         """`of` for what a variant says of its streams."""
         streams = (sizes.query_heads, sizes.kv_heads, sizes.key_streams, sizes.key_width, sizes.value_width)
         return cls.of(*streams, **rest)
 
-    def on(self, device: torch.device) -> "Problem":
+    def on(self, device: torch.device) -> "AttentionProblem":
         """The same on another device."""
         return replace(self, device=device.type, capability=capability_of(device))
 
@@ -141,14 +141,14 @@ class Backend(ABC):
     passed_over: ClassVar[str] = "measured slower than another at this shape"
 
     @abstractmethod
-    def refusal(self, problem: Problem) -> str | None:
+    def refusal(self, problem: AttentionProblem) -> str | None:
         """Why it cannot run `problem`, or None. `reason_against` asks, after what the backend declares as data."""
 
-    def reason_against(self, problem: Problem) -> str | None:
+    def reason_against(self, problem: AttentionProblem) -> str | None:
         """Why it cannot run `problem`, or None: all that there is to know, for whoever asks."""
         return self.refusal(problem)
 
-    def preferred(self, problem: Problem) -> bool | None:
+    def preferred(self, problem: AttentionProblem) -> bool | None:
         """What measurements say of "auto" taking it for `problem`; it may be asked of one that it refuses.
 
         True puts it before all backends without a True, False behind all others. None, where nothing was measured,
@@ -165,14 +165,14 @@ class Engine(Backend):
         """Capabilities on `device` ("cpu", "cuda", ...)."""
 
     @abstractmethod
-    def prepare(self, mask: MaskSpec, problem: Problem, lowering: Lowering) -> Any:
+    def prepare(self, mask: MaskSpec, problem: AttentionProblem, lowering: Lowering) -> Any:
         """The mask in this engine's own form, made once for all layers of a forward pass."""
 
     @abstractmethod
-    def __call__(self, call: Call, mask: Any, scale: float) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, call: SoftmaxCall, mask: Any, scale: float) -> tuple[Tensor, Tensor | None]:
         """Outputs (B, H, L, E) of one call, and its maps (B, H, L, S) from an engine whose caps promise them."""
 
-    def refusal(self, problem: Problem) -> str | None:
+    def refusal(self, problem: AttentionProblem) -> str | None:
         caps = self.caps(problem.device)
         if caps.devices is not None and problem.device not in caps.devices:
             return f"it runs on {', '.join(sorted(caps.devices))}, not on {problem.device}"
@@ -198,10 +198,10 @@ class Engine(Backend):
             return f"it takes heads up to {caps.max_width} wide, not {width}"
         return None
 
-    def lowering(self, problem: Problem) -> Lowering | str:
+    def lowering(self, problem: AttentionProblem) -> Lowering | str:
         """The rewriting that makes `problem` legal here, or the reason why there is none."""
         caps = self.caps(problem.device)
-        return legalise(
+        return lower_for(
             problem.streams,
             problem.shares_keys,
             problem.key_width,
@@ -212,7 +212,7 @@ class Engine(Backend):
         )
 
 
-def refused_modes(problem: Problem, known: frozenset[str]) -> str | None:
+def refused_modes(problem: AttentionProblem, known: frozenset[str]) -> str | None:
     """The sentence for what is going on around `problem` and is not `known`; None if all is."""
     unknown = [text for name, text in MODES.items() if name in problem.modes - known]
     return f"it has no {unknown[0]}" if unknown else None
@@ -221,7 +221,7 @@ def refused_modes(problem: Problem, known: frozenset[str]) -> str | None:
 class Kernel(Backend):
     """Runs a whole variant: the streams, their masks and their mixing, in one fused pass.
 
-    takes_tables:  it takes `Heads` with a table; others get them expanded.
+    takes_tables:  it takes `Streams` with a table; others get them expanded.
     modes:         which of `MODES` it is right in; the choice of a backend refuses it in the others.
     unequal_heads: it takes streams with different numbers of heads; the choice refuses them to the others.
     """
@@ -231,7 +231,7 @@ class Kernel(Backend):
     modes: ClassVar[frozenset[str]] = frozenset()
     unequal_heads: ClassVar[bool] = False
 
-    def reason_against(self, problem: Problem) -> str | None:
+    def reason_against(self, problem: AttentionProblem) -> str | None:
         missing = refused_modes(problem, self.modes)
         if missing is not None:
             return missing
@@ -241,10 +241,10 @@ class Kernel(Backend):
         return self.refusal(problem)
 
     @abstractmethod
-    def run(self, heads: Heads, mask: MaskSpec, scale: float) -> Tensor:
+    def run(self, heads: Streams, mask: MaskSpec, scale: float) -> Tensor:
         """(B, H, L, E): the mixed output."""
 
-    def preferred(self, problem: Problem) -> bool | None:
+    def preferred(self, problem: AttentionProblem) -> bool | None:
         return True
 
 
@@ -301,7 +301,7 @@ def automatic_backends() -> tuple[Backend, ...]:
     return tuple(load_backend(name) for name in (*names("kernels"), *names("engines")))
 
 
-def plan(problem: Problem, request: str = "auto") -> Plan:
+def plan(problem: AttentionProblem, request: str = "auto") -> Plan:
     """Choose the backend for `problem`.
 
     "auto" takes the first that does not refuse, a `preferred` one before the others; a name is taken or raises
@@ -312,7 +312,7 @@ def plan(problem: Problem, request: str = "auto") -> Plan:
     return choose(automatic_backends(), problem, automatic=True)
 
 
-def choose(backends: tuple[Backend, ...], problem: Problem, automatic: bool) -> Plan:
+def choose(backends: tuple[Backend, ...], problem: AttentionProblem, automatic: bool) -> Plan:
     """`plan` over backends already loaded, which is what a compiled forward pass can trace."""
     refusals: list[tuple[str, str]] = []
     waiting: Plan | None = None  # the first that can and has no measurement
@@ -346,7 +346,7 @@ def choose(backends: tuple[Backend, ...], problem: Problem, automatic: bool) -> 
     raise ValueError(f"{subject} ({reasons})")
 
 
-def _plan(backend: Backend, problem: Problem, refusals: list[tuple[str, str]]) -> Plan:
+def _plan(backend: Backend, problem: AttentionProblem, refusals: list[tuple[str, str]]) -> Plan:
     if not isinstance(backend, Engine):
         return Plan(backend, None, tuple(refusals))
     lowering = backend.lowering(problem)

@@ -14,8 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from clearhead.core.heads import Heads, repeat_kv
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import Streams, repeat_kv
 
 _HIDES = frozenset({"causal", "window", "documents", "dense", "bias"})
 _ROWS = 256  # queries at a time, so that memory stays linear in the length
@@ -39,7 +39,7 @@ def readable(x: Tensor) -> bool:
     )
 
 
-def all_finite(heads: Heads) -> bool:
+def all_finite(heads: Streams) -> bool:
     """Whether no key or value is NaN or infinite; then a weight of zero is enough to hide one.
 
     A sum that overflows is taken for infinite, which costs time and no correctness.
@@ -51,19 +51,19 @@ def all_finite(heads: Heads) -> bool:
     return True
 
 
-def spoilt_sequences(heads: Heads) -> Tensor:
+def spoilt_sequences(heads: Streams) -> Tensor:
     """(B, 1, 1, 1) bool: the sequences that hold a key or value that is not finite."""
     fine = [x.isfinite().flatten(1).all(1) for x in (*heads.k, heads.v)]
     return ~torch.stack(fine).all(0)[:, None, None, None]
 
 
-def without(heads: Heads, hidden: Tensor) -> Heads:
+def without(heads: Streams, hidden: Tensor) -> Streams:
     """Zeros for keys and values where `hidden`, bool that broadcasts to them."""
     keys = tuple(k.masked_fill(hidden, 0.0) for k in heads.k)
     return replace(heads, k=keys, v=heads.v.masked_fill(hidden, 0.0))
 
 
-def isolated(heads: Heads, mask: MaskSpec, scale: float) -> list[tuple[Tensor, Tensor]]:
+def isolated(heads: Streams, mask: MaskSpec, scale: float) -> list[tuple[Tensor, Tensor]]:
     """(B, H, L, E) and the map (B, H, L, S) of each stream; a row is NaN where it sees a value that is not finite."""
     queries = heads.q[0].shape[2]
     results = []

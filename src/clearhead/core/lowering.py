@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clearhead.core.heads import Heads
+from clearhead.core.streams import Streams
 
 WideValues = Literal["native", "pad", "split"]
 
@@ -55,7 +55,7 @@ class Lowering:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class SoftmaxCall:
     """One grouped-query softmax attention: q (B, H, L, D), k (B, G, S, D), v (B, G, S, E)."""
 
     q: Tensor
@@ -63,7 +63,7 @@ class Call:
     v: Tensor
 
 
-def legalise(
+def lower_for(
     streams: int,
     shares_keys: bool,
     key_width: int,
@@ -104,7 +104,7 @@ def _and(counts: Sequence[int]) -> str:
     return f"{', '.join(map(str, counts[:-1]))} and {counts[-1]}"
 
 
-def lower(heads: Heads, lowering: Lowering) -> list[Call]:
+def lower(heads: Streams, lowering: Lowering) -> list[SoftmaxCall]:
     """The calls that compute the streams of `heads`."""
     queries, keys = heads.q, heads.k if lowering.shares_keys else heads.own_keys
     if lowering.pad:
@@ -113,17 +113,17 @@ def lower(heads: Heads, lowering: Lowering) -> list[Call]:
         keys = tuple(F.pad(k, (0, extra)) for k in keys)
     values = heads.v.chunk(lowering.slices, dim=-1)
     if not lowering.stack:
-        return [Call(q, k, v) for q, k in zip(queries, keys, strict=True) for v in values]
+        return [SoftmaxCall(q, k, v) for q, k in zip(queries, keys, strict=True) for v in values]
     if lowering.shares_keys:
-        return [Call(stack_heads(queries, heads.v.shape[1]), keys[0], values[0])]
+        return [SoftmaxCall(stack_heads(queries, heads.v.shape[1]), keys[0], values[0])]
     # (B, streams·slices·G, S, ·): stream-major, slices inside, so each (stream, slice) is its own block of groups.
     q = torch.cat([q for q in queries for _ in values], dim=1)
     k = torch.cat([k for k in keys for _ in values], dim=1)
     v = torch.cat([v for _ in keys for v in values], dim=1)
-    return [Call(q, k, v)]
+    return [SoftmaxCall(q, k, v)]
 
 
-def raise_streams(outputs: Sequence[Tensor], lowering: Lowering, groups: int) -> tuple[Tensor, ...]:
+def unlower_streams(outputs: Sequence[Tensor], lowering: Lowering, groups: int) -> tuple[Tensor, ...]:
     """Outputs of the calls, (B, heads, L, width), back as one (B, H, L, E) a stream, H the stream's own."""
     if not lowering.stack:
         parts = [tuple(outputs[i : i + lowering.slices]) for i in range(0, len(outputs), lowering.slices)]
@@ -135,7 +135,7 @@ def raise_streams(outputs: Sequence[Tensor], lowering: Lowering, groups: int) ->
     return tuple(part[0] if len(part) == 1 else torch.cat(part, dim=-1) for part in parts)
 
 
-def raise_maps(maps: Sequence[Tensor], lowering: Lowering, groups: int) -> tuple[Tensor, ...]:
+def unlower_maps(maps: Sequence[Tensor], lowering: Lowering, groups: int) -> tuple[Tensor, ...]:
     """Maps of the calls, (B, heads, L, S), as one (B, H, L, S) a stream; slices of one stream share theirs."""
     if lowering.stack and lowering.shares_keys:
         return unstack_heads(maps[0], groups, lowering)

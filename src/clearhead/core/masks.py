@@ -269,7 +269,7 @@ def _lifted(bias: Tensor) -> Tensor:
     return bias - torch.where(top.isfinite(), top, 0.0)
 
 
-def written(length: int | Tensor) -> int | Tensor:
+def snapshot_length(length: int | Tensor) -> int | Tensor:
     """The length of a cache as it is now: those of fixed size give a tensor that their next update changes in place."""
     return length.clone() if isinstance(length, Tensor) else length
 

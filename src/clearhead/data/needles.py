@@ -34,7 +34,7 @@ _SALT = {"key": 0x9E3779B97F4A7C15, "value": 0xD1B54A32D192ED03}
 _STREAM = {"train": 0, "validation": 1}
 
 
-class Tokenizer(Protocol):
+class NeedleTokenizer(Protocol):
     """What this module asks of a Hugging Face tokenizer."""
 
     @property
@@ -52,7 +52,7 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: list[int]) -> str | list[str]: ...
 
 
-class Haystack(Protocol):
+class NeedleHaystack(Protocol):
     """What this module asks of a token store: all tokens of the corpus in one flat array."""
 
     @property
@@ -154,14 +154,14 @@ def _parts(name: str, template: str) -> tuple[str, str, str]:
 
 
 @lru_cache(maxsize=32)
-def _sentence(tokenizer: Tokenizer, name: str, template: str) -> Sentence:
+def _sentence(tokenizer: NeedleTokenizer, name: str, template: str) -> Sentence:
     ids = [np.array(tokenizer.encode(part, add_special_tokens=False) if part else [], dtype=np.int64)
            for part in _parts(name, template)]  # fmt: skip
     return Sentence(*ids)
 
 
 @lru_cache(maxsize=8)
-def vocabulary(tokenizer: Tokenizer) -> Words:
+def vocabulary(tokenizer: NeedleTokenizer) -> Words:
     """Tokens of a tokenizer by use. A word is a token of two letters or more, whatever the space around it.
 
     Raises ValueError when the tokenizer has no bos token or too few words.
@@ -190,19 +190,19 @@ def in_validation(tuples: Ids, role: Literal["key", "value"]) -> NDArray[np.bool
     return state % np.uint64(VALIDATION_SHARE.denominator) < np.uint64(VALIDATION_SHARE.numerator)
 
 
-def sentences(spec: NeedleSpec, tokenizer: Tokenizer) -> tuple[Sentence, Sentence]:
+def sentences(spec: NeedleSpec, tokenizer: NeedleTokenizer) -> tuple[Sentence, Sentence]:
     """The template of a needle and that of a question, in tokens."""
     return _sentence(tokenizer, "template", spec.template), _sentence(tokenizer, "question", spec.question)
 
 
-def minimum_length(spec: NeedleSpec, tokenizer: Tokenizer) -> int:
+def minimum_length(spec: NeedleSpec, tokenizer: NeedleTokenizer) -> int:
     """Fewest tokens in which the needles, at any depth, and the questions of `spec` have room."""
     needle, question = (sentence.size(spec) for sentence in sentences(spec, tokenizer))
     # One needle's worth of text lets the asked needle stand at any token offset between the others.
     return 1 + (spec.needles + 1) * needle + spec.questions * question
 
 
-def chance_level(spec: NeedleSpec, tokenizer: Tokenizer, split: Split = "validation") -> float:
+def chance_level(spec: NeedleSpec, tokenizer: NeedleTokenizer, split: Split = "validation") -> float:
     """Exact match of a guess drawn uniformly from all values of the split: 1 / their number.
 
     A reader that copies the value of a random needle of the document, ignoring the key, reaches `1 / needles`.
@@ -234,7 +234,7 @@ def draw(
     )
 
 
-def text_run(rng: np.random.Generator, haystack: Haystack, count: int) -> Ids:
+def text_run(rng: np.random.Generator, haystack: NeedleHaystack, count: int) -> Ids:
     """A run of `count` corpus tokens from a random place; it may cross the end of a document."""
     tokens = haystack.tokens
     start = int(rng.integers(max(1, len(tokens) - count + 1)))
@@ -247,9 +247,9 @@ def needle_document(
     *,
     seed: int,
     index: int,
-    haystack: Haystack,
+    haystack: NeedleHaystack,
     split: Split,
-    tokenizer: Tokenizer,
+    tokenizer: NeedleTokenizer,
     depth: float | None = None,
 ) -> NeedleSample:
     """Document `index` of `seed`: bos, context with needles, questions and answers; exactly `spec.length` tokens.

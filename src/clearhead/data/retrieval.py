@@ -18,11 +18,11 @@ from clearhead.data.needles import (
     IGNORE,
     QUESTION,
     TEMPLATE,
-    Haystack,
+    NeedleHaystack,
     NeedleSample,
     NeedleSpec,
+    NeedleTokenizer,
     Split,
-    Tokenizer,
     chance_level,
     draw,
     in_validation,
@@ -61,7 +61,9 @@ class TextRows(Protocol):
     def __getitem__(self, index: int, /) -> Example: ...
 
 
-def pair_document(spec: NeedleSpec, *, seed: int, index: int, split: Split, tokenizer: Tokenizer) -> Example:
+def pair_document(
+    spec: NeedleSpec, *, seed: int, index: int, split: Split, tokenizer: NeedleTokenizer
+) -> Example:
     """Retrieval with no text around it: bos, the needles of `spec`, then a question about each of them, shuffled.
 
     Labels on the answers. A large part of the tokens teaches, and with few needles the right one is a large part of
@@ -140,7 +142,7 @@ class NeedleRange:
             self.learn_context,
         )
 
-    def fitting(self, length: int, needles: int, tokenizer: Tokenizer) -> NeedleSpec:
+    def fitting(self, length: int, needles: int, tokenizer: NeedleTokenizer) -> NeedleSpec:
         """The largest spec with at most `needles` needles that has room in `length` tokens."""
         for count in range(needles, 0, -1):
             spec = self.spec(length, count, min(self.questions, count))
@@ -164,8 +166,8 @@ class Mixture:
     """
 
     text: TextRows
-    haystack: Haystack
-    tokenizer: Tokenizer
+    haystack: NeedleHaystack
+    tokenizer: NeedleTokenizer
     length: int
     rows: int
     seed: int

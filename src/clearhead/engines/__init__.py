@@ -1,1 +1,1 @@
-"""Engines: ways to run softmax attention calls. Capabilities are data; the legaliser in `core` does the rewriting."""
+"""Engines: ways to run softmax attention calls. Capabilities are data; the lowering in `core` does the rewriting."""

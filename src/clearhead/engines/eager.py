@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clearhead.core.dispatch import Caps, Engine, Problem
-from clearhead.core.heads import repeat_kv
-from clearhead.core.lowering import Call, Lowering, lower_mask
+from clearhead.core.dispatch import AttentionProblem, Caps, Engine
+from clearhead.core.lowering import Lowering, SoftmaxCall, lower_mask
 from clearhead.core.masks import MaskSpec
 from clearhead.core.modes import MODES
+from clearhead.core.streams import repeat_kv
 
 
 class Eager(Engine):
@@ -20,14 +20,14 @@ class Eager(Engine):
     def caps(self, device: str) -> Caps:
         return Caps(maps=True, modes=frozenset(MODES))
 
-    def prepare(self, mask: MaskSpec, problem: Problem, lowering: Lowering) -> Any:
+    def prepare(self, mask: MaskSpec, problem: AttentionProblem, lowering: Lowering) -> Any:
         if mask.is_open(problem.queries, problem.keys):
             return None
         device = torch.device(problem.device)
         dense = mask.materialise(problem.queries, problem.keys, _statistics(problem.dtype), device)
         return lower_mask(dense, lowering, problem.kv_heads)
 
-    def __call__(self, call: Call, mask: Any, scale: float) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, call: SoftmaxCall, mask: Any, scale: float) -> tuple[Tensor, Tensor | None]:
         heads = call.q.shape[1]
         k, v = repeat_kv(call.k, heads), repeat_kv(call.v, heads)
         # (B, H, L, S)

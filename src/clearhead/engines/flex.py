@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clearhead.core.dispatch import Caps, Engine, Problem
-from clearhead.core.lowering import Call, Lowering, lower_slopes
+from clearhead.core.dispatch import AttentionProblem, Caps, Engine
+from clearhead.core.lowering import Lowering, SoftmaxCall, lower_slopes
 from clearhead.core.masks import MaskSpec
 
 
@@ -40,7 +40,7 @@ class Flex(Engine):
             grads=device not in ("cpu", "mps"),
         )
 
-    def prepare(self, mask: MaskSpec, problem: Problem, lowering: Lowering) -> Any:
+    def prepare(self, mask: MaskSpec, problem: AttentionProblem, lowering: Lowering) -> Any:
         from torch.nn.attention.flex_attention import create_block_mask
 
         queries, keys, device = problem.queries, problem.keys, problem.device
@@ -63,7 +63,7 @@ class Flex(Engine):
         )
         return FlexMask(block_mask, score)
 
-    def __call__(self, call: Call, mask: FlexMask, scale: float) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, call: SoftmaxCall, mask: FlexMask, scale: float) -> tuple[Tensor, Tensor | None]:
         run = _eager_flex() if torch.compiler.is_compiling() else _compiled_flex()
         out = run(
             call.q,

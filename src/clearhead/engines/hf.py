@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clearhead.core.dispatch import Backend, Caps, Engine, Problem, register_factory
-from clearhead.core.lowering import Call, Lowering
+from clearhead.core.dispatch import AttentionProblem, Backend, Caps, Engine, register_factory
+from clearhead.core.lowering import Lowering, SoftmaxCall
 from clearhead.core.masks import MaskSpec
 
 _INDEXED = frozenset({"causal", "window", "padding", "documents"})
@@ -72,7 +72,7 @@ class HuggingFace(Engine):
             caps = replace(caps, masks=caps.masks - {"window"})
         return caps
 
-    def refusal(self, problem: Problem) -> str | None:
+    def refusal(self, problem: AttentionProblem) -> str | None:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
         if self.name not in ALL_MASK_ATTENTION_FUNCTIONS:
@@ -87,7 +87,7 @@ class HuggingFace(Engine):
 
         return ALL_MASK_ATTENTION_FUNCTIONS[self.name] is flash_attention_mask
 
-    def prepare(self, mask: MaskSpec, problem: Problem, lowering: Lowering) -> HfMask:
+    def prepare(self, mask: MaskSpec, problem: AttentionProblem, lowering: Lowering) -> HfMask:
         from transformers.masking_utils import (
             ALL_MASK_ATTENTION_FUNCTIONS,
             and_masks,
@@ -123,7 +123,7 @@ class HuggingFace(Engine):
         rows = mask.documents.shape[0]
         return HfMask(native, mask.is_causal, mask.window, rows, *_document_bounds(mask.documents))
 
-    def __call__(self, call: Call, mask: HfMask, scale: float) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, call: SoftmaxCall, mask: HfMask, scale: float) -> tuple[Tensor, Tensor | None]:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         self._site.num_key_value_groups = call.q.shape[1] // call.k.shape[1]
@@ -154,7 +154,7 @@ class HuggingFace(Engine):
         return out.transpose(1, 2), None
 
 
-def _unsayable(problem: Problem) -> str | None:
+def _unsayable(problem: AttentionProblem) -> str | None:
     """What sequence lengths and (B, S) padding cannot say, and Hugging Face would silently leave out."""
     if {"padding", "documents"} <= problem.mask:
         return "it takes documents or padding, not both at once"

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clearhead.core.dispatch import MASK_FEATURES, Caps, Engine, Problem
-from clearhead.core.lowering import Call, Lowering, lower_mask, lower_slopes
+from clearhead.core.dispatch import MASK_FEATURES, AttentionProblem, Caps, Engine
+from clearhead.core.lowering import Lowering, SoftmaxCall, lower_mask, lower_slopes
 from clearhead.core.masks import MaskSpec
 
 _CAUSAL = "causal"
@@ -51,12 +51,12 @@ class Sdpa(Engine):
             return Caps(wide_values="pad", modes=modes)
         return Caps(wide_values="split", masks=MASK_FEATURES - {"alibi"}, modes=modes)
 
-    def refusal(self, problem: Problem) -> str | None:
+    def refusal(self, problem: AttentionProblem) -> str | None:
         if "alibi" in problem.mask and problem.device != "cpu":
             return f"on {problem.device} it takes no bias more precise than the query, so ALiBi would lose distances"
         return super().refusal(problem)
 
-    def prepare(self, mask: MaskSpec, problem: Problem, lowering: Lowering) -> Any:
+    def prepare(self, mask: MaskSpec, problem: AttentionProblem, lowering: Lowering) -> Any:
         queries, keys, device = problem.queries, problem.keys, torch.device(problem.device)
         if mask.is_open(queries, keys):
             return None
@@ -72,7 +72,7 @@ class Sdpa(Engine):
                 return _bands(mask, diagonals, queries, keys)
         return lower_mask(mask.materialise(queries, keys, dtype, device), lowering, problem.kv_heads)
 
-    def __call__(self, call: Call, mask: Any, scale: float) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, call: SoftmaxCall, mask: Any, scale: float) -> tuple[Tensor, Tensor | None]:
         if not isinstance(mask, tuple):
             return _attend(call.q, call.k, call.v, mask, scale), None
         parts = []

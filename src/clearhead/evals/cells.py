@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from clearhead.data.readers import CorpusError
 from clearhead.data.store import TokenStore
-from clearhead.evals.asking.answering import weights_of
+from clearhead.evals.asking.answering import weights_digest
 from clearhead.evals.asking.records import RecordError
 from clearhead.evals.asking.sample_log import SILENCE, SampleLog
 from clearhead.evals.evaluation import C, Evaluation, EvaluationResult, R, Say
@@ -141,7 +141,7 @@ class CellEvaluation(Evaluation[C, R], Generic[C, R, K, V]):
             store = self.text(subject, config)
             about = {
                 "config": config.model_dump(mode="json"),
-                "weights": weights_of(subject.model),
+                "weights": weights_digest(subject.model),
                 "text": None if store is None else fingerprint(store),
             }
         name = f"{self.name}.cells"

@@ -24,8 +24,8 @@ from clearhead.analysis.sections import (
     Panel,
     Reference,
     Section,
+    SectionTable,
     Series,
-    Table,
 )
 from clearhead.evals.asking.sample_log import Say
 from clearhead.evals.reasons import Unmeasured
@@ -48,11 +48,11 @@ __all__ = [
     "RunResults",
     "Say",
     "Section",
+    "SectionTable",
     "SeedResults",
     "Series",
     "Skipped",
     "Subject",
-    "Table",
     "Unmeasured",
     "load_run",
 ]

@@ -17,7 +17,7 @@ from clearhead.evals.probing.adapter import ModelAdapter, adapter_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from clearhead.data.needles import Tokenizer
+    from clearhead.data.needles import NeedleTokenizer
     from clearhead.data.store import TokenStore
 
 
@@ -37,7 +37,7 @@ class Subject:
     """
 
     model: PreTrainedModel
-    tokenizer: Tokenizer
+    tokenizer: NeedleTokenizer
     open_documents: Callable[[], TokenStore]
     device: torch.device
     untrained: Callable[[], PreTrainedModel]

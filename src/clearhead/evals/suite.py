@@ -19,20 +19,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clearhead.runs.recipe import Evaluate, RecipeError, Table
+from clearhead.runs.recipe import Evaluate, RecipeError, RecipeTable
 from clearhead.runs.recipe_io import check_evaluate, read_toml, validate
 
 SETS = "{sets}"
 
 
-class EvaluationText(Table):
+class EvaluationText(RecipeTable):
     """The text to evaluate on; see `clearhead.data.corpora.open_corpus` for what a source can be."""
 
     source: str = "stdlib"
     text_field: str = "text"
 
 
-class SuiteFile(Table):
+class SuiteFile(RecipeTable):
     """The whole file."""
 
     description: str = ""

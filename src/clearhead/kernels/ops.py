@@ -47,7 +47,7 @@ torch.library.define(
 )
 
 
-class Inputs(NamedTuple):
+class KernelInputs(NamedTuple):
     """What both operators take, in the order of their schemas.
 
     q1, q2 (B, H, L, D); k1, k2 (B, G, S, D); v (B, G, S, E); gate (B, H, L, 1) float32; padding (B or 1, S) bool, True
@@ -70,7 +70,7 @@ class Inputs(NamedTuple):
     scale: float
 
 
-def outputs(inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def outputs(inputs: KernelInputs, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Unwritten `out`, `noise` and `statistics`."""
     q1, q2, v = inputs.q1, inputs.q2, inputs.v
     batch, heads, queries = q1.shape[:3]
@@ -90,7 +90,7 @@ def unwritten(q: Tensor, v: Tensor) -> Tensor:
     return v.new_empty((batch, queries, heads, v.shape[3])).transpose(1, 2)
 
 
-def gradients(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def gradients(inputs: KernelInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Unwritten gradients of q1, q2, k1, k2, v and gate, empty where there is no such input."""
 
     q1, q2, v = inputs.q1, inputs.q2, inputs.v
@@ -118,13 +118,13 @@ def _agree(v: Tensor, *others: Any) -> None:
 @torch.library.register_fake("clearhead::fused_attention")  # type: ignore[untyped-decorator]
 def _(*call: Any) -> tuple[Tensor, Tensor, Tensor]:
     _agree(call[4], *call)
-    return outputs(Inputs(*call[:-1]), call[-1])
+    return outputs(KernelInputs(*call[:-1]), call[-1])
 
 
 @torch.library.register_fake("clearhead::fused_attention_backward")  # type: ignore[untyped-decorator]
 def _(grad: Tensor, out: Tensor, noise: Tensor, statistics: Tensor, *call: Any) -> tuple[Tensor, ...]:
     _agree(call[4], grad, out, noise, statistics, *call)
-    return gradients(Inputs(*call))
+    return gradients(KernelInputs(*call))
 
 
 @torch.library.register_fake("clearhead::factored_attention")  # type: ignore[untyped-decorator]

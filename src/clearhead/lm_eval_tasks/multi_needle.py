@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from clearhead.evals.asking.decoding import found
 from clearhead.evals.asking.haystack import make_haystack, read_documents
 from clearhead.evals.retrieval.multi_needle.evaluation import (
-    Cell,
+    AskedNeedlesCell,
     MultiNeedleConfig,
     cell_prompts,
     haystack_rng,
@@ -64,7 +64,9 @@ def documents(
             text = make_haystack(texts, words, length, haystack_rng(seed, draw))
             indices = range(draw, samples, haystacks)
             for depth in depths:
-                prompts = cell_prompts(words, text, Cell(needles, asked, length, depth), indices, seed, form)
+                prompts = cell_prompts(
+                    words, text, AskedNeedlesCell(needles, asked, length, depth), indices, seed, form
+                )
                 for index, prompt in zip(indices, prompts, strict=True):
                     where = {"length": length, "depth": depth, "index": index, "haystack": draw}
                     rows.append({**where, "prompt": prompt.text, "numbers": list(prompt.numbers)})

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from clearhead.core.heads import repeat_kv
+from clearhead.core.streams import repeat_kv
 from clearhead.evals.asking.running import inference
 from clearhead.evals.probing.attention_rows import diff_llama_lambda
 from clearhead.evals.probing.recorder import Recorded, recorded

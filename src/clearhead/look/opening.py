@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clearhead.evals.subjects.external import ExternalLoader, ExternalSpec, is_external
-from clearhead.look.view import Mark, Text, depth_of, heads_of
+from clearhead.look.view import Mark, TokenText, depth_of, heads_of
 from clearhead.runs.directory import RunError
 from clearhead.train.single import find_jobs
 
@@ -49,7 +49,7 @@ def opens_with_bos(model: PreTrainedModel) -> bool:
     return bool(model.config.model_type == "clearhead")
 
 
-def read_text(tokenizer: Any, text: str, with_bos: bool = True) -> Text:
+def read_text(tokenizer: Any, text: str, with_bos: bool = True) -> TokenText:
     """The text in tokens as the tokenizer reads it; with_bos: behind the token that begins a text, where it has one.
 
     Raises ValueError for a tokenizer that does not know where its tokens lie in a text.
@@ -63,10 +63,10 @@ def read_text(tokenizer: Any, text: str, with_bos: bool = True) -> Text:
     bos = tokenizer.bos_token_id
     if with_bos and bos is not None and (not ids or ids[0] != bos):
         ids, spans = [int(bos), *ids], [(0, 0), *spans]
-    return Text(text, ids, spans)
+    return TokenText(text, ids, spans)
 
 
-def find_marks(text: Text, wanted: list[str]) -> list[Mark]:
+def find_marks(text: TokenText, wanted: list[str]) -> list[Mark]:
     """The first place of each of `wanted` in the text; ValueError for what is not in it."""
     marks = []
     for one in wanted:

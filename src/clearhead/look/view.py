@@ -29,7 +29,7 @@ BYTES = 4_200_000
 
 
 @dataclass(frozen=True)
-class Text:
+class TokenText:
     """A text in a model's tokens: ids, and where each lies in the text (characters from, to)."""
 
     text: str
@@ -64,7 +64,7 @@ class View:
 
     name: str
     kind: str
-    text: Text
+    text: TokenText
     marks: list[Mark]
     first: int
     most: int
@@ -104,7 +104,7 @@ class View:
 
 def make_view(
     model: PreTrainedModel,
-    text: Text,
+    text: TokenText,
     *,
     name: str,
     kind: str,
@@ -154,7 +154,7 @@ class _Keeper:
 
     def __init__(
         self,
-        text: Text,
+        text: TokenText,
         marks: list[Mark],
         layers: Sequence[int] | None,
         heads: Sequence[int] | None,

@@ -8,10 +8,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from clearhead.core.norm import RMSNorm
 from clearhead.models.config import ClearheadConfig
 from clearhead.models.shared import Shared
-from clearhead.nn import AttentionCore
+from clearhead.nn import ProjectedAttention
 
 
-class ClearheadAttention(AttentionCore):
+class ClearheadAttention(ProjectedAttention):
     """One layer's self-attention: the shared core behind a Hugging Face cache, with a plan made once for all layers."""
 
     def __init__(self, config: ClearheadConfig, layer_idx: int) -> None:

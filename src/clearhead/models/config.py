@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from clearhead.core.heads import HeadShape
+from clearhead.core.streams import HeadShape
 from clearhead.models.autoload import AUTO_MAP, AutoMap, is_own, tell_peft, without_own, write_module
 from clearhead.models.kinds import LayerKind, check_layers, check_window, make_kinds
 from clearhead.positions.base import Position
@@ -307,7 +307,7 @@ class ClearheadConfig(PreTrainedConfig):
             for method in methods.values():
                 method.check_scaling(self.rope_parameters or {})
         for name, method in methods.items():
-            made[name] = method.from_rope_parameters(
+            made[name] = method.from_parameters(
                 self.head_dim, self.rope_parameters or {}, self.max_position_embeddings
             )
         return made

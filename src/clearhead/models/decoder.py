@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from clearhead.core.dispatch import Problem
+from clearhead.core.dispatch import AttentionProblem
 from clearhead.core.masks import MaskSpec
 from clearhead.core.norm import RMSNorm
 from clearhead.models.arguments import check_keywords, packed_numbers
@@ -204,7 +204,7 @@ class ClearheadModel(ClearheadPreTrainedModel):
         self, inputs_embeds: Tensor, layer: int, mask: MaskSpec, keys: int, output_attentions: bool
     ) -> Plans:
         variant = self._variant(layer)
-        problem = Problem.of_widths(
+        problem = AttentionProblem.of_widths(
             variant.sizes,
             queries=inputs_embeds.shape[1],
             keys=keys,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from clearhead.core.masks import MaskSpec, packed_documents, written
+from clearhead.core.masks import MaskSpec, packed_documents, snapshot_length
 from clearhead.core.values import demand, readable
 from clearhead.models.arguments import (
     check_dense,
@@ -79,7 +79,7 @@ def place(
     """
     batch, queries = inputs_embeds.shape[:2]
     device = inputs_embeds.device
-    known = None if cache is None else written(cache.get_seq_length())
+    known = None if cache is None else snapshot_length(cache.get_seq_length())
     past = 0 if known is None else known
     fresh = isinstance(past, int) and past == 0
     keys = queries if cache is None else sum(cache.get_mask_sizes(queries, layer))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from clearhead.core.attend import Prepared, prepare
-from clearhead.core.dispatch import Backend, Problem
+from clearhead.core.dispatch import AttentionProblem, Backend
 from clearhead.core.masks import MaskSpec
 from clearhead.core.values import moved
 from clearhead.positions.base import Rotation
@@ -16,7 +16,7 @@ from clearhead.positions.base import Rotation
 class Plans:
     """A problem, its mask, the backends to choose from, and what came of them on the problem's device."""
 
-    problem: Problem
+    problem: AttentionProblem
     mask: MaskSpec
     backends: tuple[Backend, ...]
     automatic: bool
@@ -24,7 +24,7 @@ class Plans:
 
     @classmethod
     def make(
-        cls, problem: Problem, mask: MaskSpec, backends: tuple[Backend, ...], automatic: bool
+        cls, problem: AttentionProblem, mask: MaskSpec, backends: tuple[Backend, ...], automatic: bool
     ) -> "Plans":
         return cls(problem, mask, backends, automatic, prepare(backends, problem, mask, automatic))
 

@@ -8,15 +8,15 @@ from clearhead.nn.named import (
     DifferentialCollinearAttention,
     DifferentialCollinearAttentionV2,
 )
-from clearhead.nn.projections import AttentionCore, KeyValueCache
+from clearhead.nn.projections import KeyValueCache, ProjectedAttention
 
 __all__ = [
     "Attention",
-    "AttentionCore",
     "CollinearAttention",
     "DifferentialAttention",
     "DifferentialAttentionV2",
     "DifferentialCollinearAttention",
     "DifferentialCollinearAttentionV2",
     "KeyValueCache",
+    "ProjectedAttention",
 ]

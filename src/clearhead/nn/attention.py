@@ -11,16 +11,16 @@ from torch import Tensor
 
 from clearhead.core.attend import prepare, problem_of
 from clearhead.core.dispatch import automatic_backends, load_backend
-from clearhead.core.heads import HeadShape, check_flag, check_whole
-from clearhead.core.masks import written
+from clearhead.core.masks import snapshot_length
+from clearhead.core.streams import HeadShape, check_flag, check_whole
 from clearhead.nn.inputs import AttentionInputs
-from clearhead.nn.projections import AttentionCore, KeyValueCache
+from clearhead.nn.projections import KeyValueCache, ProjectedAttention
 from clearhead.positions.base import Position
 from clearhead.registry import did_you_mean, resolve
 from clearhead.variants.base import make_variant, option_names
 
 
-class Attention(AttentionCore):
+class Attention(ProjectedAttention):
     """Self- or cross-attention of any registered variant, by default softmax's, in place of a Transformer's layer.
 
     variant:      a registered variant, a third party's too: "softmax", "differential", "differential_v2", "collinear",
@@ -182,7 +182,7 @@ class Attention(AttentionCore):
             )
         inputs.check(self.q_proj.in_features, self.k_proj.in_features)
         x, source, cache = inputs.x, inputs.source, inputs.cache
-        past = None if cache is None else written(cache.get_seq_length(self.layer_idx))
+        past = None if cache is None else snapshot_length(cache.get_seq_length(self.layer_idx))
         inputs = inputs.placed(past)
         length = inputs.length(self.position, past)
         rotation = self.position(inputs.positions, inputs.context_positions, length, x.dtype)
@@ -233,7 +233,7 @@ def make_position(
         parameters["rope_theta"] = rope_theta
     method: type[Position] = resolve("positions", name)
     method.check_scaling(parameters)
-    return method.from_rope_parameters(head_dim, parameters, max_positions)
+    return method.from_parameters(head_dim, parameters, max_positions)
 
 
 def _check_options(layer: type[Attention], variant: str, options: Mapping[str, Any]) -> None:

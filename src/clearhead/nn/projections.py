@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from clearhead.core.attend import Prepared, attend
-from clearhead.core.heads import Heads, merge_heads
+from clearhead.core.streams import Streams, merge_heads
 from clearhead.positions.base import Rotation
 from clearhead.variants.base import Variant
 
@@ -26,7 +26,7 @@ class KeyValueCache(Protocol):
         ...
 
 
-class AttentionCore(nn.Module):
+class ProjectedAttention(nn.Module):
     """Projections and a variant: what the layers here and the models share.
 
     The projections are called q_proj, k_proj, v_proj and o_proj whatever the variant makes of them.
@@ -51,7 +51,7 @@ class AttentionCore(nn.Module):
         rotation: Rotation,
         cache: KeyValueCache | None = None,
         table: Tensor | None = None,
-    ) -> Heads:
+    ) -> Streams:
         """Placed heads: queries of x (B, L, ·), keys and values of context (B, S, ·), behind those in `cache`.
 
         table: that of `CollinearPlacement` for all keys, old and new, where the cache holds keys at half their width.
@@ -64,7 +64,7 @@ class AttentionCore(nn.Module):
         )
         return heads.with_cached(*cache.update(heads.packed_keys(), heads.v, self.layer_idx))
 
-    def _compact(self, heads: Heads, rotation: Rotation, table: Tensor) -> Heads:
+    def _compact(self, heads: Streams, rotation: Rotation, table: Tensor) -> Streams:
         placement = self.variant.placement
         assert placement is not None
         queries = tuple(placement.query_for_table(q, rotation) for q in heads.q)
@@ -73,7 +73,7 @@ class AttentionCore(nn.Module):
         )
 
     def combine(
-        self, heads: Heads, prepared: Prepared, with_maps: bool = False
+        self, heads: Streams, prepared: Prepared, with_maps: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """The layer's output (B, L, embed_dim) and, if asked, its effective map (B, H, L, S)."""
         output, maps = attend(heads, prepared, self.scale, self.variant.mix, with_maps)

@@ -100,9 +100,7 @@ class Position(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def from_rope_parameters(
-        cls, head_dim: int, parameters: Mapping[str, Any], max_positions: int | None
-    ) -> Self:
+    def from_parameters(cls, head_dim: int, parameters: Mapping[str, Any], max_positions: int | None) -> Self:
         """The method for heads of width `head_dim`, from a configuration's `rope_parameters`, or ValueError.
 
         max_positions: the length that the model was trained with, where `rope_parameters` do not say it.

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from clearhead.positions.rope import read_rope_parameters
-from clearhead.positions.scaling.longrope import LongRope
-from clearhead.positions.scaling.ntk import Ntk
-from clearhead.positions.scaling.yarn import Yarn
+from clearhead.positions.scaling.longrope import LongRopeScaling
+from clearhead.positions.scaling.ntk import NtkScaling
+from clearhead.positions.scaling.yarn import YarnScaling
 
 # The scalings that both have under one name.
 SHARED = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
@@ -72,7 +72,7 @@ def from_transformers(config: Configuration, layer_type: str | None = None) -> d
     if config.model_type in INTERLEAVED or sizes.get("rope_interleave"):
         parameters["layout"] = "interleaved"
     scaling, _ = read_rope_parameters(width, parameters, positions)
-    if isinstance(scaling, Yarn | LongRope):
+    if isinstance(scaling, YarnScaling | LongRopeScaling):
         parameters |= {
             "factor": scaling.factor,
             "original_max_position_embeddings": scaling.trained_length,
@@ -98,7 +98,7 @@ def to_transformers(
             '"half" first'
         )
     kind = parameters.get("rope_type", "default")
-    if isinstance(scaling, Ntk):
+    if isinstance(scaling, NtkScaling):
         return {"rope_type": "default", "rope_theta": scaling.scaled_theta}
     if kind not in SHARED:
         raise ValueError(f"transformers has no rope_type {kind!r}")
@@ -113,6 +113,6 @@ def to_transformers(
         made.pop("original_max_position_embeddings", None)
     elif scaling.trained_length is not None:
         made["original_max_position_embeddings"] = scaling.trained_length
-    if isinstance(scaling, Yarn | LongRope):
+    if isinstance(scaling, YarnScaling | LongRopeScaling):
         made["factor"] = scaling.factor
     return made

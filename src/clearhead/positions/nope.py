@@ -17,9 +17,7 @@ class Nope(Position):
     rotates = False
 
     @classmethod
-    def from_rope_parameters(
-        cls, head_dim: int, parameters: Mapping[str, Any], max_positions: int | None
-    ) -> Self:
+    def from_parameters(cls, head_dim: int, parameters: Mapping[str, Any], max_positions: int | None) -> Self:
         return cls()
 
     def rotation(

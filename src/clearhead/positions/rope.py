@@ -12,7 +12,7 @@ from torch import Tensor
 from clearhead.positions.base import Layout, PlaneRotation, Position
 from clearhead.positions.length import longest_request
 from clearhead.positions.scaling.base import COMMON_KEYS, RopeScaling, check_keys, number
-from clearhead.positions.scaling.default import Default
+from clearhead.positions.scaling.default import DefaultScaling
 from clearhead.registry import did_you_mean, names, resolve
 
 
@@ -39,7 +39,7 @@ class Rope(Position):
         if scaling is not None and scaling.head_dim != head_dim:
             raise ValueError(f"the scaling was made for head_dim {scaling.head_dim}, not {head_dim}")
         self.head_dim = head_dim
-        self.scaling = Default(head_dim=head_dim, theta=10000.0) if scaling is None else scaling
+        self.scaling = DefaultScaling(head_dim=head_dim, theta=10000.0) if scaling is None else scaling
         self.layout: Layout = layout
         # (T, D/2)
         self.register_buffer(
@@ -47,9 +47,7 @@ class Rope(Position):
         )
 
     @classmethod
-    def from_rope_parameters(
-        cls, head_dim: int, parameters: Mapping[str, Any], max_positions: int | None
-    ) -> Self:
+    def from_parameters(cls, head_dim: int, parameters: Mapping[str, Any], max_positions: int | None) -> Self:
         scaling, layout = read_rope_parameters(head_dim, parameters, max_positions)
         return cls(head_dim, scaling, layout)
 

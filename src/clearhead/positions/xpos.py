@@ -55,9 +55,7 @@ class Xpos(Rope):
         self.scale_base = scale_base
 
     @classmethod
-    def from_rope_parameters(
-        cls, head_dim: int, parameters: Mapping[str, Any], max_positions: int | None
-    ) -> Self:
+    def from_parameters(cls, head_dim: int, parameters: Mapping[str, Any], max_positions: int | None) -> Self:
         known = ("rope_type", "rope_theta", "layout", "xpos_gamma", "xpos_scale_base")
         if parameters.get("rope_type", "default") != "default":
             raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from clearhead.analysis.sections import Headline, Section, Table
+from clearhead.analysis.sections import Headline, Section, SectionTable
 from clearhead.analysis.statistics import count, decimal
 from clearhead.registry import names, resolve
 from clearhead.report.charts import render
@@ -78,7 +78,7 @@ def evaluation_sections(run: RunResults) -> list[Section]:
     return [resolve("evaluations", name)().section(run) for name in suites]
 
 
-def _table(run: RunResults, questions: list[Section]) -> Table:
+def _table(run: RunResults, questions: list[Section]) -> SectionTable:
     measured = [section for section in questions if section.measure]
     rows: list[list[str | None]] = []
     for arm in run.arms:
@@ -87,7 +87,7 @@ def _table(run: RunResults, questions: list[Section]) -> Table:
             found = [headline for headline in section.headlines if headline.arm == arm.name]
             row.append(cell(found[0], section.digits) if found else None)
         rows.append(row)
-    return Table(run.name, ["arm", *(section.measure for section in measured)], rows, state(run))
+    return SectionTable(run.name, ["arm", *(section.measure for section in measured)], rows, state(run))
 
 
 def headline_number(headline: Headline, digits: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clearhead.analysis.sections import BarChart, BarSeries, LineChart, Section, Series, Table
+from clearhead.analysis.sections import BarChart, BarSeries, LineChart, Section, SectionTable, Series
 from clearhead.analysis.statistics import count
 from clearhead.runs.results import ArmResults, RunResults, SeedResults
 
@@ -229,7 +229,7 @@ def cost(run: RunResults) -> Section:
         if speeds
         else "See the table; a comparison needs two arms with their costs."
     )
-    table = Table(
+    table = SectionTable(
         "Cost of each arm",
         ["arm", *(name for name, _, _ in columns)],
         rows,

@@ -50,7 +50,7 @@ class RecipeError(ValueError):
     """A recipe that cannot be run. The message is one sentence that names the file and the key to change."""
 
 
-class Table(BaseModel):
+class RecipeTable(BaseModel):
     """A table of the recipe: unknown keys are errors, values are not converted from other types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -89,7 +89,7 @@ def _ordered(range_: tuple[int, int], what: str) -> None:
         raise ValueError(f"{what} is [smallest, largest], got {list(range_)}")
 
 
-class Corpus(Table):
+class CorpusOptions(RecipeTable):
     """Where the text comes from; see `clearhead.data.corpora.open_corpus` for what a source can be."""
 
     source: Written = "stdlib"
@@ -100,7 +100,7 @@ class Corpus(Table):
     seed: Seed = 0
 
 
-class Tokenizer(Table):
+class TokenizerOptions(RecipeTable):
     """`bpe` trains a byte-level BPE on the training split; anything else is a Hugging Face path or id."""
 
     source: Written = "bpe"
@@ -108,7 +108,7 @@ class Tokenizer(Table):
     vocab_size: Annotated[int, Field(ge=260, le=10**7)] = 1024
 
 
-class NeedleRows(Table):
+class NeedleRows(RecipeTable):
     """The retrieval documents in training; see `clearhead.data.retrieval.NeedleRange`.
 
     A range is [smallest, largest]; lengths are drawn log-uniformly, counts uniformly.
@@ -133,7 +133,7 @@ class NeedleRows(Table):
         return self
 
 
-class Data(Table):
+class Data(RecipeTable):
     """What a row of `length` tokens is: text, retrieval documents or shuffled pairs, by share of the rows."""
 
     length: Annotated[int, Field(ge=8, le=2**24)] = 256
@@ -158,7 +158,7 @@ class Data(Table):
         return self
 
 
-class Train(Table):
+class Train(RecipeTable):
     """Budget, optimiser and bookkeeping of one training run. Budgets are in tokens, periods in optimiser steps."""
 
     tokens: Tokens = 5_000_000
@@ -205,7 +205,7 @@ class Evaluate(BaseModel):
         return self.__pydantic_extra__.get(suite, {})
 
 
-class Sweep(Table):
+class Sweep(RecipeTable):
     """Choose each arm's learning rate on its own seeds before the compared seeds run. See `clearhead.train.sweep`."""
 
     learning_rate: Annotated[list[Rate], Field(min_length=2)]
@@ -222,7 +222,7 @@ class Sweep(Table):
         return self
 
 
-class Arm(Table):
+class Arm(RecipeTable):
     """One side of the comparison: an attention variant and what differs with it."""
 
     name: Annotated[str, Field(max_length=NAME_LENGTH), AfterValidator(_written)]
@@ -237,15 +237,15 @@ class Arm(Table):
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
 
-class Job(Table):
+class Job(RecipeTable):
     """One arm with one seed, resolved: nothing of the recipe has to be looked up any more. This is `job.json`."""
 
     recipe: str
     arm: str
     slug: str
     seed: int
-    corpus: Corpus
-    tokenizer: Tokenizer
+    corpus: CorpusOptions
+    tokenizer: TokenizerOptions
     data: Data
     model: dict[str, Any]  # keyword arguments of ClearheadConfig, all but vocab_size
     train: Train
@@ -257,14 +257,14 @@ class Job(Table):
         return str(self.model["attention"])
 
 
-class Recipe(Table):
+class Recipe(RecipeTable):
     """A comparison: one corpus, one mixture of rows, one budget, several arms and seeds."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=NAME_LENGTH)]
     description: str = ""
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
-    corpus: Corpus = Corpus()
-    tokenizer: Tokenizer = Tokenizer()
+    corpus: CorpusOptions = CorpusOptions()
+    tokenizer: TokenizerOptions = TokenizerOptions()
     data: Data = Data()
     model: dict[str, Any] = {}
     train: Train = Train()

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from clearhead.core.attend import Mixing, attend, difference, prepare, problem_of, single
 from clearhead.core.dispatch import Backend, Engine, Kernel
-from clearhead.core.heads import Heads
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import Streams
 from clearhead.testing.masks import MASKS, cast, make_mask, rand
 from clearhead.testing.oracles import differential, softmax
 
@@ -153,14 +153,14 @@ def problem(form: str, layout: str, more_keys: int = 0) -> list[Tensor]:
     return inputs if streams == 1 else [*inputs, rand(B, heads, L, 1, seed=5)]
 
 
-def heads_of(inputs: Sequence[Tensor]) -> Heads:
+def heads_of(inputs: Sequence[Tensor]) -> Streams:
     """The tensors of `problem` as streams."""
     q, k, v, *lam = inputs
     if not lam:
-        return Heads((q,), (k,), v)
+        return Streams((q,), (k,), v)
     queries = q.unflatten(1, (-1, 2)).unbind(2)
     keys = (k,) if k.shape[1] == v.shape[1] else k.unflatten(1, (-1, 2)).unbind(2)
-    return Heads(tuple(queries), tuple(keys), v, lam[0])
+    return Streams(tuple(queries), tuple(keys), v, lam[0])
 
 
 def spec_of(arguments: dict[str, Any]) -> MaskSpec:

@@ -27,14 +27,14 @@ def check_position(
 ) -> None:
     """Raise AssertionError unless `cls` is a position method that layers and models can use.
 
-    parameters: the configuration's `rope_parameters`, as `from_rope_parameters` takes them.
+    parameters: the configuration's `rope_parameters`, as `from_parameters` takes them.
     relative:   logits depend on the distance of query and key alone, so that shifting both changes nothing.
     oracle:     queries (B, H, L, D) and positions (B, L) -> turned queries, in float64 and apart from the method.
 
     Checked: shapes and dtypes, gradients, queries turned in pieces as whole, keys at positions of their own, angles
     that bfloat16 does not round, no buffer in the state dict, buffers right after a cast, and slopes.
     """
-    place = cls.from_rope_parameters(head_dim, dict(parameters or {}), max_positions)
+    place = cls.from_parameters(head_dim, dict(parameters or {}), max_positions)
     name = cls.__name__
     positions = torch.arange(L)[None] + torch.tensor([[0], [11]])
     length = torch.full((B, 1), 2 * L + 11)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from clearhead.core.attend import problem_of
 from clearhead.core.dispatch import automatic_backends, load_backend
-from clearhead.core.heads import HeadShape
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import HeadShape
 from clearhead.nn.attention import Attention
-from clearhead.nn.projections import AttentionCore
+from clearhead.nn.projections import ProjectedAttention
 from clearhead.positions.rope import Rope
 from clearhead.testing.backends import relative_error
 from clearhead.testing.masks import rand
@@ -47,7 +47,7 @@ class Cache:
 def make_layer(variant: Variant, backend: str = "auto") -> Attention:
     """A float64 layer around `variant` with RoPE and parameters that none is zero."""
     layer = Attention.__new__(Attention)
-    AttentionCore.__init__(layer, variant, bias=False, context_dim=None)
+    ProjectedAttention.__init__(layer, variant, bias=False, context_dim=None)
     layer.position = Rope(variant.shape.head_dim)
     layer.automatic = backend == "auto"
     layer.backends = automatic_backends() if layer.automatic else (load_backend(backend),)
@@ -134,7 +134,7 @@ def _check_values(layer: Attention, oracle: Oracle | None, name: str) -> None:
     _near(layer.o_proj(joined), found, f"{name}: mix is not linear, so its map does not give its output")
 
 
-def _has_maps(layer: AttentionCore) -> bool:
+def _has_maps(layer: ProjectedAttention) -> bool:
     x = _input()
     assert isinstance(layer, Attention)
     heads = layer.project(x, x, layer.position(torch.arange(L)[None], None, None, x.dtype))

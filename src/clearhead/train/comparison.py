@@ -19,7 +19,7 @@ from clearhead.runs.directory import (
 )
 from clearhead.runs.recipe import RESERVED_MODEL_KEYS, Evaluate, Recipe, RecipeError
 from clearhead.train.model_table import model_fault, option_fault
-from clearhead.train.pool import Row, Task, Watcher, is_trained, parallelism, run_tasks
+from clearhead.train.pool import ProgressRow, TrainingTask, Watcher, is_trained, parallelism, run_tasks
 
 FLOAT_BYTES = 4
 # Weights and two Adam moments in each checkpoint of a running job: two kept and the one being written.
@@ -31,19 +31,19 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ComparisonOutcome:
     """What a comparison ended with; `failed` is empty when every job is complete."""
 
-    rows: list[Row]
+    rows: list[ProgressRow]
 
     @property
-    def failed(self) -> list[Row]:
+    def failed(self) -> list[ProgressRow]:
         return [row for row in self.rows if row.status.state != "evaluated"]
 
 
 def run_comparison(
     recipe: Recipe, run_dir: Path, *, watcher: Watcher, say: Say, fresh: bool = False
-) -> Outcome:
+) -> ComparisonOutcome:
     """Bring the run directory to completion: whatever is finished there stays, everything else is run.
 
     fresh: set an existing run directory aside first and begin again.
@@ -63,7 +63,7 @@ def run_comparison(
         began = prepare_rows(recipe, run_dir, say)
         if sweep:
             say(f"choosing learning rates: {len(sweep)} runs")
-            swept = Outcome(run_tasks(sweep, watcher, began=began))
+            swept = ComparisonOutcome(run_tasks(sweep, watcher, began=began))
             if swept.failed:
                 return swept
             from clearhead.train.sweep import choose
@@ -71,7 +71,7 @@ def run_comparison(
             rates = choose(recipe, sweep, run_dir)
             say("chosen: " + ", ".join(f"{arm} {rate:g}" for arm, rate in rates.items()))
             tasks = arm_tasks(recipe, run_dir, rates)
-        return Outcome(run_tasks(tasks, watcher, began=began))
+        return ComparisonOutcome(run_tasks(tasks, watcher, began=began))
 
 
 def prepare_rows(recipe: Recipe, run_dir: Path, say: Say) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def evaluation_sets(evaluate: Evaluate) -> dict[str, str]:
     return found
 
 
-def bytes_needed(tasks: Sequence[Task], parameters: Mapping[str, int]) -> int:
+def bytes_needed(tasks: Sequence[TrainingTask], parameters: Mapping[str, int]) -> int:
     """Disk that the unfinished tasks will take, from the parameters of each arm by name."""
     missing = [task for task in tasks if not is_trained(task.directory)]
     if not missing:
@@ -108,13 +108,13 @@ def bytes_needed(tasks: Sequence[Task], parameters: Mapping[str, int]) -> int:
     return models + parallelism(missing)[0] * FLOAT_BYTES * NUMBERS_PER_PARAMETER * largest
 
 
-def arm_tasks(recipe: Recipe, run_dir: Path, rates: Mapping[str, float] | None = None) -> list[Task]:
+def arm_tasks(recipe: Recipe, run_dir: Path, rates: Mapping[str, float] | None = None) -> list[TrainingTask]:
     """Every arm with every seed; all arms of a seed before the next seed, so that a part of a run can be compared."""
     tasks = []
     for seed in recipe.seeds:
         for arm in recipe.arms:
             job = recipe.for_arm(arm.name, seed, learning_rate=rates[arm.name] if rates else None)
-            tasks.append(Task(job, job_directory(run_dir, arm.slug, seed), arm.name))
+            tasks.append(TrainingTask(job, job_directory(run_dir, arm.slug, seed), arm.name))
     return tasks
 
 
@@ -123,7 +123,7 @@ def job_directory(run_dir: Path, slug: str, seed: int) -> Path:
     return run_dir / "arms" / slug / f"seed-{seed}"
 
 
-def _sweep_tasks(recipe: Recipe, run_dir: Path) -> list[Task]:
+def _sweep_tasks(recipe: Recipe, run_dir: Path) -> list[TrainingTask]:
     if recipe.sweep is None:
         return []
     from clearhead.train.sweep import sweep_tasks

@@ -25,7 +25,7 @@ STOP_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainingTask:
     """A job, the directory it lives in, and how to call it in the progress display."""
 
     job: Job
@@ -39,10 +39,10 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Row:
+class ProgressRow:
     """A task as a progress display sees it."""
 
-    task: Task
+    task: TrainingTask
     status: Status
     running: bool
 
@@ -51,15 +51,15 @@ class Watcher(ABC):
     """Is told how far all tasks are, several times a second."""
 
     @abstractmethod
-    def update(self, rows: Sequence[Row]) -> None: ...
+    def update(self, rows: Sequence[ProgressRow]) -> None: ...
 
 
 class Silent(Watcher):
-    def update(self, rows: Sequence[Row]) -> None:
+    def update(self, rows: Sequence[ProgressRow]) -> None:
         pass
 
 
-def place(task: Task, began: Mapping[str, Any] | None = None) -> None:
+def place(task: TrainingTask, began: Mapping[str, Any] | None = None) -> None:
     """Write the task's `job.json`. A finished job whose evaluations are asked for differently is evaluated again.
 
     began: what the run began with, text, tokenizer and evaluation sets; the job's process is held to it.
@@ -100,12 +100,12 @@ def is_trained(job_dir: Path) -> bool:
 
 
 def run_tasks(
-    tasks: Sequence[Task],
+    tasks: Sequence[TrainingTask],
     watcher: Watcher,
     *,
     worker: str = WORKER,
     began: Mapping[str, Any] | None = None,
-) -> list[Row]:
+) -> list[ProgressRow]:
     """Run all tasks that are not finished, several at a time; returns every task with its final status.
 
     `worker` is the module that runs one job in its own process, `began` what the run began with (`place`).
@@ -117,7 +117,7 @@ def run_tasks(
         place(task, began)
     workers, threads = parallelism(tasks)
     waiting = [task for task in tasks if read_status(task.directory).state != "evaluated"]
-    running: dict[Path, tuple[Task, subprocess.Popen[bytes]]] = {}
+    running: dict[Path, tuple[TrainingTask, subprocess.Popen[bytes]]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -136,7 +136,7 @@ def run_tasks(
     return _rows(tasks, {})
 
 
-def parallelism(tasks: Sequence[Task]) -> tuple[int, int]:
+def parallelism(tasks: Sequence[TrainingTask]) -> tuple[int, int]:
     """(jobs side by side, threads of each): what the recipe says, or what fills the cores."""
     if not tasks:
         return 1, 1
@@ -146,11 +146,13 @@ def parallelism(tasks: Sequence[Task]) -> tuple[int, int]:
     return workers, train.threads or max(1, cores() // workers)
 
 
-def _rows(tasks: Sequence[Task], running: dict[Path, tuple[Task, subprocess.Popen[bytes]]]) -> list[Row]:
-    return [Row(task, read_status(task.directory), task.directory in running) for task in tasks]
+def _rows(
+    tasks: Sequence[TrainingTask], running: dict[Path, tuple[TrainingTask, subprocess.Popen[bytes]]]
+) -> list[ProgressRow]:
+    return [ProgressRow(task, read_status(task.directory), task.directory in running) for task in tasks]
 
 
-def _start(task: Task, threads: int, worker: str) -> subprocess.Popen[bytes]:
+def _start(task: TrainingTask, threads: int, worker: str) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -173,7 +175,7 @@ def _start(task: Task, threads: int, worker: str) -> subprocess.Popen[bytes]:
         )
 
 
-def _settle(task: Task, code: int) -> None:
+def _settle(task: TrainingTask, code: int) -> None:
     """Make sure that a worker which died without a word leaves an explanation."""
     status = read_status(task.directory)
     if code == 0 or status.state == "failed":

@@ -8,7 +8,7 @@ from pathlib import Path
 from clearhead.runs.directory import RunError, check_space, check_writable, exclusive, open_run, set_aside
 from clearhead.runs.recipe import Recipe
 from clearhead.train.comparison import bytes_needed, check_models, job_directory, prepare_rows
-from clearhead.train.pool import Task, is_trained, place
+from clearhead.train.pool import TrainingTask, is_trained, place
 from clearhead.train.worker import run_job
 
 
@@ -39,7 +39,7 @@ def train_single(
     return task.directory
 
 
-def _task(recipe: Recipe, run_dir: Path, arm: str, seed: int) -> Task:
+def _task(recipe: Recipe, run_dir: Path, arm: str, seed: int) -> TrainingTask:
     found = recipe.arm(arm)
     rate = None
     if recipe.sweep is not None:
@@ -52,7 +52,7 @@ def _task(recipe: Recipe, run_dir: Path, arm: str, seed: int) -> Task:
                 "clearhead compare makes it"
             )
     job = recipe.for_arm(arm, seed, learning_rate=rate)
-    return Task(job, job_directory(run_dir, found.slug, seed), found.name)
+    return TrainingTask(job, job_directory(run_dir, found.slug, seed), found.name)
 
 
 def find_jobs(path: Path) -> list[Path]:

@@ -13,12 +13,12 @@ from typing import Any
 
 from clearhead.runs.files import MEND, BrokenFile, read_lines, read_object, write_json
 from clearhead.runs.recipe import Recipe
-from clearhead.train.pool import Task
+from clearhead.train.pool import TrainingTask
 
 RULE = "fewest tokens until mastery (runs without it count as their budget); if no run masters, the lowest final loss"
 
 
-def sweep_tasks(recipe: Recipe, run_dir: Path) -> list[Task]:
+def sweep_tasks(recipe: Recipe, run_dir: Path) -> list[TrainingTask]:
     """One training per arm, learning rate and sweep seed, without evaluations."""
     assert recipe.sweep is not None
     tasks = []
@@ -28,11 +28,11 @@ def sweep_tasks(recipe: Recipe, run_dir: Path) -> list[Task]:
                 job = recipe.for_arm(arm.name, seed, learning_rate=rate, tokens=recipe.sweep.tokens)
                 job = job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"suites": []})})
                 directory = run_dir / "sweep" / arm.slug / f"lr-{rate:g}" / f"seed-{seed}"
-                tasks.append(Task(job, directory, f"{arm.name} (learning rate {rate:g})"))
+                tasks.append(TrainingTask(job, directory, f"{arm.name} (learning rate {rate:g})"))
     return tasks
 
 
-def choose(recipe: Recipe, tasks: Sequence[Task], run_dir: Path) -> dict[str, float]:
+def choose(recipe: Recipe, tasks: Sequence[TrainingTask], run_dir: Path) -> dict[str, float]:
     """The learning rate of each arm by name, from finished sweep tasks; writes `sweep.json`."""
     outcomes: dict[str, dict[float, list[dict[str, Any]]]] = {}
     for task in tasks:
@@ -66,7 +66,7 @@ def chosen_rates(run_dir: Path) -> dict[str, float]:
         raise BrokenFile(f"{str(path)!r} does not hold the outcome of a sweep ({error}); {MEND}") from error
 
 
-def outcome(task: Task) -> dict[str, Any]:
+def outcome(task: TrainingTask) -> dict[str, Any]:
     """Tokens at the first probe that reached mastery (None if none did), the budget, and the final loss."""
     mastered_at = None
     probe_loss = None

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, get_args
 from torch import Tensor, nn
 
 from clearhead.core.attend import MIXES, Mix, Mixing
-from clearhead.core.heads import Heads, HeadShape, Widths, split_heads
+from clearhead.core.streams import HeadShape, Streams, Widths, split_heads
 from clearhead.positions.base import Rotation
 from clearhead.registry import did_you_mean, resolve
 from clearhead.variants.placement import CollinearPlacement
@@ -71,9 +71,11 @@ class Variant(nn.Module, ABC):
         """(B, S, widths.k) -> one (B, G, S, D) a stream, or one that all share; by default a single one."""
         return (split_heads(k, self.sizes.kv_heads),)
 
-    def split(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Heads:
+    def split(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Streams:
         """Projections, and the layer's input x (B, L, embed_dim), to streams."""
-        return Heads(self.split_queries(q), self.split_keys(k), split_heads(v, self.sizes.kv_heads), self(x))
+        return Streams(
+            self.split_queries(q), self.split_keys(k), split_heads(v, self.sizes.kv_heads), self(x)
+        )
 
     def forward(self, x: Tensor | None) -> Tensor | None:
         """`gate`, with the variant's own parameters brought in."""
@@ -86,7 +88,7 @@ class Variant(nn.Module, ABC):
         """
         return None
 
-    def place(self, heads: Heads, rotation: Rotation) -> Heads:
+    def place(self, heads: Streams, rotation: Rotation) -> Streams:
         """Give the streams their positions. The variant decides what is rotated; by default every query and key."""
         return replace(
             heads,

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from clearhead.core.heads import HeadShape, Widths, twin_widths
+from clearhead.core.streams import HeadShape, Widths, twin_widths
 from clearhead.positions.base import Rotation
 from clearhead.variants.base import Variant
 from clearhead.variants.placement import Activation, CollinearPlacement, Mode

@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from clearhead.core.heads import HeadShape, Widths, check_flag, split_heads
 from clearhead.core.norm import RMSNorm
+from clearhead.core.streams import HeadShape, Widths, check_flag, split_heads
 from clearhead.variants.base import Variant
 
 

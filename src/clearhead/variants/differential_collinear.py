@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from clearhead.core.heads import HeadShape
+from clearhead.core.streams import HeadShape
 from clearhead.positions.base import Rotation
 from clearhead.variants.differential import Differential
 from clearhead.variants.differential_v2 import DifferentialV2

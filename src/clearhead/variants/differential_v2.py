@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from clearhead.core.heads import HeadShape, Widths, split_heads, twin_widths
+from clearhead.core.streams import HeadShape, Widths, split_heads, twin_widths
 from clearhead.variants.base import Variant
 
 

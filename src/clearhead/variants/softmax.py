@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from clearhead.core.heads import HeadShape, Widths, check_flag, twin_widths
 from clearhead.core.norm import RMSNorm
+from clearhead.core.streams import HeadShape, Widths, check_flag, twin_widths
 from clearhead.variants.base import Variant
 
 

@@ -8,7 +8,7 @@ import torch
 
 from clearhead.kernels.triton import counting, launch
 from clearhead.kernels.triton.configs import INTERPRETED, Config
-from clearhead.kernels.triton.counting import Attention
+from clearhead.kernels.triton.counting import CountedAttention
 from tests.kernels.support import Case, make_inputs, op_of
 
 V1 = Case(
@@ -21,9 +21,9 @@ CASES = {
 }
 
 
-def model_of(case: Case) -> Attention:
+def model_of(case: Case) -> CountedAttention:
     sizes = (case.batch, case.heads, case.groups, case.queries, case.keys, case.width, case.value_width)
-    return Attention(*sizes, case.streams, case.own_keys, case.causal, 4)
+    return CountedAttention(*sizes, case.streams, case.own_keys, case.causal, 4)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -58,7 +58,7 @@ def test_multiply_adds_and_reads_of_keys(name: str, monkeypatch: pytest.MonkeyPa
 
 def test_v1_over_the_twin() -> None:
     one = Config(1, 1, 1, 1)
-    a = Attention(1, 8, 8, 128, 128, 64, 128, 2, own_keys=True, causal=True)
+    a = CountedAttention(1, 8, 8, 128, 128, 64, 128, 2, own_keys=True, causal=True)
     twin = counting.twin(a)
     assert counting.forward(a, one).executed / counting.forward(twin, one).executed == 1.5
     assert counting.backward(a, one).executed / counting.backward(twin, one).executed == 1.0

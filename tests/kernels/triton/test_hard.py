@@ -7,8 +7,8 @@ import torch
 
 from clearhead.core.attend import attend, difference, prepare, problem_of
 from clearhead.core.dispatch import load_backend
-from clearhead.core.heads import Heads
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import Streams
 from clearhead.functional import differential_attention
 from clearhead.kernels.triton import launch
 from tests.kernels.support import (
@@ -65,7 +65,7 @@ def test_a_row_that_sees_nothing_is_zero_and_padding_may_hold_anything(grad: boo
 def test_a_cache_of_fixed_size_gives_positions_as_a_tensor(queries: int, documents: bool) -> None:
     case = replace(V1, batch=2, queries=queries)
     q, k, v, lam = (x.float() for x in make_inputs(case, torch.float32).tensors)
-    heads = Heads(q.unflatten(1, (-1, 2)).unbind(2), k.unflatten(1, (-1, 2)).unbind(2), v, lam)
+    heads = Streams(q.unflatten(1, (-1, 2)).unbind(2), k.unflatten(1, (-1, 2)).unbind(2), v, lam)
     packed = (torch.arange(case.keys) // 7)[None] if documents else None
     results = []
     for name, offset in (("eager", 11), ("triton", 11), ("triton", torch.tensor(11))):

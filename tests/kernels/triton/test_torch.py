@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import clearhead
-from clearhead.core.dispatch import Problem, load_backend, plan
+from clearhead.core.dispatch import AttentionProblem, load_backend, plan
 from clearhead.functional import differential_attention
 from clearhead.kernels.triton.kernel import Triton
 from tests.contracts.support import distance
@@ -99,7 +99,7 @@ def test_strides_and_repetition_change_no_bit(layout: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(dense, other, strict=True))
 
 
-def problem(**changes: Any) -> Problem:
+def problem(**changes: Any) -> AttentionProblem:
     sizes = {"streams": 2, "shares_keys": False, "heads": 4, "kv_heads": 2, "queries": 8, "keys": 8}
     sizes |= {
         "key_width": 64,
@@ -108,7 +108,7 @@ def problem(**changes: Any) -> Problem:
         "device": "cuda",
         "mixing": "difference",
     }
-    return Problem(**{**sizes, **changes})  # type: ignore[arg-type]
+    return AttentionProblem(**{**sizes, **changes})  # type: ignore[arg-type]
 
 
 REFUSED = {

@@ -6,6 +6,7 @@ batches of one length, likelihoods are read in batches padded on the right, behi
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from clearhead.evals.asking.decoding import Asked, answer, greedy
+from clearhead.evals.asking.decoding import AskedPrompt, answer, greedy
 from clearhead.evals.asking.losses import suffix_losses
 from clearhead.evals.asking.running import batches, inference, to_batch
 from clearhead.evals.asking.sample_log import SampleLog, Say
@@ -50,7 +51,7 @@ def answer_log(
 
     about: the options, as "config", and what tells the data.
     """
-    weights = weights_of(subject.model)
+    weights = weights_digest(subject.model)
     return SampleLog.open(subject.folder, name, {**about, "weights": weights}, keys, progress=progress)
 
 
@@ -103,7 +104,7 @@ def greedy_answers(
     tokenizer: Any = subject.tokenizer
     for length in sorted({len(ids) for ids in prompts}):
         rows = [i for i, ids in enumerate(prompts) if len(ids) == length]
-        asked = [Asked(prompts[i], (), one_line, new_tokens) for i in rows]
+        asked = [AskedPrompt(prompts[i], (), one_line, new_tokens) for i in rows]
         with (
             rescaled(
                 subject.model, rope_parameters, trained=subject.training_length, length=length + new_tokens
@@ -153,6 +154,12 @@ def likelihoods(
     return found
 
 
-def weights_of(model: PreTrainedModel) -> float:
-    """A number that differs between models with different weights: their sum."""
-    return sum(float(weight.detach().double().sum()) for weight in model.parameters())
+def weights_digest(model: PreTrainedModel) -> str:
+    """sha256 of a model's parameters: names, types, shapes and every byte."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        found.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        found.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -32,7 +32,7 @@ KeysValues = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class AskedPrompt:
     """One prompt: its ids, the numbers that are asked, and whether its answer ends with its line.
 
     expected: the tokens of an answer that ends as soon as all numbers are found, tried before anything is decoded.
@@ -88,7 +88,7 @@ def shared(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    asked: Sequence[Asked],
+    asked: Sequence[AskedPrompt],
     settings: GenerationConfig,
     *,
     common: NDArray[np.int64] | None = None,
@@ -126,7 +126,7 @@ def answer(
         yield from whole.answers(model, tokenizer, settings)
 
 
-def confirmed(model: PreTrainedModel, asked: Sequence[Asked], cache: DynamicCache) -> list[bool]:
+def confirmed(model: PreTrainedModel, asked: Sequence[AskedPrompt], cache: DynamicCache) -> list[bool]:
     """Read the prompts, of one length, and tell whose expected answer is what greedy decoding would say.
 
     cache holds the beginning of all of them, and all but their last token afterwards.
@@ -151,7 +151,7 @@ def confirmed(model: PreTrainedModel, asked: Sequence[Asked], cache: DynamicCach
 def decoded(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    asked: Sequence[Asked],
+    asked: Sequence[AskedPrompt],
     settings: GenerationConfig,
     cache: DynamicCache | None,
 ) -> list[str]:
@@ -173,7 +173,7 @@ class Read:
     """Prompts that are read but for their last token: their place among all, and their keys and values."""
 
     places: list[int]
-    asked: list[Asked]
+    asked: list[AskedPrompt]
     layers: KeysValues
 
     def joined(self, other: Read) -> Read:
@@ -200,7 +200,7 @@ class Waiting:
         self.read: Read | None = None
 
     def add(
-        self, places: list[int], asked: list[Asked], cache: DynamicCache, rows: list[int]
+        self, places: list[int], asked: list[AskedPrompt], cache: DynamicCache, rows: list[int]
     ) -> Iterator[Read]:
         """Keep `rows` of `cache`; yields batches that are to be decoded now."""
         if not rows:
@@ -230,7 +230,7 @@ class Waiting:
 
 
 def _batches(
-    order: Sequence[int], asked: Sequence[Asked], shares: Sequence[int], batch_tokens: int
+    order: Sequence[int], asked: Sequence[AskedPrompt], shares: Sequence[int], batch_tokens: int
 ) -> Iterator[list[int]]:
     """Runs of one budget within `batch_tokens`; what a row shares beyond the others is an eighth at most."""
     rows: list[int] = []
@@ -252,7 +252,7 @@ class Said(StoppingCriteria):
     """Ends a row when nothing that could follow would change its score."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, asked: Sequence[Asked], settings: GenerationConfig
+        self, tokenizer: PreTrainedTokenizerFast, asked: Sequence[AskedPrompt], settings: GenerationConfig
     ) -> None:
         self.tokenizer = tokenizer
         self.asked = asked

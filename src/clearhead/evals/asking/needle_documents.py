@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from clearhead.data.needles import (
-    Haystack,
+    NeedleHaystack,
     NeedleSample,
     NeedleSpec,
-    Tokenizer,
+    NeedleTokenizer,
     minimum_length,
     needle_document,
 )
@@ -29,7 +29,7 @@ def marks(hits: Sequence[bool]) -> str:
     return "".join("01"[hit] for hit in hits)
 
 
-def too_short(spec: NeedleSpec, tokenizer: Tokenizer) -> str | None:
+def too_short(spec: NeedleSpec, tokenizer: NeedleTokenizer) -> str | None:
     """Why the needles of `spec` do not fit into its length, or `None` if they do."""
     least = minimum_length(spec, tokenizer)
     return (
@@ -84,8 +84,8 @@ def exact_match(
 
 def needle_probe(
     model: PreTrainedModel,
-    haystack: Haystack,
-    tokenizer: Tokenizer,
+    haystack: NeedleHaystack,
+    tokenizer: NeedleTokenizer,
     spec: NeedleSpec,
     *,
     samples: int = 64,

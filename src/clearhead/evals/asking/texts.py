@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clearhead.data.corpora import open_corpus
-from clearhead.data.needles import Tokenizer
+from clearhead.data.needles import NeedleTokenizer
 from clearhead.data.readers import SUFFIXES, CorpusError, Document, read_file, suffix_of
 from clearhead.data.store import TokenStore
 from clearhead.data.tokenizer import encode_texts
@@ -65,7 +65,7 @@ def read_source(source: str, text_field: str = "text", *, max_bytes: int = MOST_
         yield from open_corpus(source, text_field=text_field, max_bytes=max_bytes).documents()
 
 
-def utf8_size(tokenizer: Tokenizer, tokens: NDArray[np.integer]) -> int:
+def utf8_size(tokenizer: NeedleTokenizer, tokens: NDArray[np.integer]) -> int:
     """Bytes of the text that these tokens are."""
     return len(str(tokenizer.decode(tokens.tolist())).encode())
 

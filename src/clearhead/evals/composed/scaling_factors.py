@@ -29,7 +29,7 @@ from clearhead.analysis.by_length import (
 )
 from clearhead.analysis.comparison import compare
 from clearhead.analysis.published import FACTORS
-from clearhead.analysis.sections import LineChart, Section, Series, Table
+from clearhead.analysis.sections import LineChart, Section, SectionTable, Series
 from clearhead.data.store import TokenStore
 from clearhead.evals.cells import Cell, CellEvaluation, Measured
 from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
@@ -209,7 +209,7 @@ def _all_factors(values: Values[ScalingFactorsResult]) -> list[str]:
     return sorted({f for seeds in values.values() for v in seeds.values() for f in v.factors}, key=float)
 
 
-def _tables(values: Values[ScalingFactorsResult]) -> list[Table]:
+def _tables(values: Values[ScalingFactorsResult]) -> list[SectionTable]:
     """Perplexity and accuracy, a row for each length and factor."""
     arms = list(values)
     rows: dict[str, list[list[str | None]]] = {"perplexity": [], "passkey": []}
@@ -239,7 +239,11 @@ def _tables(values: Values[ScalingFactorsResult]) -> list[Table]:
                 ]
             )
     titles = {"perplexity": "Perplexity by factor", "passkey": "Passkeys found by factor"}
-    return [Table(titles[name], ["factor and length", *arms], found) for name, found in rows.items() if found]
+    return [
+        SectionTable(titles[name], ["factor and length", *arms], found)
+        for name, found in rows.items()
+        if found
+    ]
 
 
 def _asked(values: Values[PasskeyResult]) -> list[tuple[str, int]]:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from clearhead.analysis.by_length import Values
 from clearhead.analysis.comparison import compare
-from clearhead.analysis.sections import Section, Table
+from clearhead.analysis.sections import Section, SectionTable
 from clearhead.analysis.statistics import decimal
 from clearhead.evals.evaluation import Evaluation, EvaluationConfig, EvaluationResult, Say
 from clearhead.evals.external.harness import harness_model
@@ -180,7 +180,7 @@ def lm_eval_section(
         " ".join(sentences) or "Measured; see the table.",
         measure=f"{tasks[0]}" if one else "",
         headlines=result.headlines() if one and result is not None else [],
-        tables=[Table("Numbers of lm-evaluation-harness", ["task and number", *values], rows)],
+        tables=[SectionTable("Numbers of lm-evaluation-harness", ["task and number", *values], rows)],
         notes=[
             "Value ± the harness's standard error, mean over seeds; n questions. Sentences: bootstrap over questions "
             "or Student's t over seeds, the wider; differences are paired by question. Prompts and rules are the "

@@ -54,7 +54,7 @@ class LabelledSet:
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedSet:
     """Where a published set lies on the hub, and the words around its texts in Bertsch et al.'s program.
 
     dropped: a label that is none of the set's classes. words: an underscore in a label stands for a space.
@@ -70,12 +70,12 @@ class Published:
 
 
 PUBLISHED = {
-    "trec": Published("SetFit/TREC-QC", None, "label_coarse_text", "Question: {text}", "Type: {label}"),
-    "trec_fine": Published("SetFit/TREC-QC", None, "label_text", "Question: {text}", "Type: {label}"),
-    "banking77": Published(
+    "trec": PublishedSet("SetFit/TREC-QC", None, "label_coarse_text", "Question: {text}", "Type: {label}"),
+    "trec_fine": PublishedSet("SetFit/TREC-QC", None, "label_text", "Question: {text}", "Type: {label}"),
+    "banking77": PublishedSet(
         "mteb/banking77", None, "label_text", "query: {text}", "intent: {label}", words=True
     ),
-    "clinic150": Published(
+    "clinic150": PublishedSet(
         "clinc/clinc_oos", "plus", "intent", "utterance: {text}", "intent: {label}", "oos", words=True
     ),
 }

@@ -21,7 +21,7 @@ SEPARATOR = "\n==\n"
 
 
 @dataclass(frozen=True)
-class Form:
+class Wording:
     """The words around texts and labels. The label's template ends with the label; what white space stands before
     it belongs to the answer, as tokenizers have it."""
 
@@ -104,7 +104,7 @@ class LabelTrie:
 
 
 def label_paths(
-    tokenizer: PreTrainedTokenizerFast, form: Form, labels: Sequence[str], text: str
+    tokenizer: PreTrainedTokenizerFast, form: Wording, labels: Sequence[str], text: str
 ) -> tuple[NDArray[np.int64], list[Tokens]]:
     """The tokens of an asked `text` after a separator, and those that each label goes on with.
 
@@ -135,7 +135,7 @@ def label_paths(
 
 
 def make_trie(
-    tokenizer: PreTrainedTokenizerFast, form: Form, labels: Sequence[str], texts: Sequence[str]
+    tokenizer: PreTrainedTokenizerFast, form: Wording, labels: Sequence[str], texts: Sequence[str]
 ) -> tuple[LabelTrie, list[NDArray[np.int64]]]:
     """The labels' trie, which must be the same after every one of `texts`, and each asked text's own tokens."""
     paths: list[Tokens] | None = None
@@ -153,7 +153,7 @@ def make_trie(
 
 def make_prompts(
     tokenizer: PreTrainedTokenizerFast,
-    form: Form,
+    form: Wording,
     demonstrations: Sequence[Example],
     texts: Sequence[str],
     tails: Sequence[NDArray[np.int64]],

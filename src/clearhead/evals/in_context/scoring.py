@@ -37,7 +37,7 @@ AT_ONCE = 16
 """Prompts whose labels' likelihoods are computed together."""
 
 
-class Reader:
+class LogitReader:
     """Logits at the ends of rows, many of which begin with `common`.
 
     length: of a whole request, for a model of this library whose rotary scaling grows with it.
@@ -120,13 +120,13 @@ def _cut(cache: DynamicCache, tokens: int) -> None:
 
 
 def decide(
-    reader: Reader, prompts: Sequence[Ids], trie: LabelTrie, score: Score
+    reader: LogitReader, prompts: Sequence[Ids], trie: LabelTrie, score: Score
 ) -> Iterator[tuple[int, int]]:
     """(index of a prompt, index of its label), as they are decided."""
     yield from _greedy(reader, prompts, trie) if score == "greedy" else _likeliest(reader, prompts, trie)
 
 
-def _greedy(reader: Reader, prompts: Sequence[Ids], trie: LabelTrie) -> Iterator[tuple[int, int]]:
+def _greedy(reader: LogitReader, prompts: Sequence[Ids], trie: LabelTrie) -> Iterator[tuple[int, int]]:
     said = dict.fromkeys(range(len(prompts)), trie.settle(()))
     while said:
         left = list(said)
@@ -142,14 +142,14 @@ def _greedy(reader: Reader, prompts: Sequence[Ids], trie: LabelTrie) -> Iterator
                 yield i, label
 
 
-def _likeliest(reader: Reader, prompts: Sequence[Ids], trie: LabelTrie) -> Iterator[tuple[int, int]]:
+def _likeliest(reader: LogitReader, prompts: Sequence[Ids], trie: LabelTrie) -> Iterator[tuple[int, int]]:
     for chunk in batches(len(prompts), AT_ONCE):
         scores = likelihoods(reader, [prompts[i] for i in chunk], trie)
         for i, row in zip(chunk, scores, strict=True):
             yield i, int(row.argmax())
 
 
-def likelihoods(reader: Reader, prompts: Sequence[Ids], trie: LabelTrie) -> Tensor:
+def likelihoods(reader: LogitReader, prompts: Sequence[Ids], trie: LabelTrie) -> Tensor:
     """log p(label and its end of line | prompt), in nats: (prompts, labels), float64."""
     stems = trie.stems()
     scores = torch.full((len(prompts), len(trie.paths)), -torch.inf, dtype=torch.float64)

@@ -20,9 +20,9 @@ from clearhead.evals.asking.running import inference
 from clearhead.evals.asking.sample_log import SampleLog, Say
 from clearhead.evals.evaluation import EvaluationConfig
 from clearhead.evals.in_context.labelled import Example, LabelledSet, open_labelled
-from clearhead.evals.in_context.prompts import SEPARATOR, Form, LabelTrie, make_prompts, make_trie
+from clearhead.evals.in_context.prompts import SEPARATOR, LabelTrie, Wording, make_prompts, make_trie
 from clearhead.evals.in_context.rounds import divide
-from clearhead.evals.in_context.scoring import Reader, Score, decide
+from clearhead.evals.in_context.scoring import LogitReader, Score, decide
 from clearhead.evals.probing.rescaling import rescaled
 from clearhead.evals.reasons import Unmeasured, all_of, reason_of
 from clearhead.evals.subject import Subject
@@ -85,14 +85,14 @@ class InContextConfig(EvaluationConfig):
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class LabelledTask:
     """A set made ready: what is asked, what demonstrates, and the labels in a tokenizer's tokens.
 
     tails: the tokens of each asked text and the beginning of its label's line.
     """
 
     data: LabelledSet
-    form: Form
+    form: Wording
     pool: tuple[Example, ...]
     asked: tuple[Example, ...]
     trie: LabelTrie
@@ -116,7 +116,11 @@ class Block:
 
     @classmethod
     def of(
-        cls, task: Task, key: tuple[Any, ...], demonstrations: Sequence[Example], indices: Sequence[int]
+        cls,
+        task: LabelledTask,
+        key: tuple[Any, ...],
+        demonstrations: Sequence[Example],
+        indices: Sequence[int],
     ) -> Block:
         context, prompts = make_prompts(
             task.tokenizer,
@@ -153,22 +157,22 @@ def read_sets(config: InContextConfig) -> tuple[list[LabelledSet], dict[str, str
     return sets, skipped
 
 
-def prepare(tokenizer: PreTrainedTokenizerFast, config: InContextConfig, data: LabelledSet) -> Task:
+def prepare(tokenizer: PreTrainedTokenizerFast, config: InContextConfig, data: LabelledSet) -> LabelledTask:
     """Raises ValueError for a tokenizer that cannot tell the labels apart."""
-    form = Form(
+    form = Wording(
         config.text_template or data.text_template,
         config.label_template or data.label_template,
         config.separator,
     )
     pool, asked = divide(data, config.items, config.seed)
     trie, tails = make_trie(tokenizer, form, data.labels, [example.text for example in asked])
-    return Task(data, form, tuple(pool), tuple(asked), trie, tuple(tails), tokenizer)
+    return LabelledTask(data, form, tuple(pool), tuple(asked), trie, tuple(tails), tokenizer)
 
 
 def measure(
     subject: Subject,
     config: InContextConfig,
-    task: Task,
+    task: LabelledTask,
     families: Sequence[Sequence[Block]],
     log: SampleLog,
 ) -> dict[tuple[Any, ...], str]:
@@ -190,7 +194,7 @@ def measure(
         with rescaled(model, config.rope_parameters, trained=trained, length=length), inference(model):
             common = longest.context if config.share_prefix else None
             try:
-                reader = Reader(model, prompts, common, batch_tokens=config.batch_tokens, length=length)
+                reader = LogitReader(model, prompts, common, batch_tokens=config.batch_tokens, length=length)
                 for block, rows in todo.items():
                     _answer(reader, config.score, task, block, rows, log)
             except torch.OutOfMemoryError as error:
@@ -217,7 +221,7 @@ def _together(
 
 
 def _answer(
-    reader: Reader, score: Score, task: Task, block: Block, rows: Sequence[int], log: SampleLog
+    reader: LogitReader, score: Score, task: LabelledTask, block: Block, rows: Sequence[int], log: SampleLog
 ) -> None:
     names = dict(zip(log.keys, block.key, strict=False))
     if not log.has((*block.key, CONTEXT)):
@@ -245,7 +249,7 @@ T = TypeVar("T")
 class OverSets(Generic[T]):
     """What was measured of every set, why others or parts are left out, and a few answers."""
 
-    sets: list[tuple[Task, T]]
+    sets: list[tuple[LabelledTask, T]]
     left_out: dict[str, str]
     examples: list[dict[str, Any]]
     bos: str | None
@@ -256,7 +260,7 @@ def over_sets(
     config: InContextConfig,
     name: str,
     keys: Sequence[str],
-    one: Callable[[Task, SampleLog, dict[str, str]], T | None],
+    one: Callable[[LabelledTask, SampleLog, dict[str, str]], T | None],
     progress: Say | None = None,
 ) -> OverSets[T]:
     """What `one` makes of every set.
@@ -267,7 +271,7 @@ def over_sets(
     """
     tokenizer = fast_tokenizer(subject)
     sets, left_out = read_sets(config)
-    found: list[tuple[Task, T]] = []
+    found: list[tuple[LabelledTask, T]] = []
     text = digest([f"{e.text}\t{e.label}" for data in sets for e in (*data.examples, *(data.test or ()))])
     about = {"config": config.model_dump(mode="json"), "text": text}
     with answer_log(subject, name, about, (*keys, "index"), progress) as log:
@@ -298,7 +302,7 @@ def marks(rows: Sequence[dict[str, Any]]) -> str:
     return "".join("1" if row["right"] else "0" for row in rows)
 
 
-def task_values(task: Task) -> dict[str, Any]:
+def task_values(task: LabelledTask) -> dict[str, Any]:
     """What the report says of a set."""
     counts = Counter(example.label for example in task.asked)
     return {

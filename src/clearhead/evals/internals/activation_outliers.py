@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from clearhead.analysis.by_length import Values, first_values
 from clearhead.analysis.comparison import compare
-from clearhead.analysis.sections import LineChart, Section, Series, Table
+from clearhead.analysis.sections import LineChart, Section, SectionTable, Series
 from clearhead.analysis.statistics import ratio
 from clearhead.evals.asking.running import inference
 from clearhead.evals.asking.texts import openings
@@ -49,7 +49,7 @@ AT_ONCE = 2**20
 LONGEST = 2048
 """Tokens of a text unless the length is named: the work grows with its square."""
 
-PUBLISHED = Table(
+PUBLISHED = SectionTable(
     "The Differential Transformer paper's table 5 (3B parameters, 0.4M tokens, for the direction only)",
     ["model and activation", *(f"top-{k}" for k in TOPS), "median"],
     [
@@ -111,7 +111,9 @@ class ActivationOutliers(LengthEvaluation[ActivationOutliersConfig, ActivationOu
         length = cell.tokens
         unless(narrow_window(subject.model, length))
         read = openings(subject, length, -(-config.tokens // length), config.seed, f"{self.name}.length")
-        found = Tally(subject.model, [torch.from_numpy(row[None]).to(subject.device) for row in read.rows])
+        found = ActivationTally(
+            subject.model, [torch.from_numpy(row[None]).to(subject.device) for row in read.rows]
+        )
         return ActivationOutliersResult(
             length=length,
             tokens=read.rows.size,
@@ -169,7 +171,7 @@ def narrow_window(model: Any, length: int) -> str | None:
     return None
 
 
-class Tally:
+class ActivationTally:
     """Everything that is counted of one model on `rows`, (1, L) ids each: two readings."""
 
     def __init__(self, model: PreTrainedModel, rows: list[Tensor]) -> None:
@@ -288,7 +290,7 @@ def _shown(found: list[float | None]) -> str | None:
     return f"{np.mean(numbers):.2f}" if len(numbers) == len(found) else None
 
 
-def _table(values: Values[ActivationOutliersResult]) -> Table:
+def _table(values: Values[ActivationOutliersResult]) -> SectionTable:
     rows: list[list[str | None]] = []
     for kind, label in KINDS.items():
         for arm, seeds in values.items():
@@ -311,7 +313,7 @@ def _table(values: Values[ActivationOutliersResult]) -> Table:
         "values",
         "mean of the texts' largest",
     ]
-    return Table("Largest and median activations", headers, rows)
+    return SectionTable("Largest and median activations", headers, rows)
 
 
 def _chart(values: Values[ActivationOutliersResult], kind: Kind) -> LineChart:

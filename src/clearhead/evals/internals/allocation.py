@@ -45,8 +45,8 @@ from clearhead.analysis.sections import (
     Panel,
     Reference,
     Section,
+    SectionTable,
     Series,
-    Table,
 )
 from clearhead.analysis.statistics import Estimate
 from clearhead.data.needles import NeedleSample
@@ -69,7 +69,7 @@ LONGEST = 2048
 """Tokens of a document unless the length is named: maps grow with its square."""
 PARTS = ("answer", "question", "first token", "noise")
 
-PUBLISHED = Table(
+PUBLISHED = SectionTable(
     "The Differential Transformer paper's own figures (3B parameters, for the direction only)",
     ["depth of the answer", "Transformer: answer", "DIFF V1: answer", "Transformer: noise", "DIFF V1: noise"],
     [
@@ -376,7 +376,7 @@ def _by_depth_and_layer(values: Values[AllocationResult], first: AllocationResul
     return charts
 
 
-def _table(run: RunResults, values: Values[AllocationResult]) -> Table:
+def _table(run: RunResults, values: Values[AllocationResult]) -> SectionTable:
     """Per arm and layer: every part, the share of negative weight and the head that looks at the answer most."""
     rows: list[list[str | None]] = []
     for arm in run.arms:
@@ -391,4 +391,4 @@ def _table(run: RunResults, values: Values[AllocationResult]) -> Table:
             numbers = [*(float(part[layer]) for part in parts), float(negative[layer]), best]
             rows.append([arm.name, str(layer), *(f"{number:.3f}" for number in numbers)])
     headers = ["arm", "layer", *PARTS, "negative weight", "answer, best head"]
-    return Table("Allocation by layer", headers, rows)
+    return SectionTable("Allocation by layer", headers, rows)

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from clearhead.analysis.by_length import Values, first_values
 from clearhead.analysis.comparison import compare
-from clearhead.analysis.sections import LineChart, Section, Series, Table
+from clearhead.analysis.sections import LineChart, Section, SectionTable, Series
 from clearhead.analysis.statistics import ratio
-from clearhead.core.heads import repeat_kv
+from clearhead.core.streams import repeat_kv
 from clearhead.evals.asking.running import inference
 from clearhead.evals.asking.texts import openings
 from clearhead.evals.cells import LengthEvaluation, TextLength
@@ -54,7 +54,7 @@ class InitialAnglesConfig(EvaluationConfig):
 
 
 @dataclass
-class Tally:
+class AngleTally:
     """What one layer adds up to over documents. kind: of angle, "Θ", "2φ" or "0" (by construction)."""
 
     kind: str
@@ -108,7 +108,7 @@ class InitialAngles(LengthEvaluation[InitialAnglesConfig, InitialAnglesResult]):
         length = cell.tokens
         read = openings(subject, length, config.documents, config.seed, f"{self.name}.length")
         at = torch.linspace(0, length - 1, min(config.positions, length)).round().long()
-        layers: dict[int, Tally] = {}
+        layers: dict[int, AngleTally] = {}
 
         def record(streams: Recorded) -> None:
             if streams.pairs is not None:
@@ -158,10 +158,10 @@ class InitialAngles(LengthEvaluation[InitialAnglesConfig, InitialAnglesResult]):
         )
 
 
-def tally(layers: dict[int, Tally], streams: Recorded, at: Tensor, bins: int) -> None:
+def tally(layers: dict[int, AngleTally], streams: Recorded, at: Tensor, bins: int) -> None:
     """Add one document's angles of one layer, both streams of a differential head together."""
     kind, angles, weights = measured(streams, at)
-    found = layers.setdefault(streams.layer, Tally(kind, np.zeros(bins)))
+    found = layers.setdefault(streams.layer, AngleTally(kind, np.zeros(bins)))
     total = float(weights.sum()) or 1.0
     found.histogram += torch.histogram(
         angles.cpu(), bins, range=(0.0, 2 * math.pi), weight=weights.cpu()
@@ -242,7 +242,7 @@ def _charts(values: Values[InitialAnglesResult]) -> list[LineChart]:
     return [chart] if series else []
 
 
-def _table(values: Values[InitialAnglesResult]) -> Table:
+def _table(values: Values[InitialAnglesResult]) -> SectionTable:
     rows: list[list[str | None]] = []
     for arm, seeds in values.items():
         for index, one in enumerate(first_of(seeds).layers):
@@ -256,7 +256,7 @@ def _table(values: Values[InitialAnglesResult]) -> Table:
             shown = [_mean(rows_of) for rows_of in numbers]
             rows.append([f"{arm}, layer {one.layer}", one.kind, *shown])
     headers = ["arm and layer", "angle", "collinearity", "anomaly", "t = 0", "keys with all t = 0"]
-    return Table("By layer", headers, rows, "Angle 0: by construction, not measured.")
+    return SectionTable("By layer", headers, rows, "Angle 0: by construction, not measured.")
 
 
 def first_of(seeds: Mapping[int, InitialAnglesResult]) -> InitialAnglesResult:

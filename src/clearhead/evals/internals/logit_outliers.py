@@ -30,7 +30,7 @@ from torch import Tensor
 
 from clearhead.analysis.by_length import Values, bucket_edges, first_values, left_out, times
 from clearhead.analysis.comparison import compare
-from clearhead.analysis.sections import LineChart, Reference, Section, Series, Table
+from clearhead.analysis.sections import LineChart, Reference, Section, SectionTable, Series
 from clearhead.analysis.statistics import ratio
 from clearhead.evals.asking.running import inference
 from clearhead.evals.asking.texts import Openings, openings
@@ -102,7 +102,7 @@ class LogitOutliersResult(EvaluationResult):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading(Cell):
+class LogitReading(Cell):
     """The same texts under one rotary scaling, looked at in some layers."""
 
     scaling: Scaling | None
@@ -111,13 +111,13 @@ class Reading(Cell):
     trained: int
 
 
-class LogitOutliers(CellEvaluation[LogitOutliersConfig, LogitOutliersResult, Reading, ScaledLogits]):
+class LogitOutliers(CellEvaluation[LogitOutliersConfig, LogitOutliersResult, LogitReading, ScaledLogits]):
     name = "logit_outliers"
     Config = LogitOutliersConfig
     Result = LogitOutliersResult
     Value = ScaledLogits
 
-    def cells(self, subject: Subject, config: LogitOutliersConfig) -> list[Reading]:
+    def cells(self, subject: Subject, config: LogitOutliersConfig) -> list[LogitReading]:
         trained = subject.training_length or 256
         length = config.length or 4 * trained
         unless(subject.too_long(length))
@@ -134,14 +134,14 @@ class LogitOutliers(CellEvaluation[LogitOutliersConfig, LogitOutliersResult, Rea
                 f"logit_outliers.layers: the model has layers 0 to {count - 1}, not {unknown[0]}"
             )
         return [
-            Reading(name=named(scaling), scaling=scaling, read=read, layers=layers, trained=trained)
+            LogitReading(name=named(scaling), scaling=scaling, read=read, layers=layers, trained=trained)
             for scaling in (None, *config.scalings)
         ]
 
-    def measure(self, subject: Subject, config: LogitOutliersConfig, cell: Reading) -> ScaledLogits:
+    def measure(self, subject: Subject, config: LogitOutliersConfig, cell: LogitReading) -> ScaledLogits:
         length = cell.read.rows.shape[1]
         tallies = {
-            layer: Tally(length, config.queries, cell.trained, config.buckets) for layer in cell.layers
+            layer: LogitTally(length, config.queries, cell.trained, config.buckets) for layer in cell.layers
         }
 
         def record(streams: Recorded) -> None:
@@ -160,7 +160,7 @@ class LogitOutliers(CellEvaluation[LogitOutliersConfig, LogitOutliersResult, Rea
         return ScaledLogits(scaling=cell.name, layers=[tallies[layer].result(layer) for layer in cell.layers])
 
     def gather(
-        self, subject: Subject, config: LogitOutliersConfig, measured: Measured[Reading, ScaledLogits]
+        self, subject: Subject, config: LogitOutliersConfig, measured: Measured[LogitReading, ScaledLogits]
     ) -> LogitOutliersResult:
         one = measured.pairs[0][0]
         return LogitOutliersResult(
@@ -218,7 +218,7 @@ def named(scaling: Mapping[str, Any] | None) -> str:
     return str(scaling.get("rope_type", "default")) + ("" if factor is None else f", factor {factor:g}")
 
 
-class Tally:
+class LogitTally:
     """One layer's logits, added up by distance, and the numbers of each document."""
 
     def __init__(self, length: int, queries: int, trained: int, buckets: int) -> None:
@@ -336,7 +336,7 @@ def _charts(values: Values[LogitOutliersResult]) -> list[LineChart]:
     return charts
 
 
-def _table(values: Values[LogitOutliersResult]) -> Table:
+def _table(values: Values[LogitOutliersResult]) -> SectionTable:
     rows: list[list[str | None]] = []
     for arm, seeds in values.items():
         for index, scaling in enumerate(one.scaling for one in next(iter(seeds.values())).scalings):
@@ -357,4 +357,4 @@ def _table(values: Values[LogitOutliersResult]) -> Table:
         "mean beyond",
         "max beyond",
     ]
-    return Table("Logits within and beyond the training length", headers, rows)
+    return SectionTable("Logits within and beyond the training length", headers, rows)

@@ -28,7 +28,7 @@ from pydantic import Field
 
 from clearhead.analysis.by_length import Values, first_values, left_out
 from clearhead.analysis.comparison import compare
-from clearhead.analysis.sections import LineChart, Reference, Section, Series, Table
+from clearhead.analysis.sections import LineChart, Reference, Section, SectionTable, Series
 from clearhead.analysis.statistics import Estimate, paired_difference, proportion, ratio, verdict
 from clearhead.data.needles import NeedleSample, NeedleSpec, chance_level
 from clearhead.evals.asking.losses import finite, suffix_losses
@@ -55,7 +55,7 @@ FULL = 32
 LONGEST = 2048
 FEWEST_DOCUMENTS = 4
 
-PUBLISHED = Table(
+PUBLISHED = SectionTable(
     "The Differential Transformer paper's own result (3B parameters, attention logits, HellaSwag zero-shot)",
     ["bits", "Transformer", "DIFF V1"],
     [
@@ -315,7 +315,7 @@ def _charts(values: Values[QuantisationResult]) -> list[LineChart]:
     return charts
 
 
-def _table(values: Values[QuantisationResult]) -> Table:
+def _table(values: Values[QuantisationResult]) -> SectionTable:
     """A row for each arm, target and number of bits, with the differences from the unquantised model."""
     rows: list[list[str | None]] = []
     for arm, seeds in values.items():
@@ -341,4 +341,4 @@ def _table(values: Values[QuantisationResult]) -> Table:
                 ]
             )
     headers = ["arm and bits", "bits per byte", "change", "needle accuracy", "change of accuracy"]
-    return Table("Quality against bits", headers, rows, "'–' marks the reference of the changes.")
+    return SectionTable("Quality against bits", headers, rows, "'–' marks the reference of the changes.")

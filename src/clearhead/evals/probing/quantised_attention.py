@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from clearhead.core.dispatch import Backend, Problem, register_factory
-from clearhead.core.heads import repeat_kv
-from clearhead.core.lowering import Call, Lowering
+from clearhead.core.dispatch import AttentionProblem, Backend, register_factory
+from clearhead.core.lowering import Lowering, SoftmaxCall
+from clearhead.core.streams import repeat_kv
 from clearhead.engines.eager import Eager
 
 OWN = "clearhead_quantised_streams"
@@ -78,13 +78,13 @@ class QuantisedEager(Eager):
 
     name = OWN
 
-    def lowering(self, problem: Problem) -> Lowering | str:
+    def lowering(self, problem: AttentionProblem) -> Lowering | str:
         if problem.streams == 1:
             return Lowering("direct", 1, shares_keys=True)
         # Streams that share keys would otherwise be heads of one call and share a step.
         return Lowering("FlashDiffAttn_1", problem.streams)
 
-    def __call__(self, call: Call, mask: Any, scale: float) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, call: SoftmaxCall, mask: Any, scale: float) -> tuple[Tensor, Tensor | None]:
         visible = bias = None
         if mask is not None:
             visible = mask if mask.dtype == torch.bool else mask != float("-inf")

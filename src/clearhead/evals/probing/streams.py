@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from clearhead.core.heads import Heads
+from clearhead.core.streams import Streams
 from clearhead.variants.placement import CollinearPlacement
 
 Pairs = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -35,7 +35,7 @@ class Recorded:
     scale: float
     slopes: Tensor | None = None
     pairs: Pairs | None = None
-    before: Heads | None = None
+    before: Streams | None = None
     placement: CollinearPlacement | None = None
     window: int | None = None
 

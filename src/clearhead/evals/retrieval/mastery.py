@@ -15,7 +15,7 @@ from pydantic import Field
 
 from clearhead.analysis.by_length import Values, first_values
 from clearhead.analysis.comparison import join
-from clearhead.analysis.sections import Headline, LineChart, Section, Series, Table
+from clearhead.analysis.sections import Headline, LineChart, Section, SectionTable, Series
 from clearhead.analysis.statistics import Survival, holm, kaplan_meier, logrank, seeds_clause
 from clearhead.evals.evaluation import Evaluation, EvaluationConfig, EvaluationResult, Say
 from clearhead.evals.reasons import Unmeasured
@@ -178,7 +178,7 @@ def _table(
     values: Values[MasteryResult],
     curves: dict[str, Survival],
     adjusted: dict[str, float],
-) -> Table:
+) -> SectionTable:
     rows: list[list[str | None]] = []
     for arm in run.arms:
         curve = curves.get(arm.name)
@@ -196,4 +196,4 @@ def _table(
             ]
         )
     headers = ["arm", "mastered", "median tokens", "last probe: mean (range)", "p against the first arm"]
-    return Table("Mastery by arm", headers, rows)
+    return SectionTable("Mastery by arm", headers, rows)

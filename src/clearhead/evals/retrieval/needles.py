@@ -21,7 +21,7 @@ from pydantic import Field
 
 from clearhead.analysis.by_length import Values, first_values, left_out
 from clearhead.analysis.comparison import compare
-from clearhead.analysis.sections import HeatMap, LineChart, Panel, Reference, Section, Series, Table
+from clearhead.analysis.sections import HeatMap, LineChart, Panel, Reference, Section, SectionTable, Series
 from clearhead.analysis.statistics import Estimate, proportion
 from clearhead.data.needles import (
     NeedleSpec,
@@ -81,7 +81,7 @@ class NeedlesResult(EvaluationResult):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place(Cell):
+class NeedlePlace(Cell):
     """Documents of one kind with the asked fact at one depth; `untrained` answers some of them too."""
 
     spec: NeedleSpec
@@ -89,13 +89,13 @@ class Place(Cell):
     untrained: PreTrainedModel | None
 
 
-class Needles(CellEvaluation[NeedlesConfig, NeedlesResult, Place, NeedlesCell]):
+class Needles(CellEvaluation[NeedlesConfig, NeedlesResult, NeedlePlace, NeedlesCell]):
     name = "needles"
     Config = NeedlesConfig
     Result = NeedlesResult
     Value = NeedlesCell
 
-    def cells(self, subject: Subject, config: NeedlesConfig) -> Iterator[Place]:
+    def cells(self, subject: Subject, config: NeedlesConfig) -> Iterator[NeedlePlace]:
         trained = subject.training_length or 256
         untrained = subject.untrained() if config.untrained_samples else None
         for needles in config.needles:
@@ -104,9 +104,9 @@ class Needles(CellEvaluation[NeedlesConfig, NeedlesResult, Place, NeedlesCell]):
                 for depth in config.depths:
                     reason = subject.too_long(length) or too_short(spec, subject.tokenizer)
                     where = name if reason else f"{name}, depth {depth:.0%}"
-                    yield Place(name=where, reason=reason, spec=spec, depth=depth, untrained=untrained)
+                    yield NeedlePlace(name=where, reason=reason, spec=spec, depth=depth, untrained=untrained)
 
-    def measure(self, subject: Subject, config: NeedlesConfig, cell: Place) -> NeedlesCell:
+    def measure(self, subject: Subject, config: NeedlesConfig, cell: NeedlePlace) -> NeedlesCell:
         samples = documents(subject, cell.spec, cell.depth, config.samples, config.seed)
         hits = exact_match(subject.model, samples, subject.device, config.batch_tokens)
         levels = {}
@@ -125,7 +125,7 @@ class Needles(CellEvaluation[NeedlesConfig, NeedlesResult, Place, NeedlesCell]):
         )
 
     def gather(
-        self, subject: Subject, config: NeedlesConfig, measured: Measured[Place, NeedlesCell]
+        self, subject: Subject, config: NeedlesConfig, measured: Measured[NeedlePlace, NeedlesCell]
     ) -> NeedlesResult:
         return NeedlesResult(
             cells=measured.values,
@@ -180,7 +180,7 @@ class Needles(CellEvaluation[NeedlesConfig, NeedlesResult, Place, NeedlesCell]):
         )
 
 
-PUBLISHED = Table(
+PUBLISHED = SectionTable(
     "The Differential Transformer paper's own figures (3B parameters, 4K context, for the direction only)",
     ["needles, asked", "Transformer", "DIFF V1"],
     [["1, 1", "1.00", "1.00"], ["2, 2", "0.85", "0.92"], ["4, 2", "0.62", "0.84"], ["6, 2", "0.55", "0.85"]],
@@ -287,7 +287,7 @@ def _heat_maps(
     return charts
 
 
-def _table(run: RunResults, values: Values[NeedlesResult], pairs: Sequence[tuple[int, int]]) -> Table:
+def _table(run: RunResults, values: Values[NeedlesResult], pairs: Sequence[tuple[int, int]]) -> SectionTable:
     """Accuracy with its interval for each number of needles and length, with the untrained level."""
     rows: list[list[str | None]] = []
     for needles, length in pairs:
@@ -308,4 +308,4 @@ def _table(run: RunResults, values: Values[NeedlesResult], pairs: Sequence[tuple
         row.append(f"{hits / trials:.2f} (n={trials})" if trials else None)
         rows.append(row)
     headers = ["needles and length", *(arm.name for arm in run.arms), "untrained"]
-    return Table("Exact match over all depths", headers, rows)
+    return SectionTable("Exact match over all depths", headers, rows)

@@ -108,7 +108,7 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, LIST = 8, 9
 
 
-class Tensor(NamedTuple):
+class GgufTensor(NamedTuple):
     """One line of the table of tensors. offset: in bytes from where the first one begins."""
 
     name: str
@@ -117,7 +117,7 @@ class Tensor(NamedTuple):
     offset: int
 
 
-def _header(file: BinaryIO) -> tuple[dict[str, Any], list[Tensor]]:
+def _header(file: BinaryIO) -> tuple[dict[str, Any], list[GgufTensor]]:
     """Metadata, with a list's length in its place, and the table of tensors.
 
     The package's own reader keeps every word of the vocabulary as an array, which takes seconds.
@@ -156,7 +156,7 @@ def _header(file: BinaryIO) -> tuple[dict[str, Any], list[Tensor]]:
         name = text()
         (axes,) = numbers("I")
         *sizes, kind, offset = numbers(f"{axes}QIQ")
-        found.append(Tensor(name, math.prod(sizes), kind, offset))
+        found.append(GgufTensor(name, math.prod(sizes), kind, offset))
     return metadata, found
 
 

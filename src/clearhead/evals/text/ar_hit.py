@@ -22,7 +22,7 @@ from pydantic import Field
 
 from clearhead.analysis.by_length import Values, first_values
 from clearhead.analysis.comparison import Comparison, compare
-from clearhead.analysis.sections import BarChart, BarSeries, Section, Table
+from clearhead.analysis.sections import BarChart, BarSeries, Section, SectionTable
 from clearhead.analysis.statistics import Estimate
 from clearhead.evals.asking.losses import row_losses
 from clearhead.evals.asking.texts import openings
@@ -37,7 +37,7 @@ Part = Literal["all", "hit", "others"]
 PARTS: tuple[Part, ...] = ("all", "hit", "others")
 FEWEST_DOCUMENTS = 4
 
-PUBLISHED = Table(
+PUBLISHED = SectionTable(
     "The Differential Transformer paper's table 6 (1.4B parameters, validation loss, for the direction only)",
     ["model", "all", "AR-Hit", "others"],
     [
@@ -211,7 +211,7 @@ def _bars(hit: Comparison, others: Comparison) -> BarChart:
     )
 
 
-def _table(values: Values[ArHitResult], first: ArHitResult) -> Table:
+def _table(values: Values[ArHitResult], first: ArHitResult) -> SectionTable:
     rows: list[list[str | None]] = []
     for n in first.slices:
         made = [compared(values, n, part) for part in PARTS] if _enough(first, n) else None
@@ -221,7 +221,7 @@ def _table(values: Values[ArHitResult], first: ArHitResult) -> Table:
                 shown = [one.estimates[arm] for one in made]
                 cells = [f"{estimate.value:.3f} ({estimate.interval(3)})" for estimate in shown]
             rows.append([f"{arm}, {_grams(int(n))}", *cells])
-    return Table("Loss by slice, nats per token", ["arm and n-gram", "all", "AR hit", "others"], rows)
+    return SectionTable("Loss by slice, nats per token", ["arm and n-gram", "all", "AR hit", "others"], rows)
 
 
 def _enough(values: ArHitResult, n: str) -> bool:

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from clearhead.analysis.by_length import first_values
 from clearhead.analysis.comparison import compare
-from clearhead.analysis.sections import Section, Table
+from clearhead.analysis.sections import Section, SectionTable
 from clearhead.evals.asking.losses import finite
 from clearhead.evals.asking.running import batches, inference, to_batch, token_losses
 from clearhead.evals.asking.texts import choose, utf8_size
@@ -163,7 +163,7 @@ class LanguageModelling(LengthEvaluation[LanguageModellingConfig, LanguageModell
             measure="bits per byte ↓",
             digits=3,
             headlines=result.headlines(),
-            tables=[Table("Validation bits per byte of each trained model", headers, rows)],
+            tables=[SectionTable("Validation bits per byte of each trained model", headers, rows)],
             notes=notes,
         )
 

@@ -6,9 +6,9 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from clearhead.core.dispatch import Kernel, Problem, dtype_name
-from clearhead.core.heads import Heads
+from clearhead.core.dispatch import AttentionProblem, Kernel, dtype_name
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import Streams
 from clearhead.kernels import ops
 from clearhead.kernels.cpu import library
 
@@ -32,7 +32,7 @@ class Cpu(Kernel):
         # Looked for here, so that nothing is left to load inside `torch.compile`.
         library.missing()
 
-    def refusal(self, problem: Problem) -> str | None:
+    def refusal(self, problem: AttentionProblem) -> str | None:
         if problem.device != "cpu":
             return f"it runs on cpu, not on {problem.device}"
         reason = library.missing()
@@ -49,7 +49,7 @@ class Cpu(Kernel):
         widest = max(problem.key_width, problem.value_width)
         return f"it takes heads up to {WIDEST} wide, not {widest}" if widest > WIDEST else None
 
-    def preferred(self, problem: Problem) -> bool:
+    def preferred(self, problem: AttentionProblem) -> bool:
         # benchmarks/results/choice.jsonl; tests/kernels/test_cpu_choice.py holds the two together.
         if library.missing() is not None or library.load().isa() == "portable":
             return False
@@ -58,7 +58,7 @@ class Cpu(Kernel):
         few = 512 if problem.queries <= 2 and problem.streams == 1 else 32
         return not (problem.dtype == torch.float32 and problem.shares_keys and problem.keys < few)
 
-    def run(self, heads: Heads, mask: MaskSpec, scale: float) -> Tensor:
+    def run(self, heads: Streams, mask: MaskSpec, scale: float) -> Tensor:
         q1, k1, v, gate = heads.q[0], heads.k[0], heads.v, heads.gate
         q2 = heads.q[1] if len(heads.q) == 2 else None
         k2 = heads.k[1] if len(heads.k) == 2 else None
@@ -113,9 +113,9 @@ def _check_level() -> None:
         )
 
 
-def _tensor(x: Tensor) -> library.Tensor:
+def _tensor(x: Tensor) -> library.CTensor:
     batch, head, token = x.stride()[:3]
-    return library.Tensor(x.data_ptr(), batch, head, token)
+    return library.CTensor(x.data_ptr(), batch, head, token)
 
 
 def _contiguous_width(x: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def _row_stride(x: Tensor) -> int:
 class _Call:
     """The struct that C reads for one attention, and the tensors that its pointers need kept alive."""
 
-    def __init__(self, inputs: ops.Inputs) -> None:
+    def __init__(self, inputs: ops.KernelInputs) -> None:
         _check_level()
         _check_devices(*inputs[:9])
         self.q = tuple(_contiguous_width(x) for x in (inputs.q1, inputs.q2) if x is not None)
@@ -138,7 +138,7 @@ class _Call:
         self.v = _contiguous_width(inputs.v)
         self.masks = tuple(None if x is None else x.contiguous() for x in (inputs.padding, inputs.documents))
         batch, heads, length, width = self.q[0].shape
-        self.problem = problem = library.Problem(
+        self.problem = problem = library.CProblem(
             dtype=_DTYPES[self.v.dtype],
             streams=len(self.q),
             key_streams=len(self.k),
@@ -170,7 +170,7 @@ class _Call:
 
 @torch.library.impl("clearhead::fused_attention", "CPU")  # type: ignore[untyped-decorator]
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    inputs, keep = ops.Inputs(*arguments[:-1]), arguments[-1]
+    inputs, keep = ops.KernelInputs(*arguments[:-1]), arguments[-1]
     call = _Call(inputs)
     out, noise, statistics = ops.outputs(inputs, keep)
     call.problem.out = _tensor(out)
@@ -194,10 +194,10 @@ def _factored(
     padding: Tensor | None,
     *numbers: Any,
 ) -> Tensor:
-    call = _Call(ops.Inputs(q1, q2, t1, t2, v, gate, padding, None, *numbers))
+    call = _Call(ops.KernelInputs(q1, q2, t1, t2, v, gate, padding, None, *numbers))
     _check_devices(table)
     table = table.contiguous()
-    call.problem.table = library.Tensor(table.data_ptr(), _row_stride(table), 0, table.stride(1))
+    call.problem.table = library.CTensor(table.data_ptr(), _row_stride(table), 0, table.stride(1))
     out = ops.unwritten(q1, v)
     call.problem.out = _tensor(out)
     library.load().forward(call.problem)
@@ -208,7 +208,7 @@ def _factored(
 def _backward(
     grad: Tensor, out: Tensor, noise: Tensor, statistics: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    inputs = ops.Inputs(*arguments)
+    inputs = ops.KernelInputs(*arguments)
     call = _Call(inputs)
     _check_devices(grad, out, noise, statistics)
     problem = call.problem

@@ -1,7 +1,7 @@
 """The compiled CPU kernel, loaded with ctypes.
 
 Nothing is compiled here: the library comes with the installation (`hatch_build.py`), or `missing` says why it did not.
-`Tensor` and `Problem` mirror `src/problem.h`, where every field is explained.
+`CTensor` and `CProblem` mirror `src/problem.h`, where every field is explained.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ FAILURES = {
 }
 
 
-class Tensor(Structure):
+class CTensor(Structure):
     """`clearhead_tensor`: strides in elements over (batch, heads, tokens); the width is contiguous."""
 
     _fields_ = (
@@ -31,7 +31,7 @@ class Tensor(Structure):
     )
 
 
-class Problem(Structure):
+class CProblem(Structure):
     """`clearhead_problem`: one attention, forward or backward. Fields that are not set are zero and null."""
 
     _fields_ = (
@@ -54,18 +54,18 @@ class Problem(Structure):
         ("padding_batch", c_int64),
         ("documents", c_void_p),
         ("documents_batch", c_int64),
-        ("q", Tensor * 2),
-        ("k", Tensor * 2),
-        ("v", Tensor),
-        ("table", Tensor),
-        ("gate", Tensor),
-        ("out", Tensor),
-        ("noise", Tensor),
+        ("q", CTensor * 2),
+        ("k", CTensor * 2),
+        ("v", CTensor),
+        ("table", CTensor),
+        ("gate", CTensor),
+        ("out", CTensor),
+        ("noise", CTensor),
         ("statistics", c_void_p),
-        ("grad_out", Tensor),
-        ("grad_q", Tensor * 2),
-        ("grad_k", Tensor * 2),
-        ("grad_v", Tensor),
+        ("grad_out", CTensor),
+        ("grad_q", CTensor * 2),
+        ("grad_k", CTensor * 2),
+        ("grad_v", CTensor),
         ("grad_gate", c_void_p),
     )
 
@@ -79,8 +79,8 @@ class Library:
             ("clearhead_init", [c_void_p], None),
             ("clearhead_isa", [], c_char_p),
             ("clearhead_set_isa", [c_char_p], c_int32),
-            ("clearhead_forward", [POINTER(Problem)], c_int32),
-            ("clearhead_backward", [POINTER(Problem)], c_int32),
+            ("clearhead_forward", [POINTER(CProblem)], c_int32),
+            ("clearhead_backward", [POINTER(CProblem)], c_int32),
         ):
             function = getattr(handle, name)
             function.argtypes, function.restype = arguments, result
@@ -97,11 +97,11 @@ class Library:
             raise ValueError(f"the CPU kernel has no instruction set {name!r} on this processor")
         self._isa = name
 
-    def forward(self, problem: Problem) -> None:
+    def forward(self, problem: CProblem) -> None:
         """Write `problem.out`, and `noise` and `statistics` where they are wanted. Raises RuntimeError."""
         self._check(self._handle.clearhead_forward(ctypes.byref(problem)))
 
-    def backward(self, problem: Problem) -> None:
+    def backward(self, problem: CProblem) -> None:
         """Write the gradients of `problem` from what the forward pass left in it. Raises RuntimeError."""
         self._check(self._handle.clearhead_backward(ctypes.byref(problem)))
 

@@ -14,8 +14,8 @@ from clearhead.kernels.triton.configs import Config
 
 
 @dataclass(frozen=True, slots=True)
-class Attention:
-    """One call: `heads` and `groups` of one stream, as in `core.heads`."""
+class CountedAttention:
+    """One call: `heads` and `groups` of one stream, as in `core.streams`."""
 
     batch: int
     heads: int
@@ -58,10 +58,10 @@ class Work:
         return Work(self.executed + other.executed, self.asked + other.asked, self.moved + other.moved)
 
 
-def twin(attention: Attention) -> Attention:
+def twin(attention: CountedAttention) -> CountedAttention:
     """The Transformer's attention with as many projections: V1's pairs as two heads, V2's signal heads alone."""
     double = 2 if attention.own_keys else 1
-    return Attention(
+    return CountedAttention(
         attention.batch,
         double * attention.heads,
         double * attention.groups,
@@ -71,7 +71,7 @@ def twin(attention: Attention) -> Attention:
     )
 
 
-def tiles(attention: Attention, config: Config) -> int:
+def tiles(attention: CountedAttention, config: Config) -> int:
     """Tiles of one key-value group that are visited."""
     total, repeats = 0, attention.heads // attention.groups
     for block in range(math.ceil(attention.rows / config.block_m)):
@@ -83,7 +83,7 @@ def tiles(attention: Attention, config: Config) -> int:
     return total
 
 
-def forward(attention: Attention, config: Config, keep: bool = True) -> Work:
+def forward(attention: CountedAttention, config: Config, keep: bool = True) -> Work:
     a, per_tile = attention, config.block_m * config.block_n
     visited = tiles(a, config)
     row_blocks = math.ceil(a.rows / config.block_m) * config.block_m
@@ -96,7 +96,7 @@ def forward(attention: Attention, config: Config, keep: bool = True) -> Work:
     )
 
 
-def backward(attention: Attention, config: Config, stretches: int = 1) -> Work:
+def backward(attention: CountedAttention, config: Config, stretches: int = 1) -> Work:
     a, per_tile = attention, config.block_m * config.block_n
     visited = tiles(a, config)
     # Q, dO, four statistics and two deltas are read and dQ is read and written, for each tile; λ for two streams.

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from clearhead.core.capability import compute_capability
-from clearhead.core.dispatch import Kernel, Problem, dtype_name
-from clearhead.core.heads import Heads
+from clearhead.core.dispatch import AttentionProblem, Kernel, dtype_name
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import Streams
 from clearhead.kernels.triton import ops as _ops  # noqa: F401  (registers the operators)
 
 MASKS = frozenset({"causal", "padding", "documents", "window", "alibi"})
@@ -40,7 +40,7 @@ class Triton(Kernel):
         self.missing = _missing()
         self.interpreted = interpreted()
 
-    def refusal(self, problem: Problem) -> str | None:
+    def refusal(self, problem: AttentionProblem) -> str | None:
         if problem.device == "cpu" and not self.interpreted:
             return "it runs on cuda, and on cpu only in Triton's interpreter (TRITON_INTERPRET=1)"
         if problem.device not in ("cuda", "cpu"):
@@ -61,11 +61,11 @@ class Triton(Kernel):
             return f"it takes keys up to {WIDEST_KEY} and values up to {WIDEST_VALUE} wide, not {widths}"
         return None
 
-    def preferred(self, problem: Problem) -> bool:
+    def preferred(self, problem: AttentionProblem) -> bool:
         # A preference rests on measurements, and there is none: what is known is in docs/gpu-kernel.md.
         return False
 
-    def run(self, heads: Heads, mask: MaskSpec, scale: float) -> Tensor:
+    def run(self, heads: Streams, mask: MaskSpec, scale: float) -> Tensor:
         q1, k1, v, gate = heads.q[0], heads.k[0], heads.v, heads.gate
         q2 = heads.q[1] if len(heads.q) == 2 else None
         k2 = heads.k[1] if len(heads.k) == 2 else None

@@ -19,7 +19,7 @@ _INTERPRETED_PROCESSORS = 8
 _FAR = 2**30
 
 
-class Inputs(NamedTuple):
+class TritonInputs(NamedTuple):
     """What both operators take, in the order of their schemas.
 
     q1, q2 (B, H, L, D); k1, k2 (B, G, S, D); v (B, G, S, E); gate (B, H, L, 1) float32; padding (B or 1, S) bool, True
@@ -69,14 +69,14 @@ class Shape:
         return self.batch * self.groups
 
 
-def shape_of(inputs: Inputs) -> Shape:
+def shape_of(inputs: TritonInputs) -> Shape:
     batch, heads, queries, width = inputs.q1.shape
     streams = 1 if inputs.q2 is None else 2
     groups, keys, value_width = inputs.v.shape[1:]
     return Shape(batch, heads, groups, queries, keys, width, value_width, streams)
 
 
-def config_for(inputs: Inputs, direction: str) -> configs.Config:
+def config_for(inputs: TritonInputs, direction: str) -> configs.Config:
     shape = shape_of(inputs)
     key = configs.Key(
         configs.architecture(inputs.v.device),
@@ -109,7 +109,7 @@ def splits(shape: Shape, config: configs.Config, device: torch.device) -> int:
     return max(1, min(2 * processors(device) // programs, most))
 
 
-def precision(inputs: Inputs) -> str:
+def precision(inputs: TritonInputs) -> str:
     """TensorFloat-32 for float32 only where PyTorch's own setting allows it."""
     if inputs.v.device.type == "cpu" and inputs.v.dtype != torch.float32:
         return "interpreter"
@@ -133,10 +133,10 @@ def alike(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return (x, y) if x.stride() == y.stride() else (x.contiguous(), y.contiguous())
 
 
-class Call:
+class LaunchCall:
     """The arguments that the forward and the backward kernel have in common."""
 
-    def __init__(self, inputs: Inputs, config: configs.Config) -> None:
+    def __init__(self, inputs: TritonInputs, config: configs.Config) -> None:
         self.shape = shape = shape_of(inputs)
         self.q1, q2 = alike(inputs.q1, inputs.q2)
         self.k1, k2 = alike(inputs.k1, inputs.k2)
@@ -176,7 +176,7 @@ class Call:
         }
 
     def _extremes(
-        self, inputs: Inputs, config: configs.Config
+        self, inputs: TritonInputs, config: configs.Config
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         first = inputs.offset if inputs.position is None else inputs.position
         shape = self.shape
@@ -208,12 +208,12 @@ class Call:
         )
 
 
-def forward(inputs: Inputs, out: Tensor, noise: Tensor, statistics: Tensor, keep: bool) -> None:
+def forward(inputs: TritonInputs, out: Tensor, noise: Tensor, statistics: Tensor, keep: bool) -> None:
     """Write `out`, and with `keep` the second stream's own output and each row's maximum and sum."""
     shape = shape_of(inputs)
     config = config_for(inputs, "decode" if not keep and shape.rows <= configs.FEW_ROWS else "forward")
     count = 1 if keep else splits(shape, config, out.device)
-    call = Call(inputs, config)
+    call = LaunchCall(inputs, config)
     visible = call.ranges(of_rows=True)
     blocks = math.ceil(shape.rows / config.block_m)
     parts = out
@@ -244,7 +244,7 @@ def forward(inputs: Inputs, out: Tensor, noise: Tensor, statistics: Tensor, keep
 
 
 def backward(
-    inputs: Inputs,
+    inputs: TritonInputs,
     grad: Tensor,
     out: Tensor,
     noise: Tensor,
@@ -253,7 +253,7 @@ def backward(
 ) -> None:
     """Write the gradients of q1, q2, k1, k2, v and gate, as far as there are such inputs."""
     shape, config = shape_of(inputs), config_for(inputs, "backward")
-    call = Call(inputs, config)
+    call = LaunchCall(inputs, config)
     visible = call.ranges(of_rows=False)
     grad, out, statistics = by_rows(grad), by_rows(out), statistics.contiguous()
     noise = by_rows(noise) if shape.streams == 2 else out

@@ -73,7 +73,7 @@ def _(grad: Tensor, out: Tensor, noise: Tensor, statistics: Tensor, *call: Any) 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from clearhead.kernels.triton import launch
 
-    inputs, keep = launch.Inputs(*arguments[:-1]), arguments[-1]
+    inputs, keep = launch.TritonInputs(*arguments[:-1]), arguments[-1]
     results = outputs(inputs.q1, inputs.q2, inputs.v, keep)
     launch.forward(inputs, *results, keep)
     return results
@@ -85,7 +85,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     from clearhead.kernels.triton import launch
 
-    inputs = launch.Inputs(*arguments)
+    inputs = launch.TritonInputs(*arguments)
     results = gradients(*arguments[:5])
     launch.backward(inputs, grad, out, noise, statistics, results)
     return results

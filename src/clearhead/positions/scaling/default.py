@@ -11,7 +11,7 @@ from clearhead.positions.scaling.base import RopeScaling, plain_frequencies
 
 
 @dataclass(frozen=True, kw_only=True)
-class Default(RopeScaling):
+class DefaultScaling(RopeScaling):
     """θ_j = theta^(−2j/D), at every length (Su et al. 2021, section 3.2.2).
 
     original_max_position_embeddings may be there and says nothing, as in transformers.

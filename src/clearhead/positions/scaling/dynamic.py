@@ -18,7 +18,7 @@ from clearhead.positions.scaling.base import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dynamic(RopeScaling):
+class DynamicScaling(RopeScaling):
     """The base becomes theta · (s L / L0 − (s − 1))^(D/(D−2)) for a request of L > L0 tokens; up to L0 nothing changes.
 
     factor: s ≥ 1.    original_max_position_embeddings: L0, by default the model's max_position_embeddings.

@@ -11,7 +11,7 @@ from clearhead.positions.scaling.base import RopeScaling, number, plain_frequenc
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(RopeScaling):
+class LinearScaling(RopeScaling):
     """θ'_j = θ_j / s: positions are squeezed into the trained range (PI; Chen et al., arXiv 2306.15595, equation 3).
 
     factor: s ≥ 1. It is meant to be fine-tuned with; without that it blurs near positions.

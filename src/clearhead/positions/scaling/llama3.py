@@ -17,7 +17,7 @@ from clearhead.positions.scaling.base import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Llama3(RopeScaling):
+class Llama3Scaling(RopeScaling):
     """Pairs that turn at least `high_freq_factor` times in L0 tokens keep θ_j, those that turn at most
     `low_freq_factor` times get θ_j / s, and between the two weights are linear in the number of turns.
 

@@ -17,7 +17,7 @@ from clearhead.positions.scaling.base import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongRope(RopeScaling):
+class LongRopeScaling(RopeScaling):
     """θ'_j = θ_j / long_j for requests longer than L0, θ_j / short_j for others, and cos, sin times
     sqrt(1 + ln s / ln L0) at every length (Ding et al., arXiv 2402.13753; the factors are searched for, not computed).
 

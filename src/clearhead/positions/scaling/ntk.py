@@ -17,7 +17,7 @@ from clearhead.positions.scaling.base import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ntk(RopeScaling):
+class NtkScaling(RopeScaling):
     """θ'_j = θ_j · s^(−2j/(D−2)): the base becomes theta · s^(D/(D−2)), the fastest pair keeps its angle and that of
     the slowest is divided by s exactly.
 

@@ -17,7 +17,7 @@ from clearhead.positions.scaling.base import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Yarn(RopeScaling):
+class YarnScaling(RopeScaling):
     """θ'_j = ramp_j θ_j / s + (1 − ramp_j) θ_j, and cos, sin times `attention_factor` (Peng et al., arXiv 2309.00071).
 
     ramp_j goes from 0 at j = D(beta_fast) to 1 at j = D(beta_slow), where D(r) = D · ln(L0 / (2π r)) / (2 ln theta) is

@@ -19,7 +19,7 @@ FIELDS = ("document", "reference", "question")
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedJudgements:
     """Where a set lies on the hub, its fields for a document, a reference and a question ("" for a summary)."""
 
     dataset: str
@@ -31,12 +31,12 @@ class Published:
 
 
 PUBLISHED = {
-    "xsum": Published("EdinburghNLP/xsum", None, "summarisation", "document", "summary"),
-    "cnn_dm": Published("abisee/cnn_dailymail", "3.0.0", "summarisation", "article", "highlights"),
-    "multi_news": Published(LONGBENCH, "multi_news", "summarisation", "context", "answers"),
-    "qasper": Published(LONGBENCH, "qasper", "qa", "context", "answers", "question"),
-    "hotpotqa": Published(LONGBENCH, "hotpotqa", "qa", "context", "answers", "question"),
-    "2wikimqa": Published(LONGBENCH, "2wikimqa", "qa", "context", "answers", "question"),
+    "xsum": PublishedJudgements("EdinburghNLP/xsum", None, "summarisation", "document", "summary"),
+    "cnn_dm": PublishedJudgements("abisee/cnn_dailymail", "3.0.0", "summarisation", "article", "highlights"),
+    "multi_news": PublishedJudgements(LONGBENCH, "multi_news", "summarisation", "context", "answers"),
+    "qasper": PublishedJudgements(LONGBENCH, "qasper", "qa", "context", "answers", "question"),
+    "hotpotqa": PublishedJudgements(LONGBENCH, "hotpotqa", "qa", "context", "answers", "question"),
+    "2wikimqa": PublishedJudgements(LONGBENCH, "2wikimqa", "qa", "context", "answers", "question"),
 }
 
 

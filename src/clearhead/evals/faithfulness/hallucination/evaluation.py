@@ -42,7 +42,7 @@ from clearhead.evals.faithfulness.hallucination.section import (
     JudgedSet,
     hallucination_section,
 )
-from clearhead.evals.faithfulness.judges.base import Case, Judge, JudgeError, Task, Verdict, make_judge
+from clearhead.evals.faithfulness.judges.base import Case, Judge, JudgeError, Judgement, Task, make_judge
 from clearhead.evals.reasons import Unmeasured, all_of, reason_of
 from clearhead.evals.subject import Subject
 from clearhead.registry import resolve
@@ -287,7 +287,7 @@ def pass_judgement(
         raise JudgeError(f"{str(error).rstrip('.')}. {kept} {judge.spent()}".strip()) from error
 
 
-def line(row: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
+def line(row: dict[str, Any], verdict: Judgement) -> dict[str, Any]:
     return {"set": row["set"], "index": row["index"], "free": verdict.faithful, "why": verdict.reason}
 
 

@@ -8,12 +8,12 @@ from typing import Any
 from clearhead.analysis.by_length import Values, first_values
 from clearhead.analysis.comparison import compare
 from clearhead.analysis.paired import few, paired_samples, shared_items, shortened
-from clearhead.analysis.sections import BarChart, BarSeries, Section, Table
+from clearhead.analysis.sections import BarChart, BarSeries, Section, SectionTable
 from clearhead.analysis.statistics import Estimate, proportion
 from clearhead.evals.evaluation import EvaluationResult
 from clearhead.runs.results import RunResults
 
-PUBLISHED = Table(
+PUBLISHED = SectionTable(
     "The Differential Transformer paper: free of hallucination, models of 3B parameters, judged by GPT-4o",
     ["model", "XSum", "CNN/DM", "MultiNews", "Qasper", "HotpotQA", "2WikiMQA"],
     [
@@ -144,12 +144,12 @@ def _cell(seeds: Mapping[int, HallucinationResult], name: str | None) -> str | N
     return said
 
 
-def _table(values: Values[HallucinationResult]) -> Table:
+def _table(values: Values[HallucinationResult]) -> SectionTable:
     names: Sequence[str | None] = [*_names(values), *([None] if len(_names(values)) > 1 else [])]
     rows: list[list[str | None]] = [
         [name or "all sets", *(_cell(seeds, name) for seeds in values.values())] for name in names
     ]
-    return Table("Free of hallucination", ["set", *values], rows)
+    return SectionTable("Free of hallucination", ["set", *values], rows)
 
 
 def _bars(values: Values[HallucinationResult]) -> BarChart:
@@ -168,10 +168,10 @@ def _bars(values: Values[HallucinationResult]) -> BarChart:
     )  # fmt: skip
 
 
-def _examples(values: Values[HallucinationResult]) -> Table:
+def _examples(values: Values[HallucinationResult]) -> SectionTable:
     rows: list[list[str | None]] = []
     for arm, seeds in values.items():
         for row in next(iter(seeds.values())).examples:
             where = f"{row.set}, record {row.index}"
             rows.append([f"{arm}, {MARKS[row.free]}", where, shortened(row.answer), shortened(row.why)])
-    return Table("Answers and the judge's words", ["arm", "document", "answer", "judge"], rows)
+    return SectionTable("Answers and the judge's words", ["arm", "document", "answer", "judge"], rows)

@@ -40,7 +40,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """faithful: free of hallucination; None where the judge did not decide. reason: its words, or why it did not."""
 
     faithful: bool | None
@@ -64,7 +64,7 @@ class Judge(ABC, Generic[C]):
         """Everything that can go wrong before a case is read goes wrong here (JudgeError), before time is spent."""
 
     @abstractmethod
-    def judge(self, cases: Sequence[Case]) -> Iterator[tuple[int, Verdict]]:
+    def judge(self, cases: Sequence[Case]) -> Iterator[tuple[int, Judgement]]:
         """(index in `cases`, verdict) as they are reached, every index once. Raises JudgeError to end the run."""
 
     @abstractmethod

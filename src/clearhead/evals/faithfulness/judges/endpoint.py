@@ -18,12 +18,12 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from clearhead.data.cache import cache_dir
-from clearhead.evals.faithfulness.judges.base import Case, Judge, JudgeConfig, JudgeError, Verdict
+from clearhead.evals.faithfulness.judges.base import Case, Judge, JudgeConfig, JudgeError, Judgement
 from clearhead.evals.faithfulness.judges.prompt import AGAIN, conclusion, judge_prompt
 from clearhead.evals.faithfulness.judges.replies import ReplyStore
 from clearhead.evals.faithfulness.judges.transport import (
+    JudgeReply,
     RefusedError,
-    Reply,
     Transport,
     reply_of,
     without_secrets,
@@ -132,14 +132,14 @@ class Endpoint(Judge[EndpointConfig]):
         path = Path(self.config.cache).expanduser() if self.config.cache else None
         return ReplyStore(path or cache_dir() / "judges" / f"{name}.jsonl")
 
-    def judge(self, cases: Sequence[Case]) -> Iterator[tuple[int, Verdict]]:
+    def judge(self, cases: Sequence[Case]) -> Iterator[tuple[int, Judgement]]:
         c = self.config
         self.transport = Transport(
             c.base_url, self._key(), timeout=c.timeout, retries=c.retries, backoff=c.backoff,
             connections=c.concurrency,
         )  # fmt: skip
         pool = ThreadPoolExecutor(c.concurrency)
-        running: dict[Future[Verdict], int] = {}
+        running: dict[Future[Judgement], int] = {}
         todo = iter(enumerate(cases))
         failed: Exception | None = None
         try:
@@ -164,7 +164,7 @@ class Endpoint(Judge[EndpointConfig]):
             self.transport.close()
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _decide(self, case: Case) -> Verdict:
+    def _decide(self, case: Case) -> Judgement:
         messages: list[Message] = [{"role": "user", "content": judge_prompt(case)}]
         try:
             reply = self._ask(messages)
@@ -178,12 +178,12 @@ class Endpoint(Judge[EndpointConfig]):
                 if found is None:
                     cut = ", cut at max_tokens" if second.finish == "length" else ""
                     said = " ".join(second.text.split())[:120]
-                    return Verdict(None, f"no conclusion, asked twice{cut}: {said!r}")
+                    return Judgement(None, f"no conclusion, asked twice{cut}: {said!r}")
         except RefusedError as error:
-            return Verdict(None, str(error))
-        return Verdict(found, reply.text)
+            return Judgement(None, str(error))
+        return Judgement(found, reply.text)
 
-    def _ask(self, messages: list[Message]) -> Reply:
+    def _ask(self, messages: list[Message]) -> JudgeReply:
         c = self.config
         body = {
             "model": c.model, "messages": messages, "temperature": 0, "max_tokens": c.max_tokens, **c.extra

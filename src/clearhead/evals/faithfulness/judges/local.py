@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pydantic import Field
 
 from clearhead.evals.asking.answering import MARK, continued, likelihoods
-from clearhead.evals.faithfulness.judges.base import Case, Judge, JudgeConfig, Verdict
+from clearhead.evals.faithfulness.judges.base import Case, Judge, JudgeConfig, Judgement
 from clearhead.evals.faithfulness.judges.loading import load_judge
 from clearhead.evals.faithfulness.judges.prompt import CONCLUSION, judge_prompt
 
@@ -54,7 +54,7 @@ class Local(Judge[LocalConfig]):
         )
         return shown.replace(MARK, asked) + CONCLUSION
 
-    def judge(self, cases: Sequence[Case]) -> Iterator[tuple[int, Verdict]]:
+    def judge(self, cases: Sequence[Case]) -> Iterator[tuple[int, Judgement]]:
         for start in range(0, len(cases), AT_ONCE):
             rows, indices = [], []
             for index in range(start, min(start + AT_ONCE, len(cases))):
@@ -63,7 +63,7 @@ class Local(Judge[LocalConfig]):
                 size = max(len(ids) for ids, _ in pair)
                 if self.longest is not None and size > self.longest:
                     why = f"the judge's prompt has {size} tokens, the judge takes {self.longest}"
-                    yield index, Verdict(None, why)
+                    yield index, Judgement(None, why)
                     continue
                 # Read from where the two words part, so that both are given the same.
                 first = min(begin for _, begin in pair)
@@ -72,10 +72,10 @@ class Local(Judge[LocalConfig]):
             sums = [sum(r) for r in likelihoods(self.model, rows, batch_tokens=self.config.batch_tokens)]
             for index, true, false in zip(indices, sums[::2], sums[1::2], strict=True):
                 if math.isnan(true + false):
-                    yield index, Verdict(None, "the judge's likelihoods are not numbers")
+                    yield index, Judgement(None, "the judge's likelihoods are not numbers")
                     continue
                 faithful = None if true == false else true > false
-                yield index, Verdict(faithful, f"log-likelihood of True {true:.3f}, of False {false:.3f}")
+                yield index, Judgement(faithful, f"log-likelihood of True {true:.3f}, of False {false:.3f}")
 
     def described(self) -> str:
         return f"{self.config.model}, a local model, by the likelihood of True against False"

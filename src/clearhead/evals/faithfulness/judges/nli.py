@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from pydantic import Field
 
-from clearhead.evals.faithfulness.judges.base import Case, Judge, JudgeConfig, JudgeError, Verdict
+from clearhead.evals.faithfulness.judges.base import Case, Judge, JudgeConfig, JudgeError, Judgement
 from clearhead.evals.faithfulness.judges.loading import load_judge
 
 LABELS = ("entail", "neutral", "contradict")
@@ -89,29 +89,31 @@ class Nli(Judge[NliConfig]):
                 made.append(part)
         return made
 
-    def judge(self, cases: Sequence[Case]) -> Iterator[tuple[int, Verdict]]:
+    def judge(self, cases: Sequence[Case]) -> Iterator[tuple[int, Judgement]]:
         for index, case in enumerate(cases):
             yield index, self._verdict(case)
 
-    def _verdict(self, case: Case) -> Verdict:
+    def _verdict(self, case: Case) -> Judgement:
         claims = sentences(case.proposed)
         if case.question:
             claims = [f"{case.question} {claim}" for claim in claims]
         if not claims:
-            return Verdict(None, "the answer has no sentence")
+            return Judgement(None, "the answer has no sentence")
         least = min(self.longest - self._tokens("", claim) for claim in claims)
         chunks = self.chunks(case.document, min(self.config.chunk_tokens, least)) if least >= 16 else []
         if not chunks:
-            return Verdict(None, f"a sentence of the answer leaves no room for text in {self.longest} tokens")
+            return Judgement(
+                None, f"a sentence of the answer leaves no room for text in {self.longest} tokens"
+            )
         best = []
         for claim in claims:
             probabilities = self._entailment([(chunk, claim) for chunk in chunks])
             if not all(map(math.isfinite, probabilities)):
-                return Verdict(None, "the judge's probabilities are not numbers")
+                return Judgement(None, "the judge's probabilities are not numbers")
             best.append(max(probabilities))
         worst = min(range(len(claims)), key=best.__getitem__)
         said = f"{len(claims)} sentences, the least supported {best[worst]:.3f}: {claims[worst]}"
-        return Verdict(best[worst] >= self.config.threshold, said)
+        return Judgement(best[worst] >= self.config.threshold, said)
 
     def _entailment(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         found: list[float] = []

@@ -39,7 +39,7 @@ class RefusedError(ValueError):
 
 
 @dataclass(frozen=True)
-class Reply:
+class JudgeReply:
     """What a model said and how many tokens that took; finish: why it ended."""
 
     text: str
@@ -80,7 +80,7 @@ class Transport:
         self.stopped.set()
         self.client.close()
 
-    def send(self, body: dict[str, Any]) -> Reply:
+    def send(self, body: dict[str, Any]) -> JudgeReply:
         """The first choice of the completion.
 
         Raises RefusedError where this request is at fault, JudgeError where the endpoint or its settings are.
@@ -180,7 +180,7 @@ def without_secrets(url: str) -> str:
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
-def parsed(response: httpx2.Response) -> Reply | None:
+def parsed(response: httpx2.Response) -> JudgeReply | None:
     """The first choice of a chat completion, None where the answer is none."""
     try:
         body = response.json()
@@ -199,7 +199,7 @@ def parsed(response: httpx2.Response) -> Reply | None:
         return None
 
 
-def reply_of(fields: Mapping[str, Any]) -> Reply | None:
+def reply_of(fields: Mapping[str, Any]) -> JudgeReply | None:
     """A reply from its fields, as they were sent or kept; None where they are none of one."""
     text, finish = fields.get("text"), fields.get("finish", "")
     counts = [fields.get(name, 0) for name in ("prompt_tokens", "completion_tokens")]
@@ -209,7 +209,7 @@ def reply_of(fields: Mapping[str, Any]) -> Reply | None:
         return None
     # Halves of surrogate pairs are JSON, but no text that can be kept.
     whole, ending = (part.encode("utf-8", "replace").decode() for part in (text, finish))
-    return Reply(whole, counts[0], counts[1], ending)
+    return JudgeReply(whole, counts[0], counts[1], ending)
 
 
 def error_of(response: httpx2.Response) -> str:

@@ -10,7 +10,7 @@ from pydantic import Field
 from clearhead.analysis.by_length import Values, first_values
 from clearhead.analysis.comparison import compare
 from clearhead.analysis.paired import few, paired_samples, shared_items, shortened
-from clearhead.analysis.sections import BarChart, BarSeries, Reference, Section, Table
+from clearhead.analysis.sections import BarChart, BarSeries, Reference, Section, SectionTable
 from clearhead.analysis.statistics import Estimate, proportion
 from clearhead.evals.evaluation import EvaluationResult
 from clearhead.runs.results import RunResults
@@ -145,7 +145,7 @@ def cell(estimate: Estimate | None) -> str | None:
     return None if estimate is None else f"{estimate.value:.2f} ({estimate.interval()}, n={estimate.n})"
 
 
-def _table(values: Values[ConflictsResult], chance: float) -> Table:
+def _table(values: Values[ConflictsResult], chance: float) -> SectionTable:
     rows: list[list[str | None]] = [
         [label, *(cell(preference(seeds, measure)) for seeds in values.values()), f"{chance:.2f}"]
         for measure, label in MEASURES.items()
@@ -157,7 +157,7 @@ def _table(values: Values[ConflictsResult], chance: float) -> Table:
         rows.append([f"said: {kind}", *(cell(spoken(seeds, kind)) for seeds in values.values()), None])
     ratio = [cell(spoken(seeds, "remembered", ("remembered", "context"))) for seeds in values.values()]
     rows.append(["memorisation ratio ↓", *ratio, None])
-    return Table("Context against memory", ["", *values, "chance"], rows)
+    return SectionTable("Context against memory", ["", *values, "chance"], rows)
 
 
 def _bars(values: Values[ConflictsResult], chance: float) -> BarChart:
@@ -178,11 +178,13 @@ def _bars(values: Values[ConflictsResult], chance: float) -> BarChart:
     )  # fmt: skip
 
 
-def _examples(values: Values[ConflictsResult]) -> Table:
+def _examples(values: Values[ConflictsResult]) -> SectionTable:
     rows: list[list[str | None]] = []
     for arm, seeds in values.items():
         for row in next(iter(seeds.values())).examples:
             context, *remembered = row.answers
             mark = "right" if row.said == "context" else "wrong"
             rows.append([f"{arm}, {mark}", context, "; ".join(remembered), shortened(row.answer)])
-    return Table("Greedy answers, word for word", ["arm", "context says", "remembered", "answer"], rows)
+    return SectionTable(
+        "Greedy answers, word for word", ["arm", "context says", "remembered", "answer"], rows
+    )

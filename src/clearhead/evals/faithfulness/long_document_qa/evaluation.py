@@ -83,7 +83,7 @@ class LongDocumentQaConfig(EvaluationConfig):
 
 
 @dataclass(frozen=True)
-class Cell:
+class QuestionsCell:
     """What one number is over; CLOSED for the questions alone."""
 
     length: int
@@ -113,9 +113,9 @@ class LongDocumentQa(Evaluation[LongDocumentQaConfig, LongDocumentQaResult]):
         if not lengths:
             raise Unmeasured(all_of(skipped))
         chosen = draw(questions, config.samples, config.seed)
-        cells = [Cell(length, depth) for length in lengths for depth in dict.fromkeys(config.depths)]
+        cells = [QuestionsCell(length, depth) for length in lengths for depth in dict.fromkeys(config.depths)]
         if config.closed_book:
-            cells.insert(0, Cell(CLOSED, 0.0))
+            cells.insert(0, QuestionsCell(CLOSED, 0.0))
         about = {
             "config": config.model_dump(mode="json", exclude={"data", "batch_tokens"}),
             "form": asker.form,
@@ -168,12 +168,12 @@ def every_cell(
     subject: Subject,
     asker: Asker,
     config: LongDocumentQaConfig,
-    cells: Sequence[Cell],
+    cells: Sequence[QuestionsCell],
     questions: Sequence[Question],
     log: SampleLog,
-) -> tuple[dict[Cell, str], set[int]]:
+) -> tuple[dict[QuestionsCell, str], set[int]]:
     """Answers what `log` does not have; why cells were left out, and the questions of which no prompt could be made."""
-    failed: dict[Cell, str] = {}
+    failed: dict[QuestionsCell, str] = {}
     unmade: set[int] = set()
     for cell in cells:
         try:
@@ -219,7 +219,7 @@ def measure(
     subject: Subject,
     asker: Asker,
     config: LongDocumentQaConfig,
-    cell: Cell,
+    cell: QuestionsCell,
     questions: Sequence[Question],
     log: SampleLog,
 ) -> set[int]:
@@ -261,7 +261,7 @@ def measure(
 
 
 def record(
-    cell: Cell, index: int, question: Question, about: dict[str, Any], text: str, whole: bool
+    cell: QuestionsCell, index: int, question: Question, about: dict[str, Any], text: str, whole: bool
 ) -> dict[str, Any]:
     """One line of the samples' file."""
     document = about["document"]
@@ -290,11 +290,11 @@ def blind(document: str, answers: Sequence[str]) -> float:
     return 1 / max(1, len(normalised(document).split()) - size + 1)
 
 
-def _of(row: dict[str, Any], cell: Cell) -> bool:
+def _of(row: dict[str, Any], cell: QuestionsCell) -> bool:
     return bool(row["length"] == cell.length and row["depth"] == cell.depth)
 
 
-def values(cell: Cell, records: Sequence[dict[str, Any]]) -> DocumentCell:
+def values(cell: QuestionsCell, records: Sequence[dict[str, Any]]) -> DocumentCell:
     """One number of everything for each question, under its index."""
     rows = sorted((row for row in records if _of(row, cell)), key=lambda row: int(row["index"]))
     text = cell.length != CLOSED

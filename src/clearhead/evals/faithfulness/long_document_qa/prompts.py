@@ -97,7 +97,7 @@ def _answer(one: object, where: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Prompt:
+class QuestionPrompt:
     """A prompt as text and as ids. document: what stands in it of the article. before: tokens before the paragraph."""
 
     text: str
@@ -152,7 +152,7 @@ class Asker:
         least = len(encode(self.tokenizer, before + after)) + sizes[question.paragraph]
         return least + BORDERS, least + sum(sizes) - sizes[question.paragraph] - BORDERS
 
-    def prompt(self, question: Question, length: int, depth: float) -> Prompt:
+    def prompt(self, question: Question, length: int, depth: float) -> QuestionPrompt:
         """A prompt of exactly `length` tokens whose paragraph begins after `depth` of the other tokens of the text.
 
         The depth is met as nearly as words allow. Raises ValueError for a length that cannot be met.
@@ -178,7 +178,9 @@ class Asker:
             document = f"{lead}{BETWEEN if lead else ''}{paragraph}{BETWEEN if tail else ''}{tail}"
             ids = encode(self.tokenizer, before + document + after)
             if len(ids) == length:
-                return Prompt(before + document + after, ids, document, ring.tokens - first, max(1, size))
+                return QuestionPrompt(
+                    before + document + after, ids, document, ring.tokens - first, max(1, size)
+                )
             # Tokens are joined or parted at the borders.
             visits[size] += 1
             size = max(0, size + length - len(ids))

@@ -12,7 +12,7 @@ from pydantic import Field
 from clearhead.analysis.by_length import Values, first_values, heat_panels, left_out, length_chart
 from clearhead.analysis.comparison import Comparison, compare
 from clearhead.analysis.paired import shortened
-from clearhead.analysis.sections import Chart, HeatMap, Section, Table
+from clearhead.analysis.sections import Chart, HeatMap, Section, SectionTable
 from clearhead.analysis.statistics import Estimate, ratio, wilson
 from clearhead.evals.evaluation import EvaluationResult
 from clearhead.runs.results import RunResults
@@ -208,7 +208,7 @@ def _all_cells(values: Values[LongDocumentQaResult]) -> list[Cell]:
     return list(dict.fromkeys(c for s in values.values() for v in s.values() for c in cells(v)))
 
 
-def _table(values: Values[LongDocumentQaResult]) -> Table:
+def _table(values: Values[LongDocumentQaResult]) -> SectionTable:
     every = _all_cells(values)
     rows: list[list[str | None]] = [
         [label, *(_said(estimate(values, arm, every, measure)) for arm in values)]
@@ -220,10 +220,10 @@ def _table(values: Values[LongDocumentQaResult]) -> Table:
             rows.append([f"closed book, {MEASURES[measure]}", *closed])
     chance = [cell.chance for cell in first_values(values).cells if cell.length]
     rows.append(["blind, exact match", *([f"{float(np.mean(chance)):.4f}"] * len(values))])
-    return Table("All lengths and depths", ["", *values], rows)
+    return SectionTable("All lengths and depths", ["", *values], rows)
 
 
-def _by_length(values: Values[LongDocumentQaResult]) -> Table:
+def _by_length(values: Values[LongDocumentQaResult]) -> SectionTable:
     every = _all_cells(values)
     rows: list[list[str | None]] = []
     for length in sorted({length for length, _ in every}):
@@ -234,7 +234,7 @@ def _by_length(values: Values[LongDocumentQaResult]) -> Table:
             known = [f"{MEASURES[m].partition(':')[0]} {e.value:.2f} ({e.interval()})" for m, e in parts if e]
             row.append("; ".join(known) or None)
         rows.append(row)
-    return Table("By length, all depths", ["length", *values], rows)
+    return SectionTable("By length, all depths", ["length", *values], rows)
 
 
 def _charts(run: RunResults, values: Values[LongDocumentQaResult]) -> list[Chart]:
@@ -263,7 +263,7 @@ def _charts(run: RunResults, values: Values[LongDocumentQaResult]) -> list[Chart
     return charts
 
 
-def _examples(values: Values[LongDocumentQaResult]) -> Table:
+def _examples(values: Values[LongDocumentQaResult]) -> SectionTable:
     rows: list[list[str | None]] = []
     for arm, seeds in values.items():
         for row in next(iter(seeds.values())).examples:
@@ -271,4 +271,4 @@ def _examples(values: Values[LongDocumentQaResult]) -> Table:
             where = f"{row.length:,} tokens, depth {row.depth:.0%}"
             text = f"{shortened(row.answer)}" + ("" if row.extractive else " [not in the text]")
             rows.append([f"{arm}, {mark}", where, row.question, "; ".join(row.answers), text])
-    return Table("Answers, word for word", ["arm", "cell", "question", "right", "answer"], rows)
+    return SectionTable("Answers, word for word", ["arm", "cell", "question", "right", "answer"], rows)

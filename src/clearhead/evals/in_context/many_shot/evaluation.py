@@ -33,7 +33,7 @@ from clearhead.evals.in_context.rounds import in_rounds
 from clearhead.evals.in_context.shared import (
     Block,
     InContextConfig,
-    Task,
+    LabelledTask,
     answered,
     marks,
     measure,
@@ -75,7 +75,7 @@ class ManyShot(Evaluation[ManyShotConfig, ManyShotResult]):
     def result(self, subject: Subject, config: ManyShotConfig, progress: Say | None = None) -> ManyShotResult:
         """Raises RecordError for a set that cannot be used: that is no property of the model."""
 
-        def one(task: Task, log: SampleLog, left_out: dict[str, str]) -> list[Point] | None:
+        def one(task: LabelledTask, log: SampleLog, left_out: dict[str, str]) -> list[Point] | None:
             return self._points(subject, config, task, log, left_out) or None
 
         found = over_sets(subject, config, self.name, KEYS, one, progress)
@@ -92,7 +92,12 @@ class ManyShot(Evaluation[ManyShotConfig, ManyShotResult]):
         )
 
     def _points(
-        self, subject: Subject, config: ManyShotConfig, task: Task, log: SampleLog, skipped: dict[str, str]
+        self,
+        subject: Subject,
+        config: ManyShotConfig,
+        task: LabelledTask,
+        log: SampleLog,
+        skipped: dict[str, str],
     ) -> list[Point]:
         """Accuracy by number of demonstrations; why points are left out goes to `skipped`."""
         length = config.length_for(subject)
@@ -122,7 +127,12 @@ class ManyShot(Evaluation[ManyShotConfig, ManyShotResult]):
         return points
 
     def _blocks(
-        self, subject: Subject, task: Task, orders: Sequence[Sequence[Example]], shots: int, length: int
+        self,
+        subject: Subject,
+        task: LabelledTask,
+        orders: Sequence[Sequence[Example]],
+        shots: int,
+        length: int,
     ) -> list[Block]:
         """The prompts of a number of demonstrations, a block a draw. Raises Unmeasured where they cannot be asked."""
         if shots > len(task.pool):
@@ -155,7 +165,7 @@ def numbers(shots: Sequence[int | str] | None, full: int) -> list[int]:
     return sorted({full if number == "full" else int(number) for number in shots})
 
 
-def most(task: Task, order: Sequence[Example], length: int) -> int:
+def most(task: LabelledTask, order: Sequence[Example], length: int) -> int:
     """As many of `order` as fit into `length` tokens with the longest asked text and label of the set."""
     form, tokenizer = task.form, task.tokenizer
     bos = str(tokenizer.bos_token or "")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from clearhead.analysis.by_length import Values, first_values
 from clearhead.analysis.comparison import compare
-from clearhead.analysis.sections import LineChart, Reference, Section, Series, Table
+from clearhead.analysis.sections import LineChart, Reference, Section, SectionTable, Series
 from clearhead.analysis.statistics import Estimate, paired_difference, proportion, verdict
 from clearhead.evals.evaluation import EvaluationResult
 from clearhead.evals.in_context.results import AskedSet, E, InContextResult, InSet, LabelledAnswer, S
@@ -43,7 +43,7 @@ class ManyShotResult(InContextResult[ManyShotSet, ManyShotAnswer]):
     n: int
 
 
-PUBLISHED = Table(
+PUBLISHED = SectionTable(
     "The Differential Transformer paper, 64K tokens, models of 3B parameters",
     ["sets", "DIFF above the Transformer, mean over numbers of demonstrations"],
     [["TREC, TREC-fine, Banking-77, Clinic-150", "5.2 to 21.6 points"]],
@@ -141,7 +141,7 @@ def forms(values: Values[InContextResult[S, E]], first: InContextResult[S, E]) -
     return [*notes, f"Rule: {RULES[first.score]}.{bos}{scaling}"]
 
 
-def examples(values: Values[InContextResult[S, E]], where: Callable[[E], str]) -> Table:
+def examples(values: Values[InContextResult[S, E]], where: Callable[[E], str]) -> SectionTable:
     """Right and wrong answers of each arm's first seed, word for word."""
     rows: list[list[str | None]] = []
     for arm, seeds in values.items():
@@ -149,7 +149,7 @@ def examples(values: Values[InContextResult[S, E]], where: Callable[[E], str]) -
             text = row.asked if len(row.asked) <= LONGEST else f"…{row.asked[-LONGEST:]}"
             mark = "right" if row.right else "wrong"
             rows.append([f"{arm}, {mark}", where(row), text, row.label, row.answer])
-    return Table("Answers, word for word", ["arm", "where", "asked", "label", "answer"], rows)
+    return SectionTable("Answers, word for word", ["arm", "where", "asked", "label", "answer"], rows)
 
 
 def _point(value: ManyShotResult, name: str, shots: int) -> Point | None:
@@ -211,7 +211,7 @@ def _chart(values: Values[ManyShotResult], name: str) -> LineChart:
     )  # fmt: skip
 
 
-def _table(values: Values[ManyShotResult], name: str) -> Table:
+def _table(values: Values[ManyShotResult], name: str) -> SectionTable:
     chance, majority = levels(values, name)
     others = list(values)[1:]
     rows: list[list[str | None]] = []
@@ -223,7 +223,7 @@ def _table(values: Values[ManyShotResult], name: str) -> Table:
             row.append(None if found is None else f"{found.value:.2f} ({found.interval()}, n={found.n})")
         rows.append([*row, *(_difference(values, arm, name, shots) for arm in others)])
     against = [f"{arm} against {next(iter(values))}" for arm in others]
-    return Table(
+    return SectionTable(
         f"Labels right, {name}",
         ["demonstrations", *values, *against],
         rows,

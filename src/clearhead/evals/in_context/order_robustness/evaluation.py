@@ -24,7 +24,7 @@ from clearhead.evals.in_context.rounds import Order, in_rounds, permuted
 from clearhead.evals.in_context.shared import (
     Block,
     InContextConfig,
-    Task,
+    LabelledTask,
     answered,
     marks,
     measure,
@@ -65,7 +65,7 @@ class OrderRobustness(Evaluation[OrderRobustnessConfig, OrderResult]):
     ) -> OrderResult:
         """Raises RecordError for a set that cannot be used: that is no property of the model."""
 
-        def one(task: Task, log: SampleLog, left_out: dict[str, str]) -> OrderedSet:
+        def one(task: LabelledTask, log: SampleLog, left_out: dict[str, str]) -> OrderedSet:
             return self._measured(subject, config, task, log)
 
         found = over_sets(subject, config, self.name, KEYS, one, progress)
@@ -80,7 +80,7 @@ class OrderRobustness(Evaluation[OrderRobustnessConfig, OrderResult]):
         )
 
     def _measured(
-        self, subject: Subject, config: OrderRobustnessConfig, task: Task, log: SampleLog
+        self, subject: Subject, config: OrderRobustnessConfig, task: LabelledTask, log: SampleLog
     ) -> OrderedSet:
         """Outcomes by format and permutation. Raises ValueError with the reason when they cannot be had."""
         blocks, shots = self._blocks(config, task, config.length_for(subject))
@@ -93,7 +93,9 @@ class OrderRobustness(Evaluation[OrderRobustnessConfig, OrderResult]):
             orders.setdefault(str(block.key[1]), []).append(marks(answered(log, [block])))
         return OrderedSet(**task_values(task), shots=shots, tokens=needed, orders=orders)
 
-    def _blocks(self, config: OrderRobustnessConfig, task: Task, length: int) -> tuple[list[Block], int]:
+    def _blocks(
+        self, config: OrderRobustnessConfig, task: LabelledTask, length: int
+    ) -> tuple[list[Block], int]:
         """The prompts of every permutation, and the number of their demonstrations. Raises ValueError as above."""
         ordered = in_rounds(task.pool, config.seed, 0)
         shots = config.shots

@@ -10,7 +10,7 @@ import numpy as np
 from clearhead.analysis.by_length import Values, first_values
 from clearhead.analysis.comparison import Comparison
 from clearhead.analysis.margins import Outcomes, margin_by_chance, margin_difference, mean_margin
-from clearhead.analysis.sections import BarChart, BarSeries, Section, Table
+from clearhead.analysis.sections import BarChart, BarSeries, Section, SectionTable
 from clearhead.evals.in_context.many_shot.section import examples, forms, levels, set_of
 from clearhead.evals.in_context.results import AskedSet, InContextResult, InSet, LabelledAnswer
 from clearhead.runs.results import RunResults
@@ -93,7 +93,7 @@ def order_section(
     )
 
 
-def _examples(values: Values[OrderResult]) -> Table:
+def _examples(values: Values[OrderResult]) -> SectionTable:
     return examples(values, lambda row: f"{row.set}, order {row.order}, permutation {row.permutation}")
 
 
@@ -153,7 +153,7 @@ def _bars(values: Values[OrderResult], places: Sequence[Place]) -> BarChart:
     )
 
 
-def _margins(values: Values[OrderResult], place: Place) -> Table:
+def _margins(values: Values[OrderResult], place: Place) -> SectionTable:
     rows: list[list[str | None]] = []
     for arm in values:
         tables = _seeds(values, arm, place)
@@ -177,7 +177,7 @@ def _margins(values: Values[OrderResult], place: Place) -> Table:
     one = set_of(values, name)
     count = len(one.orders.get(order, [])) or "several"
     chance_level, majority = levels(values, name)
-    return Table(
+    return SectionTable(
         f"{name}, {order.replace('_', ' ')}",
         ["arm", "best minus worst", "by chance", "worst / mean / best accuracy"],
         rows,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from clearhead.core.heads import Heads
+from clearhead.core.streams import Streams
 from clearhead.evals.probing.adapter.base import ModelAdapter, scaling_over
 from clearhead.evals.probing.quantised_attention import OWN
 from clearhead.evals.probing.streams import Record, Recorded
@@ -77,7 +77,7 @@ def _listening(
     variant: Any = attention.variant
     plain = variant.place
 
-    def place(heads: Heads, rotation: Rotation) -> Heads:
+    def place(heads: Streams, rotation: Rotation) -> Streams:
         placed = plain(heads, rotation)
         keys = placed.k * (len(placed.q) // len(placed.k))
         record(

@@ -26,7 +26,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from clearhead.analysis.sections import Section
 from clearhead.evals.asking.answering import answer_log, encode, fast_tokenizer
-from clearhead.evals.asking.decoding import Asked, answer, found, greedy
+from clearhead.evals.asking.decoding import AskedPrompt, answer, found, greedy
 from clearhead.evals.asking.haystack import Haystack, digest, make_haystack, read_documents, store_documents
 from clearhead.evals.asking.running import inference
 from clearhead.evals.asking.sample_log import SampleLog
@@ -36,7 +36,7 @@ from clearhead.evals.reasons import Unmeasured, all_of, reason_of
 from clearhead.evals.retrieval.multi_needle.prompts import (
     CITIES,
     FormName,
-    Prompt,
+    NeedlesPrompt,
     any_needle,
     draw_facts,
     expected,
@@ -116,17 +116,19 @@ class MultiNeedleConfig(EvaluationConfig):
         lengths = self.lengths or [whole // part for part in (8, 4, 2, 1)]
         return pairs, [(needles, asked, length) for length in sorted(set(lengths))]
 
-    def cells(self, trained: int | None) -> list[Cell]:
+    def cells(self, trained: int | None) -> list[AskedNeedlesCell]:
         """All cells, the pairs' first; none twice."""
         pairs, grid = self.kinds(trained)
-        return [Cell(*kind, depth) for kind in dict.fromkeys([*pairs, *grid]) for depth in self.depths]
+        return [
+            AskedNeedlesCell(*kind, depth) for kind in dict.fromkeys([*pairs, *grid]) for depth in self.depths
+        ]
 
     def new_tokens(self, asked: int) -> int:
         return self.max_new_tokens or PER_NUMBER * asked
 
 
 @dataclass(frozen=True)
-class Cell:
+class AskedNeedlesCell:
     """What one number of the results is over."""
 
     needles: int
@@ -184,9 +186,13 @@ class MultiNeedle(Evaluation[MultiNeedleConfig, MultiNeedleResult]):
             n=sum(cell.n for cell in values),
         )
 
-    def _values(self, cell: Cell, records: Sequence[dict[str, Any]]) -> MultiNeedleCell:
+    def _values(self, cell: AskedNeedlesCell, records: Sequence[dict[str, Any]]) -> MultiNeedleCell:
         rows = sorted(
-            (r for r in records if Cell(r["needles"], r["asked"], r["length"], r["depth"]) == cell),
+            (
+                r
+                for r in records
+                if AskedNeedlesCell(r["needles"], r["asked"], r["length"], r["depth"]) == cell
+            ),
             key=lambda r: int(r["index"]),
         )
         return MultiNeedleCell(
@@ -222,11 +228,11 @@ def haystack_rng(seed: int, draw: int) -> np.random.Generator:
 def cell_prompts(
     tokenizer: PreTrainedTokenizerFast,
     haystack: Haystack,
-    cell: Cell,
+    cell: AskedNeedlesCell,
     indices: Sequence[int],
     seed: int,
     form: FormName,
-) -> Iterator[Prompt]:
+) -> Iterator[NeedlesPrompt]:
     """The prompts of a cell's samples `indices` in one haystack: a function of the arguments alone."""
     for index in indices:
         facts = draw_facts(seed, index, cell.needles, cell.asked)
@@ -244,16 +250,16 @@ class Asking:
     documents: Sequence[str]
 
 
-Todo = list[tuple[Cell, int, Prompt]]
+Todo = list[tuple[AskedNeedlesCell, int, NeedlesPrompt]]
 
 
-def measure(asking: Asking, cells: Sequence[Cell], log: SampleLog) -> dict[Cell, str]:
+def measure(asking: Asking, cells: Sequence[AskedNeedlesCell], log: SampleLog) -> dict[AskedNeedlesCell, str]:
     """Answers all samples of cells of one length that `log` does not have; why cells were left out."""
     subject, config, length = asking.subject, asking.config, cells[0].length
     whole = length + max(config.new_tokens(cell.asked) for cell in cells)
     if reason := subject.too_long(whole):
         return dict.fromkeys(cells, reason)
-    skipped: dict[Cell, str] = {}
+    skipped: dict[AskedNeedlesCell, str] = {}
     scaling, trained = config.rope_parameters, subject.training_length
     try:
         with (
@@ -279,12 +285,12 @@ def measure(asking: Asking, cells: Sequence[Cell], log: SampleLog) -> dict[Cell,
 
 
 def prompts_of(
-    asking: Asking, cells: Sequence[Cell], haystack: Haystack, draw: int, log: SampleLog
-) -> tuple[Todo, dict[Cell, str]]:
+    asking: Asking, cells: Sequence[AskedNeedlesCell], haystack: Haystack, draw: int, log: SampleLog
+) -> tuple[Todo, dict[AskedNeedlesCell, str]]:
     """The prompts in one haystack that `log` has no answers to; why cells have none."""
     config = asking.config
     todo: Todo = []
-    skipped: dict[Cell, str] = {}
+    skipped: dict[AskedNeedlesCell, str] = {}
     for cell in cells:
         indices = [i for i in range(draw, config.samples, config.haystacks) if not log.has(_key(cell, i))]
         try:
@@ -304,7 +310,7 @@ def said(
         return
     tokenizer, config, form = asking.tokenizer, asking.config, asking.form
     asked = [
-        Asked(
+        AskedPrompt(
             prompt.ids,
             prompt.numbers,
             form == "completion",
@@ -323,11 +329,13 @@ def said(
     )
 
 
-def _key(cell: Cell, index: int) -> tuple[Any, ...]:
+def _key(cell: AskedNeedlesCell, index: int) -> tuple[Any, ...]:
     return (cell.needles, cell.asked, cell.length, cell.depth, index)
 
 
-def record(cell: Cell, index: int, draw: int, prompt: Prompt, text: str, whole: bool) -> dict[str, Any]:
+def record(
+    cell: AskedNeedlesCell, index: int, draw: int, prompt: NeedlesPrompt, text: str, whole: bool
+) -> dict[str, Any]:
     """One line of the samples' file."""
     return {
         "needles": cell.needles,

@@ -82,7 +82,7 @@ def draw_facts(seed: int, index: int, needles: int, asked: int) -> Facts:
 
 
 @dataclass(frozen=True, eq=False)
-class Prompt:
+class NeedlesPrompt:
     """A prompt as text (bos and template spelled out) and as ids, and what it asks.
 
     numbers: the right answers. starts: the token with which each needle's sentence begins, asked ones first.
@@ -158,7 +158,7 @@ def multi_needle_prompt(
     length: int,
     depth: float,
     form: FormName = "completion",
-) -> Prompt:
+) -> NeedlesPrompt:
     """A prompt of exactly `length` tokens whose first asked needle stands after `depth` of the haystack's tokens.
 
     A needle stands before a word: at the last place at or before its depth where the text may be cut. After the last
@@ -184,7 +184,7 @@ def multi_needle_prompt(
             ends = np.array([end for _, end in encoded["offset_mapping"]])
             starts = tuple(int(np.argmax(ends > mark)) for mark in marks)
             numbers = tuple(facts.numbers[i] for i in facts.asked)
-            return Prompt(text, np.array(ids, np.int64), asked, numbers, starts, first, size)
+            return NeedlesPrompt(text, np.array(ids, np.int64), asked, numbers, starts, first, size)
         visits[size] += 1
         size = max(0, size + missing)
     raise ValueError(

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from clearhead.analysis.by_length import Values, first_values, heat_panels, left_out, length_chart
 from clearhead.analysis.comparison import compare
-from clearhead.analysis.sections import BarChart, BarSeries, Chart, HeatMap, Reference, Section, Table
+from clearhead.analysis.sections import BarChart, BarSeries, Chart, HeatMap, Reference, Section, SectionTable
 from clearhead.analysis.statistics import Estimate, bootstrap_mean, proportion
 from clearhead.evals.evaluation import EvaluationResult
 from clearhead.runs.results import RunResults
@@ -61,7 +61,7 @@ class MultiNeedleResult(EvaluationResult):
     n: int
 
 
-PUBLISHED = Table(
+PUBLISHED = SectionTable(
     "The Differential Transformer paper, 4,096 tokens, models of 3B parameters trained on 350B tokens",
     ["(needles, asked)", "(1, 1)", "(2, 2)", "(4, 2)", "(6, 2)"],
     [["Transformer", "1.00", ".85", ".62", ".55"], ["DIFF", "1.00", ".92", ".84", ".85"]],
@@ -234,7 +234,7 @@ def _grid_charts(
     return [heat, line]
 
 
-def _table(values: Values[MultiNeedleResult], places: Sequence[Place]) -> Table:
+def _table(values: Values[MultiNeedleResult], places: Sequence[Place]) -> SectionTable:
     levels = {_place(c): c.any_needle for s in values.values() for v in s.values() for c in v.cells}
     rows: list[list[str | None]] = []
     for place in places:
@@ -249,10 +249,10 @@ def _table(values: Values[MultiNeedleResult], places: Sequence[Place]) -> Table:
                 said if place[1] == 1 else f"{said}; share {part[0]:.2f} ({part[1]:.2f} to {part[2]:.2f})"
             )
         rows.append([*row, f"{levels[place]:.2f}"])
-    return Table("Exact match over all depths", ["asked and length", *values, "any needle"], rows)
+    return SectionTable("Exact match over all depths", ["asked and length", *values, "any needle"], rows)
 
 
-def _examples(values: Values[MultiNeedleResult]) -> Table:
+def _examples(values: Values[MultiNeedleResult]) -> SectionTable:
     """Right and wrong answers of each arm's first seed, word for word."""
     rows: list[list[str | None]] = []
     for arm, seeds in values.items():
@@ -262,4 +262,4 @@ def _examples(values: Values[MultiNeedleResult]) -> Table:
             asked = ", ".join(f"{c}: {n}" for c, n in zip(row.cities, row.numbers, strict=True))
             text = row.answer if len(row.answer) <= LONGEST else f"{row.answer[:LONGEST]}…"
             rows.append([f"{arm}, {mark}", where, asked, text])
-    return Table("Answers, word for word", ["arm", "cell", "asked", "answer"], rows)
+    return SectionTable("Answers, word for word", ["arm", "cell", "asked", "answer"], rows)

@@ -35,7 +35,14 @@ from clearhead.evals.asking.running import batches, inference
 from clearhead.evals.cells import Cell, CellEvaluation, Measured
 from clearhead.evals.evaluation import EvaluationConfig
 from clearhead.evals.probing.rescaling import rescaled
-from clearhead.evals.retrieval.passkey.prompts import FORMS, Form, Prompt, Verdict, judge, passkey_prompt
+from clearhead.evals.retrieval.passkey.prompts import (
+    FORMS,
+    KeyPrompt,
+    KeyVerdict,
+    PasskeyForm,
+    judge,
+    passkey_prompt,
+)
 from clearhead.evals.retrieval.passkey.section import PasskeyCell, PasskeyResult, passkey_section
 from clearhead.evals.subject import Subject, lengths_past_training
 from clearhead.runs.results import RunResults
@@ -65,7 +72,7 @@ class PasskeyConfig(EvaluationConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place(Cell):
+class KeyPlace(Cell):
     """Prompts of `tokens` tokens in one form, with the key in one place; `new` more for the answer."""
 
     form: FormName
@@ -74,13 +81,13 @@ class Place(Cell):
     new: int
 
 
-class Passkey(CellEvaluation[PasskeyConfig, PasskeyResult, Place, PasskeyCell]):
+class Passkey(CellEvaluation[PasskeyConfig, PasskeyResult, KeyPlace, PasskeyCell]):
     name = "passkey"
     Config = PasskeyConfig
     Result = PasskeyResult
     Value = PasskeyCell
 
-    def cells(self, subject: Subject, config: PasskeyConfig) -> Iterator[Place]:
+    def cells(self, subject: Subject, config: PasskeyConfig) -> Iterator[KeyPlace]:
         trained = subject.training_length or 256
         for form in self._forms(subject, config):
             new = 0 if form == "native" else config.max_new_tokens or FORMS[form].new_tokens
@@ -89,7 +96,7 @@ class Passkey(CellEvaluation[PasskeyConfig, PasskeyResult, Place, PasskeyCell]):
                 for place in places:
                     if place == "uniform" or length > trained:
                         name = f"{form}, {length} tokens, {place}"
-                        yield Place(
+                        yield KeyPlace(
                             name=name, length=length + new, form=form, tokens=length, place=place, new=new
                         )
 
@@ -99,7 +106,7 @@ class Passkey(CellEvaluation[PasskeyConfig, PasskeyResult, Place, PasskeyCell]):
     def text(self, subject: Subject, config: PasskeyConfig) -> TokenStore | None:
         return subject.documents if "native" in self._forms(subject, config) else None
 
-    def measure(self, subject: Subject, config: PasskeyConfig, cell: Place) -> PasskeyCell:
+    def measure(self, subject: Subject, config: PasskeyConfig, cell: KeyPlace) -> PasskeyCell:
         trained = subject.training_length or 256
         scaling, length = config.rope_parameters, cell.tokens + cell.new
         with rescaled(subject.model, scaling, trained=subject.training_length, length=length):
@@ -127,7 +134,7 @@ class Passkey(CellEvaluation[PasskeyConfig, PasskeyResult, Place, PasskeyCell]):
         )
 
     def gather(
-        self, subject: Subject, config: PasskeyConfig, measured: Measured[Place, PasskeyCell]
+        self, subject: Subject, config: PasskeyConfig, measured: Measured[KeyPlace, PasskeyCell]
     ) -> PasskeyResult:
         return PasskeyResult(
             cells=measured.values,
@@ -159,8 +166,8 @@ def native(
 
 
 def published(
-    subject: Subject, config: PasskeyConfig, form: Form, length: int, place: str, trained: int
-) -> list[Prompt]:
+    subject: Subject, config: PasskeyConfig, form: PasskeyForm, length: int, place: str, trained: int
+) -> list[KeyPrompt]:
     """The prompts of one cell: a function of the cell, the tokenizer and the seed, so the same for every arm."""
     tokenizer = subject.tokenizer
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -183,18 +190,18 @@ def published(
 
 
 @dataclass(frozen=True)
-class Reply:
+class KeyReply:
     """What a model said, up to where it was decided or over, and what that is worth."""
 
     text: str
-    verdict: Verdict
+    verdict: KeyVerdict
 
 
 def answers(
-    subject: Subject, prompts: Sequence[Prompt], new_tokens: int, batch_tokens: int = 8192
-) -> list[Reply]:
+    subject: Subject, prompts: Sequence[KeyPrompt], new_tokens: int, batch_tokens: int = 8192
+) -> list[KeyReply]:
     """Greedy answers, judged. Prompts of a batch are of one length, so that nothing is padded on either side."""
-    found: list[Reply] = []
+    found: list[KeyReply] = []
     length = len(prompts[0].ids)
     with inference(subject.model), greedy(subject.model) as settings:
         for span in batches(len(prompts), batch_tokens // (length + new_tokens)):
@@ -235,8 +242,9 @@ class Decided(StoppingCriteria):
             self.done[row] = over or judge(self.texts[row], self.keys[row], ended=False).decided
         return torch.tensor(self.done, device=input_ids.device)
 
-    def replies(self) -> list[Reply]:
+    def replies(self) -> list[KeyReply]:
         """What the rows have said, with their final verdicts."""
         return [
-            Reply(text, judge(text, key, ended=True)) for text, key in zip(self.texts, self.keys, strict=True)
+            KeyReply(text, judge(text, key, ended=True))
+            for text, key in zip(self.texts, self.keys, strict=True)
         ]

@@ -32,7 +32,7 @@ TASK = (
 
 
 @dataclass(frozen=True)
-class Form:
+class PasskeyForm:
     """One published prompt: the sentence with the key, the ending, the smallest and the largest key, tokens of an
     answer, and the rule that judges it."""
 
@@ -49,14 +49,14 @@ class Form:
 
 
 FORMS = {
-    "coca": Form(
+    "coca": PasskeyForm(
         "The passkey is {key}. Remeber it. {key} is the passkey.",
         "What is the passkey?",
         (10_000, 99_999),
         64,
         "substring",
     ),
-    "mohtashami": Form(
+    "mohtashami": PasskeyForm(
         "The pass key is {key}. Remember it. {key} is the pass key.",
         "What is the pass key? The pass key is",
         (1, 50_000),
@@ -67,7 +67,7 @@ FORMS = {
 
 
 @dataclass(frozen=True)
-class Prompt:
+class KeyPrompt:
     """Ids (bos included), the key in digits, and the index of the first token of the sentence that tells it."""
 
     ids: NDArray[np.int64]
@@ -75,10 +75,10 @@ class Prompt:
     start: int
 
 
-class Line:
+class PromptLine:
     """A prompt in the making: all tokens but the filler's are fixed, and the filler's are cut to measure."""
 
-    def __init__(self, form: Form, tokenizer: PreTrainedTokenizerFast, key: int) -> None:
+    def __init__(self, form: PasskeyForm, tokenizer: PreTrainedTokenizerFast, key: int) -> None:
         self.fact = form.fact.format(key=key)
         self.ending = form.ending
         self.tokenizer = tokenizer
@@ -122,21 +122,21 @@ class Line:
 
 
 def passkey_prompt(
-    form: Form,
+    form: PasskeyForm,
     tokenizer: PreTrainedTokenizerFast,
     length: int,
     rng: np.random.Generator,
     *,
     window: int | None = None,
     inside: bool | None = None,
-) -> Prompt:
+) -> KeyPrompt:
     """A prompt of exactly `length` tokens with a key and a place drawn from `rng`, the place uniform over tokens.
 
     inside: whether the whole sentence with the key must lie in the last `window` tokens; None for anywhere.
     Raises ValueError when the prompt does not fit or there is no such place; a prompt is never cut.
     """
     key = int(rng.integers(form.keys[0], form.keys[1], endpoint=True))
-    line = Line(form, tokenizer, key)
+    line = PromptLine(form, tokenizer, key)
     room = length - line.fixed
     if room < 0:
         raise ValueError(f"the passkey prompt needs at least {line.fixed} tokens, not {length}")
@@ -148,11 +148,11 @@ def passkey_prompt(
         where = "inside" if inside else "outside"
         raise ValueError(f"no place of the key in {length} tokens is {where} the last {window}")
     offset = int(rng.integers(low, high, endpoint=True))
-    return Prompt(line.write(length, offset), str(key), line.head + offset)
+    return KeyPrompt(line.write(length, offset), str(key), line.head + offset)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class KeyVerdict:
     """Whether an answer is right by each rule; None while more tokens may still decide it.
 
     first: the first run of digits, read as a number, is the key (Mohtashami and Jaggi).
@@ -167,7 +167,7 @@ class Verdict:
         return self.first is not None and self.anywhere is not None
 
 
-def judge(text: str, key: str, *, ended: bool) -> Verdict:
+def judge(text: str, key: str, *, ended: bool) -> KeyVerdict:
     """What `text` is worth as an answer so far, or in the end once `ended`."""
     run = re.search(r"[0-9]+", text)
     first: bool | None = False if ended else None
@@ -175,4 +175,4 @@ def judge(text: str, key: str, *, ended: bool) -> Verdict:
     if run is not None and (ended or run.end() < len(text)):
         first = int(run.group()) == int(key)
     anywhere = True if key in text else (False if ended else None)
-    return Verdict(first, anywhere)
+    return KeyVerdict(first, anywhere)

@@ -18,7 +18,7 @@ from clearhead.analysis.by_length import (
 )
 from clearhead.analysis.comparison import compare
 from clearhead.analysis.published import PASSKEY
-from clearhead.analysis.sections import LineChart, Reference, Section, Table
+from clearhead.analysis.sections import LineChart, Reference, Section, SectionTable
 from clearhead.analysis.statistics import Estimate, proportion
 from clearhead.evals.evaluation import EvaluationResult
 from clearhead.runs.results import RunResults
@@ -77,7 +77,7 @@ def passkey_section(
         span = times(past[0], trained) if len(past) == 1 else f"{past[0]:,} to {past[-1]:,} tokens"
         answer = f"{FORM_NAMES[form][0].upper()}{FORM_NAMES[form][1:]}, {span}: {result.sentence()}"
     charts: list[LineChart] = []
-    tables: list[Table] = []
+    tables: list[SectionTable] = []
     for one in forms:
         made = _form(values, one, trained)
         charts.append(made[0])
@@ -151,7 +151,9 @@ def _lengths(value: PasskeyResult, form: str) -> set[int]:
     return {cell.length for cell in value.cells if cell.form == form and cell.place == "uniform"}
 
 
-def _form(values: Values[PasskeyResult], form: str, trained: int | None) -> tuple[LineChart, Table, Table]:
+def _form(
+    values: Values[PasskeyResult], form: str, trained: int | None
+) -> tuple[LineChart, SectionTable, SectionTable]:
     lengths = every_length(values, lambda value: _lengths(value, form))
     arms = list(values)
     example = cell_of_any(first_values(values), form)

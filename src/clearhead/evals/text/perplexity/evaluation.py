@@ -100,7 +100,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Row:
+class WindowRow:
     """One input: its ids, the index of the first that counts, and the document it is of."""
 
     ids: Ids
@@ -116,15 +116,15 @@ class PerplexityValue(EvaluationResult):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading(Cell):
+class WindowedReading(Cell):
     """The same documents in windows of `tokens` tokens."""
 
     tokens: int
-    text: Text
+    text: WindowedText
 
 
 @dataclass(frozen=True)
-class Text:
+class WindowedText:
     """What all lengths read. bos: the token before a window, if any. segment: tokens at the end."""
 
     documents: list[Ids]
@@ -135,7 +135,7 @@ class Text:
     segment: int
 
 
-class Perplexity(CellEvaluation[PerplexityConfig, PerplexityResult, Reading, PerplexityValue]):
+class Perplexity(CellEvaluation[PerplexityConfig, PerplexityResult, WindowedReading, PerplexityValue]):
     name = "perplexity"
     Config = PerplexityConfig
     Result = PerplexityResult
@@ -145,7 +145,7 @@ class Perplexity(CellEvaluation[PerplexityConfig, PerplexityResult, Reading, Per
     def text(self, subject: Subject, config: PerplexityConfig) -> TokenStore | None:
         return subject.texts(config.texts)
 
-    def cells(self, subject: Subject, config: PerplexityConfig) -> Iterator[Reading]:
+    def cells(self, subject: Subject, config: PerplexityConfig) -> Iterator[WindowedReading]:
         lengths = lengths_past_training(subject, config.lengths)
         if lengths[0] < 8:
             raise Unmeasured(
@@ -164,7 +164,7 @@ class Perplexity(CellEvaluation[PerplexityConfig, PerplexityResult, Reading, Per
         chosen, documents = long_documents(
             store, within[-1] - head, wanted, config.max_documents, config.seed
         )
-        text = Text(
+        text = WindowedText(
             documents,
             [store.ids[i] for i in chosen],
             bos,
@@ -174,9 +174,9 @@ class Perplexity(CellEvaluation[PerplexityConfig, PerplexityResult, Reading, Per
         )
         for length in sorted(lengths, key=within.__contains__):
             reason = skipped.get(str(length))
-            yield Reading(name=str(length), length=length, reason=reason, tokens=length, text=text)
+            yield WindowedReading(name=str(length), length=length, reason=reason, tokens=length, text=text)
 
-    def measure(self, subject: Subject, config: PerplexityConfig, cell: Reading) -> PerplexityValue:
+    def measure(self, subject: Subject, config: PerplexityConfig, cell: WindowedReading) -> PerplexityValue:
         length, text = cell.tokens, cell.text
         scaling, trained = config.rope_parameters, subject.training_length
         with rescaled(subject.model, scaling, trained=trained, length=length):
@@ -194,7 +194,7 @@ class Perplexity(CellEvaluation[PerplexityConfig, PerplexityResult, Reading, Per
         )
 
     def gather(
-        self, subject: Subject, config: PerplexityConfig, measured: Measured[Reading, PerplexityValue]
+        self, subject: Subject, config: PerplexityConfig, measured: Measured[WindowedReading, PerplexityValue]
     ) -> PerplexityResult:
         text = measured.pairs[0][0].text
         endings = [value.ending for value in measured.values if value.ending is not None]
@@ -256,7 +256,7 @@ def windows(tokens: int, length: int, stride: int, bos: Bos, first_window: First
     return found
 
 
-def sliding_rows(text: Text, length: int, first_window: FirstWindow) -> list[Row]:
+def sliding_rows(text: WindowedText, length: int, first_window: FirstWindow) -> list[WindowRow]:
     """The rows of all windows of all documents."""
     rows = []
     for index, document in enumerate(text.documents):
@@ -264,15 +264,15 @@ def sliding_rows(text: Text, length: int, first_window: FirstWindow) -> list[Row
             ids = document[window.start : window.stop]
             if window.bos:
                 ids = np.concatenate([[text.bos], ids]).astype(np.int64)
-            rows.append(Row(ids, window.counted - window.start + window.bos, index))
+            rows.append(WindowRow(ids, window.counted - window.start + window.bos, index))
     return rows
 
 
-def segment_rows(text: Text, length: int) -> list[Row]:
+def segment_rows(text: WindowedText, length: int) -> list[WindowRow]:
     """The last tokens of each document after as much context as `length` leaves."""
     head = [] if text.bos is None else [text.bos]
     return [
-        Row(
+        WindowRow(
             np.concatenate([head, document[-(length - len(head)) :]]).astype(np.int64),
             length - text.segment,
             index,
@@ -282,7 +282,7 @@ def segment_rows(text: Text, length: int) -> list[Row]:
 
 
 def measured(
-    subject: Subject, documents: Sequence[Ids], rows: list[Row], config: PerplexityConfig
+    subject: Subject, documents: Sequence[Ids], rows: list[WindowRow], config: PerplexityConfig
 ) -> dict[str, Any] | None:
     """Losses, tokens and bytes of each document, and the figures made of them; None if a loss is not a number."""
     nats = np.zeros(len(documents))
@@ -308,10 +308,10 @@ def measured(
     return figures(nats, tokens, sizes, config.average) if np.isfinite(nats).all() else None
 
 
-def grouped(rows: Sequence[Row], batch_tokens: int) -> list[list[Row]]:
+def grouped(rows: Sequence[WindowRow], batch_tokens: int) -> list[list[WindowRow]]:
     """Neighbours of equal length, at most `batch_tokens` tokens a group (always one row)."""
-    groups: list[list[Row]] = []
-    by_length: dict[int, list[Row]] = {}
+    groups: list[list[WindowRow]] = []
+    by_length: dict[int, list[WindowRow]] = {}
     for row in rows:
         by_length.setdefault(len(row.ids), []).append(row)
     for length, same in by_length.items():

@@ -21,7 +21,7 @@ from clearhead.analysis.by_length import (
 )
 from clearhead.analysis.comparison import compare
 from clearhead.analysis.published import PERPLEXITY
-from clearhead.analysis.sections import Chart, Section, Table
+from clearhead.analysis.sections import Chart, Section, SectionTable
 from clearhead.analysis.statistics import Estimate, count, ratio
 from clearhead.evals.evaluation import EvaluationResult
 from clearhead.runs.results import RunResults
@@ -137,7 +137,7 @@ def perplexity_section(
     )
 
 
-def _drawn(values: Values[PerplexityResult]) -> tuple[list[Chart], list[Table]]:
+def _drawn(values: Values[PerplexityResult]) -> tuple[list[Chart], list[SectionTable]]:
     """By length, and the last segment where it was measured."""
     first, arms = first_values(values), list(values)
     trained = first.training_length

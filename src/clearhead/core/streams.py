@@ -110,7 +110,7 @@ def twin_widths(shape: HeadShape) -> Widths:
 
 
 @dataclass(frozen=True, slots=True)
-class Heads:
+class Streams:
     """Streams of one layer: ordinary grouped-query softmax problems over the same key-value heads.
 
     q: one (B, H, L, D) per stream; streams may have different numbers of heads, each a multiple of G.
@@ -136,7 +136,7 @@ class Heads:
         """The keys of each stream, the shared ones repeated."""
         return self.k * len(self.q) if self.shares_keys else self.k
 
-    def expanded(self) -> "Heads":
+    def expanded(self) -> "Streams":
         """The same with keys of full width and no table."""
         if self.table is None:
             return self
@@ -148,7 +148,7 @@ class Heads:
         """(B, G, S, K·D): the streams' keys side by side, the one layout a cache ever sees."""
         return self.k[0] if self.shares_keys else torch.cat(self.k, dim=-1)
 
-    def with_cached(self, keys: Tensor, values: Tensor) -> "Heads":
+    def with_cached(self, keys: Tensor, values: Tensor) -> "Streams":
         """These queries against keys (B, G, S, K·D) and values (B, G, S, E) that came back from a cache."""
         streams = (keys,) if self.shares_keys else keys.chunk(len(self.k), dim=-1)
         return replace(self, k=tuple(streams), v=values)
