@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench/lowerings.jsonl"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    raise SystemExit(not run_cases("attention", CASES, arguments.rounds, arguments.out))
+    raise SystemExit(not run_cases("attention", CASES, arguments.rounds, arguments.out)[0])
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def main() -> None:
     rounds, out = given.pop("rounds"), given.pop("out")
     torch.set_num_threads(given.pop("threads"))
     name = f"variants-{given['width']}x{given['layers']}-{given['context']}"
-    raise SystemExit(not run_cases("train", [TrainCase(name=name, peers=PEERS, **given)], rounds, out))
+    raise SystemExit(not run_cases("train", [TrainCase(name=name, peers=PEERS, **given)], rounds, out)[0])
 
 
 if __name__ == "__main__":

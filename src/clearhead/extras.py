@@ -32,6 +32,7 @@ VERBS = {
     "bench": "report",
     "look": "train",
     "generate": "hf",
+    "chat": "hf",
     "doctor": "hf",
     "convert": "hf",
 }

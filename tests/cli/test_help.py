@@ -50,3 +50,9 @@ def test_every_help_text_is_printed_as_written() -> None:
         text = "\n".join(lines_of(verb))
         for parameter in parameters:
             assert (parameter.help or "") in text, f"{verb} {parameter.name}: {parameter.help}"
+
+
+def test_the_shell_completes_verbs() -> None:
+    environment = {"_CLEARHEAD_COMPLETE": "complete_bash", "COMP_WORDS": "clearhead ev", "COMP_CWORD": "1"}
+    done = CliRunner().invoke(app, [], prog_name="clearhead", env=environment)
+    assert done.output.split() == ["evaluate"]

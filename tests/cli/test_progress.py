@@ -70,3 +70,19 @@ def test_plain_lines_are_said_once(rows: list[ProgressRow], capsys: pytest.Captu
         "B [x], seed 0: training, step 5/10, loss 2.500, 4,096 tokens/s, all training left 0:15",
         "A, seed 1: failed, why",
     ]
+
+
+def test_table_in_forty_columns(rows: list[ProgressRow]) -> None:
+    live = LiveTable()
+    live.live.console = console = Console(width=40, force_terminal=False)
+    with console.capture() as captured:
+        console.print(live.table(rows))
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    assert lines[0] == "1 of 4 done, left: 0:15"
+    assert [line.split() for line in lines[1:]] == [
+        ["A", "0", "100", "%", "done"],
+        ["B", "[x]", "0", "50", "%", "0:05"],
+        ["A", "1", "30", "%", "failed"],
+        ["B", "[x]", "1", "0", "%", "waiting"],
+    ]
+    assert max(map(len, lines)) <= 40

@@ -141,11 +141,11 @@ def test_an_untrained_job_says_so(run_dir: Path) -> None:
 
 
 def test_the_untrained_level_is_the_same_architecture_with_other_weights(run_dir: Path) -> None:
-    from clearhead.evals.runner import _Loader
+    from clearhead.evals.runner import JobLoader
     from clearhead.runs.recipe_io import load_job
 
     directory = run_dir / "arms/diff-v1/seed-0"
-    subject = _Loader(load_job(directory / "job.json"), directory).subject
+    subject = JobLoader(load_job(directory / "job.json"), directory).subject
     before = torch.random.get_rng_state()
     fresh = subject.untrained()
     assert torch.equal(before, torch.random.get_rng_state()), "measuring must not move the random numbers"

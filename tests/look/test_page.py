@@ -139,6 +139,16 @@ def test_what_is_wrong_is_one_sentence(change: dict[str, Any], said: str, tmp_pa
     assert not list(tmp_path.glob("look.*"))
 
 
+@pytest.mark.parametrize("change", [{"marks": ["cat"]}, {"layers": [7]}])
+def test_no_weights_are_loaded_for_what_the_text_and_configuration_refuse(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    model = small.saved(small.model("differential"), tmp_path / "v1")
+    (model / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"not in the text|layer 7 is not there"):
+        make_file([str(model)], small.TEXT, tmp_path / "look.html", **change)
+
+
 def test_places_in_the_text_are_those_of_javascript() -> None:
     text = "hi 😀 there 𝒳 <b>"
     view = make_view(small.model("softmax"), read_text(small.tokenizer(), text), name="", kind="")

@@ -73,10 +73,10 @@ def test_an_evaluation_is_held_to_the_text_of_the_training(corpus: Path, tmp_pat
     (tmp_path / "run").mkdir()
     place(task, prepare_rows(asked, tmp_path / "run", silent))
     (corpus / "0.txt").write_text("another text " * 300)
-    from clearhead.evals.runner import _Loader
+    from clearhead.evals.runner import JobLoader
 
     with pytest.raises(CorpusError, match=r"'0\.txt' differs"):
-        _ = _Loader(task.job, task.directory).subject
+        _ = JobLoader(task.job, task.directory).subject
 
 
 def test_a_job_of_an_older_run_is_held_to_what_its_run_says(corpus: Path, tmp_path: Path) -> None:

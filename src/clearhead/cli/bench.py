@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clearhead.cli.console import interruptible, say
+from clearhead.cli.console import AsJson, interruptible, print_json, say
 
 if TYPE_CHECKING:
     from clearhead.bench.cases import Case
@@ -53,6 +53,7 @@ def command(
         bool, typer.Option("--chart", help="Also draw what was measured, as .png and .svg beside OUT.")
     ] = False,
     list_cases: Annotated[bool, typer.Option("--list", help="Only list the cases.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure every way to compute an attention that can run here, interleaved in one process, against its twin.
 
@@ -70,12 +71,19 @@ def command(
         import torch
 
         torch.set_num_threads(threads)
-    if not run_cases(what.value, cases, rounds, out or Path("runs/bench") / f"{what.value}.jsonl", chart):
+    passed, measured = run_cases(
+        what.value, cases, rounds, out or Path("runs/bench") / f"{what.value}.jsonl", chart, quiet=as_json
+    )
+    if as_json:
+        print_json(measured)
+    if not passed:
         raise typer.Exit(1)
 
 
-def run_cases(verb: str, cases: "Sequence[Case]", rounds: int, out: Path, chart: bool = False) -> bool:
-    """Measure, print and record `cases`; whether all of them passed their gates."""
+def run_cases(
+    verb: str, cases: "Sequence[Case]", rounds: int, out: Path, chart: bool = False, *, quiet: bool = False
+) -> tuple[bool, list[dict[str, Any]]]:
+    """Measure, print and record `cases`: whether all of them passed their gates, and the records of those that did."""
     from rich.console import Console
 
     from clearhead.bench.chart import draw
@@ -87,7 +95,7 @@ def run_cases(verb: str, cases: "Sequence[Case]", rounds: int, out: Path, chart:
 
     check_writable(out.parent)
     check_target(out, chart=chart)
-    console = Console(highlight=False)
+    console = Console(highlight=False, stderr=quiet)
     if not console.is_terminal:
         console.width = FILE_WIDTH
     console.print(
@@ -112,7 +120,7 @@ def run_cases(verb: str, cases: "Sequence[Case]", rounds: int, out: Path, chart:
         say(f"results: {out}")
     if measured and chart:
         say(f"chart: {', '.join(str(path) for path in draw(measured, out))}")
-    return passed
+    return passed, measured
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from clearhead.cli.console import fail, interruptible, say
+from clearhead.cli.console import AsJson, fail, interruptible, say
 
 
 def command(
@@ -21,16 +21,19 @@ def command(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Set an earlier run there aside and begin again.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train every arm of RECIPE with every seed, evaluate them, write the report and print the results.
 
     Interrupted at any moment, the same command goes on where it was; what is finished is not run again.
     """
     with interruptible("interrupted: the same command goes on from the last checkpoints"):
-        compare(recipe, overrides or [], out, fresh=fresh)
+        compare(recipe, overrides or [], out, fresh=fresh, as_json=as_json)
 
 
-def compare(recipe: Path, overrides: list[str], out: Path | None, *, fresh: bool) -> None:
+def compare(
+    recipe: Path, overrides: list[str], out: Path | None, *, fresh: bool, as_json: bool = False
+) -> None:
     """The command without its interruption."""
     from clearhead.cli.progress import watcher
     from clearhead.cli.results import print_results
@@ -45,13 +48,26 @@ def compare(recipe: Path, overrides: list[str], out: Path | None, *, fresh: bool
     for row in outcome.rows:
         if row.status.note:
             say(f"{row.task.label}, seed {row.task.job.seed}: {row.status.note}")
+    _look(run_dir)
     from clearhead.report.build import build_report
 
     report = build_report(run_dir)
-    print_results(run_dir)
+    print_results(run_dir, report, as_json=as_json)
     say(f"report: {report}")
     if outcome.failed:
         worst = outcome.failed[0]
         count = f"{len(outcome.failed)} of {len(outcome.rows)} jobs failed"
         name = f"{worst.task.label}, seed {worst.task.job.seed}"
         fail(f"{count}; {name}: {worst.status.error}; its log: {worst.task.log}", code=1)
+
+
+def _look(run_dir: Path) -> None:
+    """The page that shows where each arm looks, which the report links to. A run has its results without it."""
+    from clearhead.look.run_page import is_current, make_run_page
+    from clearhead.runs.directory import RunError
+
+    try:
+        if not is_current(run_dir):
+            make_run_page(run_dir, say=say)
+    except (RunError, ValueError) as error:
+        say(f"no page of attention maps: {error}")

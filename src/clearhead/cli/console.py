@@ -1,12 +1,20 @@
 """What all verbs share: messages, exit codes, and the progress of jobs."""
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
 
 if TYPE_CHECKING:
     from clearhead.train.pool import ProgressRow
+
+
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Results as one JSON value on standard output, for programs.")
+]
 
 
 class Interrupted(Exception):
@@ -16,6 +24,13 @@ class Interrupted(Exception):
 def say(text: str) -> None:
     """A line for the person at the terminal, on standard error: standard output is for results."""
     print(text, file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """`value` on standard output; NaN and infinities, which are no JSON, as null."""
+    from clearhead.runs.files import plain
+
+    print(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False, default=str), flush=True)
 
 
 def fail(text: str, *, code: int) -> NoReturn:
@@ -31,13 +46,15 @@ def fail(text: str, *, code: int) -> NoReturn:
 def interruptible(message: str) -> Iterator[None]:
     """Turn Ctrl-C, SIGTERM and SIGHUP inside the block into `Interrupted(message)`, all stopped in order first.
 
+    The KeyboardInterrupt of a signal other than Ctrl-C has the signal's number as its argument.
+
     A SIGHUP that is ignored, as under nohup, stays so.
     """
     import signal
     from types import FrameType
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(number)
 
     earlier = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     for number, handler in earlier.items():

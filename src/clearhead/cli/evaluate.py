@@ -1,14 +1,18 @@
 """`clearhead evaluate`: run evaluations on the models of a run, on one of them, or on any causal language model."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clearhead.cli.console import interruptible, say
+from clearhead.cli.console import AsJson, interruptible, print_json, say
 
 if TYPE_CHECKING:
     from clearhead.cli.evaluation_plan import ExternalPlan, TrainedPlan
+
+Results = dict[str, dict[str, Any]]
+"""Job directory -> evaluation -> its record."""
 
 
 def _show_include_path(asked: bool) -> None:
@@ -78,6 +82,7 @@ def command(
             is_eager=True,
         ),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Evaluate what was trained; results that are there already are measured again only when their options changed."""
     from clearhead.cli.evaluation_plan import EvaluateArguments, ExternalPlan, plan_evaluation
@@ -90,25 +95,37 @@ def command(
 
     disable_progress_bar()
     with interruptible("interrupted; the same command goes on with what is not measured yet"):
-        if isinstance(plan, ExternalPlan):
-            _evaluate_external(plan)
-        else:
-            _evaluate_trained(plan)
+        found = _evaluate_external(plan) if isinstance(plan, ExternalPlan) else _evaluate_trained(plan)
+    if as_json:
+        print_json(found)
 
 
-def _evaluate_external(plan: "ExternalPlan") -> None:
+def _evaluate_external(plan: "ExternalPlan") -> Results:
     from clearhead.evals.runner import evaluate_external
 
     for name, why in plan.left_out.items():
         say(f"{name} is left out: {why}")
     evaluate_external(plan.spec, plan.directory, list(plan.options), options=plan.options, progress=say)
     say(f"results: {plan.directory}; clearhead report {plan.directory} draws them")
+    job = next(iter(plan.directory.glob("arms/*/seed-*")))
+    return {str(job): _records(job, list(plan.options))}
 
 
-def _evaluate_trained(plan: "TrainedPlan") -> None:
+def _evaluate_trained(plan: "TrainedPlan") -> Results:
     from clearhead.evals.runner import evaluate_job, parse_options
     from clearhead.runs.recipe_io import load_job
 
+    found = {}
     for job in plan.jobs:
         suites = plan.suites or load_job(job / "job.json").evaluate.suites
         evaluate_job(job, plan.suites or None, options=parse_options(plan.settings, suites), progress=say)
+        found[str(job)] = _records(job, plan.suites or suites)
+    return found
+
+
+def _records(job: Path, names: Sequence[str]) -> dict[str, Any]:
+    """What each evaluation of a job found, with its options; those that ran without a result are left out."""
+    from clearhead.runs.results import read_result
+
+    paths = {name: job / "results" / f"{name}.json" for name in names}
+    return {name: read_result(path) for name, path in paths.items() if path.exists()}

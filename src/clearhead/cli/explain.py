@@ -1,9 +1,12 @@
 """`clearhead explain`: what a model costs and how its attention is run, before anything is trained."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from clearhead.cli.console import AsJson, print_json
 
 if TYPE_CHECKING:
     import torch
@@ -11,6 +14,10 @@ if TYPE_CHECKING:
     from clearhead.core.dispatch import AttentionProblem
     from clearhead.models import ClearheadConfig
 
+Costs = Mapping[str, Mapping[str, int]]
+"""Model -> what it costs."""
+Plans = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]]
+"""Model -> attention of its layers -> situation -> backend -> plan."""
 # Backends outside the registry that people ask about.
 BESIDES = ("flash_attention_2",)
 
@@ -28,13 +35,12 @@ def command(
         str, typer.Option(help="cpu, cuda, ... A GPU that is not here by its capability: cuda:sm_90.")
     ] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    as_json: AsJson = False,
 ) -> None:
     """Print parameters, FLOPs and cache bytes per token, and how each engine would run the attention, or why not."""
     from dataclasses import replace
 
     import torch
-    from rich.console import Console
-    from rich.markup import escape
 
     from clearhead.core.capability import parse_device
 
@@ -47,20 +53,57 @@ def command(
         raise ValueError(f"--device {error}") from None
     models, length = _models(subject, overrides or [], arm)
     length = context or length
+    costs = {name: _costs(config, length, floats[dtype]) for name, config in models.items()}
+    plans = {
+        name: {
+            title: {
+                situation: _plans(replace(problem, capability=capability))
+                for situation, problem in _problems(config, layer, length, place, floats[dtype]).items()
+            }
+            for layer, title in _kinds(config).items()
+        }
+        for name, config in models.items()
+    }
+    kernel = _cpu_kernel() if place.type == "cpu" else None
+    if as_json:
+        print_json({"tokens": length, "dtype": dtype, "device": device, "cpu_kernel": kernel,
+                    "costs": costs, "attention": plans})  # fmt: skip
+        return
+    _print(costs, plans, f"{dtype} on {device}", length, kernel)
+
+
+def _print(costs: Costs, plans: Plans, where: str, length: int, kernel: str | None) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
     console = Console(highlight=False, soft_wrap=True)
-    console.print(_costs(models, length, floats[dtype]))
+    console.print(_cost_table(costs, length))
     console.print(
         '\n"<- auto" marks what models take by themselves: attn_implementation="clearhead", the default.'
     )
-    if place.type == "cpu":
-        console.print(f"The CPU kernel: {escape(_cpu_kernel())}.")
-    for name, config in models.items():
-        for layer, title in _kinds(config).items():
+    if kernel is not None:
+        console.print(f"The CPU kernel: {escape(kernel)}.")
+    for name, kinds in plans.items():
+        for title, situations in kinds.items():
             console.print(f"\n[bold]{escape(name)}[/bold]: {escape(title)}")
-            for situation, problem in _problems(config, layer, length, place, floats[dtype]).items():
-                console.print(f"  {situation}, {dtype} on {device}")
-                for line in _plans(replace(problem, capability=capability)):
-                    console.print(f"    {line}")
+            for situation, backends in situations.items():
+                console.print(f"  {situation}, {where}")
+                for backend, found in backends.items():
+                    console.print(f"    {backend:18} {_line(found)}")
+
+
+def _line(found: Mapping[str, Any]) -> str:
+    """One backend's plan, or its reason not to run; the one that models take by themselves is marked."""
+    from rich.markup import escape
+
+    if found["refused"] is not None:
+        return f"[dim]refused: {escape(found['refused'])}[/dim]"
+    text = str(found["plan"])
+    if found["auto"]:
+        return text + " [green]<- auto[/green]"
+    if found["passed_over"] is not None:
+        return text + f" [dim](not by itself: {escape(found['passed_over'])})[/dim]"
+    return text
 
 
 def _models(subject: Path, overrides: list[str], arm: str | None) -> "tuple[dict[str, ClearheadConfig], int]":
@@ -90,14 +133,22 @@ def _models(subject: Path, overrides: list[str], arm: str | None) -> "tuple[dict
     return {str(subject): config}, config.max_position_embeddings
 
 
-def _costs(models: "dict[str, ClearheadConfig]", length: int, dtype: object) -> object:
-    import torch
+def _costs(config: "ClearheadConfig", length: int, dtype: "torch.dtype") -> dict[str, int]:
+    """Parameters, FLOPs of a token's forward pass and bytes of the cache, at `length` tokens."""
+    from clearhead.models.cost import forward_flops_per_token, kv_bytes, kv_bytes_per_token, parameters
+
+    return {
+        "parameters": parameters(config),
+        "forward_flops_per_token": forward_flops_per_token(config, length),
+        "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
+        "kv_bytes": kv_bytes(config, length, dtype),
+    }
+
+
+def _cost_table(costs: Costs, length: int) -> object:
     from rich.markup import escape
     from rich.table import Table
 
-    from clearhead.models.cost import forward_flops_per_token, kv_bytes, kv_bytes_per_token, parameters
-
-    assert isinstance(dtype, torch.dtype)
     table = Table()
     table.add_column("model")
     for column in (
@@ -108,17 +159,10 @@ def _costs(models: "dict[str, ClearheadConfig]", length: int, dtype: object) -> 
         f"KV-cache bytes ({length} tokens)",
     ):
         table.add_column(column, justify="right")
-    counts = {name: parameters(config) for name, config in models.items()}
-    first = next(iter(counts.values()))
-    for name, config in models.items():
-        table.add_row(
-            escape(name),
-            f"{counts[name]:,}",
-            f"{counts[name] - first:+,}",
-            f"{forward_flops_per_token(config, length):,}",
-            f"{kv_bytes_per_token(config, dtype):,}",
-            f"{kv_bytes(config, length, dtype):,}",
-        )
+    first = next(iter(costs.values()))["parameters"]
+    for name, found in costs.items():
+        count, *others = found.values()
+        table.add_row(escape(name), f"{count:,}", f"{count - first:+,}", *(f"{other:,}" for other in others))
     return table
 
 
@@ -188,26 +232,22 @@ def _cpu_kernel() -> str:
     return f"instruction set {library.load().isa()}" if reason is None else reason.removesuffix(".")
 
 
-def _plans(problem: "AttentionProblem") -> list[str]:
-    """One line a backend: how it would run the problem, or its reason not to; the one `auto` takes is marked."""
-    from rich.markup import escape
-
+def _plans(problem: "AttentionProblem") -> dict[str, dict[str, Any]]:
+    """Backend -> how it would run the problem, or its reason not to; whether `auto` takes it, or why not."""
     from clearhead.core.dispatch import load_backend, plan
     from clearhead.registry import names
 
     automatic = plan(problem)
     passed_over = dict(automatic.refusals)
-    lines = []
+    found: dict[str, dict[str, Any]] = {}
     for name in (*names("kernels"), *names("engines"), *BESIDES):
         backend = load_backend(name)
         reason = backend.reason_against(problem)
-        if reason is not None:
-            text = f"[dim]refused: {escape(reason)}[/dim]"
-        else:
-            text = str(plan(problem, name)).partition(": ")[2]
-            if backend is automatic.backend:
-                text += " [green]<- auto[/green]"
-            elif name in passed_over:
-                text += f" [dim](not by itself: {escape(passed_over[name])})[/dim]"
-        lines.append(f"{name:18} {text}")
-    return lines
+        auto = reason is None and backend is automatic.backend
+        found[name] = {
+            "plan": None if reason is not None else str(plan(problem, name)).partition(": ")[2],
+            "refused": reason,
+            "auto": auto,
+            "passed_over": None if auto or reason is not None else passed_over.get(name),
+        }
+    return found

@@ -12,13 +12,17 @@ def command(
     model: Annotated[
         str,
         typer.Argument(
-            help="A job of a run, a directory with a Hugging Face model, a GGUF file, or a hub id.",
+            help="A run or a job of it, a directory with a Hugging Face model, a GGUF file, or a hub id.",
             show_default=False,
         ),
     ],
     text: Annotated[
-        str, typer.Option(help="The text, or the path of a file that holds it.", show_default=False)
-    ],
+        str | None,
+        typer.Option(
+            help="The text, or the path of a file that holds it.",
+            show_default="for a run, a document of its needle evaluation",
+        ),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(help="A second model, beside the first on the same text.", show_default="none"),
@@ -43,22 +47,41 @@ def command(
             min=1, help="Only the last so many tokens can be chosen.", show_default="as many as fit"
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The page, or a picture: .html, .pdf, .png or .svg.")] = Path(
-        "look.html"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The page, or a picture: .html, .pdf, .png or .svg.", show_default="look.html"),
+    ] = None,
 ) -> None:
-    """Draw where each head looks: both softmax maps and their difference, on any text, in one file."""
-    from clearhead.look.making import make_file
+    """Draw where each head looks: both softmax maps and their difference, on any text, in one file.
 
-    made = make_file(
-        [model, *([against] if against else [])],
-        text,
-        out,
-        marks=mark or [],
-        layers=layer or None,
-        heads=head or None,
-        last=last,
-        say=say,
-    )
+    `clearhead look RUN` alone draws all arms of a run beside each other, on a document with a hidden fact.
+    """
+    if text is None:
+        made = _run_page(model, out, {"--against": against, "--mark": mark, "--layer": layer, "--head": head})
+    else:
+        from clearhead.look.making import make_file
+
+        made = make_file(
+            [model, *([against] if against else [])],
+            text,
+            out or Path("look.html"),
+            marks=mark or [],
+            layers=layer or None,
+            heads=head or None,
+            last=last,
+            say=say,
+        )
     size = made.stat().st_size
     say(f"{made}: {size / 1e6:.1f} MB" if size >= 1e6 else f"{made}: {size / 1e3:.0f} kB")
+
+
+def _run_page(run: str, out: Path | None, options: dict[str, object]) -> Path:
+    given = [name for name, value in options.items() if value]
+    if given or not (Path(run) / "recipe.toml").exists():
+        what = f"{given[0]} needs" if given else f"{run!r} is not a run, so it needs"
+        raise ValueError(f"{what} a text to look at: --text FILE or --text 'some words'")
+    if out is not None and out.suffix != ".html":
+        raise ValueError(f"--out {str(out)!r} must end with .html for the page of a run")
+    from clearhead.look.run_page import make_run_page
+
+    return make_run_page(Path(run), out=out, say=say)

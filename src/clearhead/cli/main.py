@@ -9,6 +9,7 @@ import typer
 from clearhead.cli import (
     bench,
     card,
+    chat,
     compare,
     convert,
     doctor,
@@ -26,10 +27,9 @@ app = typer.Typer(
     help="Train attention twins on real text and see which one attends better.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (compare, train, evaluate, report, look, generate, explain, bench, convert, card, doctor):
+for verb in (compare, train, evaluate, report, look, generate, explain, bench, convert, card, chat, doctor):
     app.command(verb.__name__.rpartition(".")[2])(verb.command)
 
 

@@ -13,6 +13,8 @@ from clearhead.train.pool import ProgressRow, Watcher
 
 # Seconds between two plain lines about one running job.
 LINE_SECONDS = 30.0
+# Columns that the whole table takes; a narrower terminal gets less of it.
+WIDE = 72
 STYLES = {"training": "cyan", "evaluating": "cyan", "done": "green", "failed": "red", "waiting": "dim"}
 
 
@@ -53,6 +55,8 @@ class LiveTable(Watcher):
             f"training left: {duration(left)}",
             title_justify="left",
         )
+        if self.live.console.width < WIDE:
+            return self._narrow(table, rows)
         for column in ("arm", "seed"):
             table.add_column(column)
         for column in ("step", "loss", "tokens/s", "left"):
@@ -70,6 +74,23 @@ class LiveTable(Watcher):
                 duration(status.seconds_left) if word == "training" else "–",
                 f"[{STYLES[word]}]{word}",
             )
+        return table
+
+    def _narrow(self, table: Table, rows: Sequence[ProgressRow]) -> Table:
+        """The table where a line has 40 characters: arm and seed, share done, time left or the state."""
+        table.title = f"{sum(row.status.state == 'evaluated' for row in rows)} of {len(rows)} done"
+        table.title += f", left: {duration(seconds_left(rows))}"
+        table.box = None
+        table.show_header = False
+        table.add_column("arm", no_wrap=True, overflow="ellipsis", ratio=1)
+        table.add_column("done", justify="right", no_wrap=True)
+        table.add_column("state", justify="right", no_wrap=True)
+        table.expand = True
+        for row in self._visible(rows):
+            status, word = row.status, phase(row)
+            share = f"{100 * status.step // max(1, status.steps)} %"
+            last = duration(status.seconds_left) if word == "training" else word
+            table.add_row(escape(f"{row.task.label} {row.task.job.seed}"), share, f"[{STYLES[word]}]{last}")
         return table
 
     def _visible(self, rows: Sequence[ProgressRow]) -> Sequence[ProgressRow]:

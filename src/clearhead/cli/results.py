@@ -2,11 +2,18 @@
 
 from pathlib import Path
 
+from clearhead.cli.console import print_json
 from clearhead.runs.files import read_object
 
 
-def print_results(run_dir: Path) -> None:
-    """Print what the report of `run_dir` wrote to `summary.json`, on standard output."""
+def print_results(run_dir: Path, report: Path, *, as_json: bool = False) -> None:
+    """Print what the report of `run_dir` wrote to `summary.json`, on standard output.
+
+    as_json: as it stands there, with the path of the report.
+    """
+    if as_json:
+        print_json({**read_object(run_dir / "summary.json"), "report": str(report)})
+        return
     from rich import box
     from rich.console import Console
     from rich.markup import escape

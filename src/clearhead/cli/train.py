@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from clearhead.cli.console import interruptible, say
+from clearhead.cli.console import AsJson, interruptible, print_json, say
 
 
 def command(
@@ -24,6 +24,7 @@ def command(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Set an earlier run there aside and begin again.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train one arm of RECIPE. On several devices: torchrun --nproc-per-node 2 -m clearhead train RECIPE ...
 
@@ -46,3 +47,17 @@ def command(
         )
     if int(os.environ.get("RANK", "0")) == 0:
         say(f"model: {job_dir / 'model'}")
+        if as_json:
+            from dataclasses import asdict
+
+            from clearhead.runs.files import read_object
+            from clearhead.runs.status import read_status
+
+            status = asdict(read_status(job_dir))
+            print_json(
+                {
+                    "model": str(job_dir / "model"),
+                    "status": status,
+                    "cost": read_object(job_dir / "cost.json"),
+                }
+            )

@@ -60,7 +60,7 @@ def evaluate_job(
         raise FileNotFoundError(f"{job_dir} has no trained model yet; train it before evaluating it")
     chosen = list(suites or job.evaluate.suites)
     given = {name: {**job.evaluate.options(name), **(options or {}).get(name, {})} for name in chosen}
-    return run_suites(_Loader(job, job_dir), job_dir, given, job.arm, job.seed, progress)
+    return run_suites(JobLoader(job, job_dir), job_dir, given, job.arm, job.seed, progress)
 
 
 def evaluate_external(
@@ -218,7 +218,7 @@ def _is_done(target: Path, options: dict[str, Any], sets: Mapping[str, str]) -> 
     return record.get("config") == options and record.get("sets", sets) == sets
 
 
-class _Loader:
+class JobLoader:
     """Loads model and data when the first evaluation needs them: a finished job costs nothing."""
 
     def __init__(self, job: Job, job_dir: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from clearhead.look.figure import draw
-from clearhead.look.opening import find_marks, kind_of, open_model, opens_with_bos, read_text
+from clearhead.look.opening import check_layers, find_marks, kind_of, open_source, opens_with_bos, read_text
 from clearhead.look.page import page
 from clearhead.look.view import BYTES, make_view
 from clearhead.runs.files import write_text
@@ -28,8 +28,9 @@ def make_file(
 ) -> Path:
     """Write `out` and return it: a page with all of it, or a picture of what the last token takes.
 
-    text: itself, or a file's path. Raises ValueError, before a model is loaded, for an ending of `out` that is none of
-    a page or picture, a directory that is not there and a file that is not UTF-8.
+    text: itself, or a file's path. Raises ValueError, before any weights are loaded, for an ending of `out` that is
+    none of a page or picture, a directory that is not there, a file that is not UTF-8, a mark that is not in the text
+    and a layer that a model does not have.
     """
     if out.suffix not in (".html", *PICTURES):
         raise ValueError(
@@ -38,10 +39,15 @@ def make_file(
     if not out.absolute().parent.is_dir():
         raise ValueError(f"--out {str(out)!r}: there is no directory {str(out.absolute().parent)!r}")
     written = _written(text)
-    views = []
+    opened = []
     for source in models:
-        model, tokenizer, name = open_model(source)
-        read = read_text(tokenizer, written, opens_with_bos(model))
+        loader, name = open_source(source)
+        check_layers(loader.config, layers)
+        read = read_text(loader.tokenizer, written, opens_with_bos(loader.config))
+        opened.append((loader, name, read, find_marks(read, list(marks))))
+    views = []
+    for loader, name, read, found in opened:
+        model = loader.subject.model
         say(f"{name}: reading {len(read.ids):,} tokens")
         views.append(
             make_view(
@@ -49,7 +55,7 @@ def make_file(
                 read,
                 name=name,
                 kind=kind_of(model),
-                marks=find_marks(read, list(marks)),
+                marks=found,
                 layers=layers,
                 heads=heads,
                 # A picture is of the last token's row alone, and leaves nothing of it out.
@@ -59,6 +65,7 @@ def make_file(
             )
         )
         del model
+        vars(loader).pop("subject")  # The next model needs the memory.
     if out.suffix == ".html":
         write_text(out, page(views))
     else:

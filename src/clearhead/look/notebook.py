@@ -64,7 +64,7 @@ def show(
             raise ValueError(f"a loaded {type(one).__name__} needs tokenizer=, which reads the text for it")
         else:
             loaded, own, name = one, tokenizer, type(one).__name__
-        read = read_text(own, text, opens_with_bos(loaded))
+        read = read_text(own, text, opens_with_bos(loaded.config))
         views.append(
             make_view(
                 loaded,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clearhead.evals.subjects.external import ExternalLoader, ExternalSpec, is_external
-from clearhead.look.view import Mark, TokenText, depth_of, heads_of
+from clearhead.look.view import Mark, TokenText, check_known, depth_of, heads_of
 from clearhead.runs.directory import RunError
 from clearhead.train.single import find_jobs
 
@@ -14,12 +15,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
-def open_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, str]:
-    """Model, tokenizer and a name to show.
+def open_source(source: str) -> tuple[ExternalLoader, str]:
+    """What loads a source's configuration, tokenizer and model when they are asked for, and a name to show.
 
     A source is what `clearhead evaluate` takes: a job or its model in a run directory, a directory with a Hugging Face
-    model, a GGUF file or a hub id. Raises RunError for a run with several models, which it names, and ValueError for
-    what cannot be loaded.
+    model, a GGUF file or a hub id. Raises RunError for a run with several models, which it names; the loader raises
+    ValueError for what cannot be loaded.
     """
     folder, name = source, ""
     if not is_external(source):
@@ -29,9 +30,20 @@ def open_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, s
             raise RunError(f"{source!r} has {len(jobs)} trained models; name one of them: {shown}")
         folder, name = str(jobs[0] / "model"), f"{jobs[0].parent.name}, {jobs[0].name.replace('-', ' ')}"
     loader = ExternalLoader(ExternalSpec(folder))
+    return loader, name or loader.spec.name
+
+
+def open_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, str]:
+    """Model, tokenizer and a name to show; raises what `open_source` and its loader raise."""
+    loader, name = open_source(source)
     subject = loader.subject
     tokenizer: Any = subject.tokenizer
-    return subject.model, tokenizer, name or loader.spec.name
+    return subject.model, tokenizer, name
+
+
+def check_layers(config: Any, layers: Sequence[int] | None) -> None:
+    """Raise ValueError for a layer that a model of this configuration does not have."""
+    check_known("layer", layers, int(config.get_text_config().num_hidden_layers))
 
 
 def kind_of(model: PreTrainedModel) -> str:
@@ -44,9 +56,9 @@ def kind_of(model: PreTrainedModel) -> str:
     return f"{attention}, {depth_of(model)} layers of {heads_of(model)} heads"
 
 
-def opens_with_bos(model: PreTrainedModel) -> bool:
+def opens_with_bos(config: Any) -> bool:
     """Whether every text that the model was trained on began with the first token, which its tokenizer does not add."""
-    return bool(model.config.model_type == "clearhead")
+    return bool(config.model_type == "clearhead")
 
 
 def read_text(tokenizer: Any, text: str, with_bos: bool = True) -> TokenText:

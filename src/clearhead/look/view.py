@@ -174,7 +174,7 @@ class _Keeper:
     def prepare(self, model: PreTrainedModel) -> None:
         """Choose how many rows and keys there is room for."""
         depth, width = depth_of(model), heads_of(model)
-        _known("layer", self.wanted, depth)
+        check_known("layer", self.wanted, depth)
         shown = len(self.wanted if self.wanted is not None else range(depth)) * (
             len(self.heads) if self.heads is not None else width
         )
@@ -190,7 +190,7 @@ class _Keeper:
         if self.wanted is not None and rows.layer not in self.wanted:
             return
         there = rows.streams[0].shape[0]
-        _known("head", self.heads, there)
+        check_known("head", self.heads, there)
         pick = list(range(there)) if self.heads is None else self.heads
         self.shown[rows.layer] = pick
         streams = [stream[pick].float() for stream in rows.streams]
@@ -267,7 +267,7 @@ def _steps(values: torch.Tensor) -> NDArray[np.uint16]:
     return (values.double().clamp(0, 1) * STEPS).round().numpy().astype(np.uint16)
 
 
-def _known(what: str, asked: Sequence[int] | None, there: int) -> None:
+def check_known(what: str, asked: Sequence[int] | None, there: int) -> None:
     for one in asked or ():
         if not 0 <= one < there:
             raise ValueError(f"{what} {one} is not there: the model has {what}s 0 to {there - 1}")

@@ -17,6 +17,7 @@ from clearhead.registry import names, resolve
 from clearhead.report.charts import render
 from clearhead.report.palette import all_inks, arm_inks
 from clearhead.report.training import cost, diagnostics, lambdas, learning_curves
+from clearhead.runs.directory import LOOK_PAGE
 from clearhead.runs.files import write_json, write_text
 from clearhead.runs.results import RunResults, load_run
 
@@ -62,6 +63,7 @@ def build_report(run_dir: str | Path) -> Path:
         recipe=(root / "recipe.toml").read_text(encoding="utf-8"),
         environment=dict(_flat(run.env)),
         missing=MISSING,
+        look=LOOK_PAGE if (root / LOOK_PAGE).exists() else None,
     )
     target = root / "report.html"
     write_text(target, page)
