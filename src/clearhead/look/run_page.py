@@ -42,6 +42,9 @@ def make_run_page(
     The document ends before the answer, so that its last token is the one that looks for it. Raises RunError for what
     is no run with a trained model, and ValueError for a run whose rows are too short for a needle.
     """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     jobs: dict[str, Path] = {}
     for found in find_jobs(run):
         jobs.setdefault(found.parent.name, found)
@@ -63,7 +66,7 @@ def make_run_page(
             )
         )
     target = out or run / LOOK_PAGE
-    write_text(target, page(views))
+    write_text(target, page(views, f"the arms of {run.resolve().name}"))
     return target
 
 
