@@ -173,7 +173,7 @@ def test_how_far_it_is_is_said_now_and_then(gpt2: Any, monkeypatch: pytest.Monke
     assert not said
     monkeypatch.setattr(loop, "SILENCE", 0.0)
     Lengths().run(subject, LengthsConfig(), said.append)
-    assert said[1] == "lengths: 1 of 3 parts, next 16 tokens"
+    assert said[1] == "lengths: 1 of 2 parts, next 16 tokens"
 
 
 def run_with(values: dict[str, Any]) -> RunResults:

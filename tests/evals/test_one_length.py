@@ -105,7 +105,7 @@ def test_a_question_is_settled_for_its_own_length(tmp_path: Path, monkeypatch: p
             seen.append(({len(prompt) for prompt in prompts}, length))
             super().__init__(model, prompts, *given, length=length, **more)
 
-    monkeypatch.setattr(in_context, "Reader", Recording)
+    monkeypatch.setattr(in_context, "LogitReader", Recording)
     config = ManyShotConfig(sets=[str(source)], shots=[2], items=8, draws=1, length=200)
     ManyShot().run(tiny.subject(MAKERS["dynamic"]()), config)
     assert len(seen) > 1 and all(len(lengths) == 1 for lengths, _ in seen)
