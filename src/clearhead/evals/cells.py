@@ -222,12 +222,14 @@ class CellLoop(Evaluation[C, R], Generic[C, R, K, M]):
             nullcontext() if log.path is None else watched(subject.model) as watch,
             closing(self.ask(subject, config, asked)) as rows,
         ):
-            pace.tell(asked.samples[0][0], 0)
-            for count, row in enumerate(rows, start=1):
+            wanted, done = {key for _, key in asked.samples}, 0
+            pace.tell(asked.samples[0][0], done)
+            for row in rows:
                 # Kept on disk, it would hide from the next process that the logits were no numbers.
                 log.add(row, lasting=watch is None or watch.reason is None or self.tells_overflow)
-                if count < len(asked.samples):
-                    pace.tell(asked.samples[count][0], count)
+                done += log.key(row) in wanted
+                if done < len(wanted):
+                    pace.tell(asked.samples[done][0], done)
 
     def _log(self, subject: Subject, config: C, cells: Sequence[K]) -> SampleLog:
         """What an interrupted run with the same options, weights and data has finished."""
