@@ -126,7 +126,7 @@ class CellLoop(Evaluation[C, R], Generic[C, R, K, M]):
 
     @abstractmethod
     def ask(self, subject: Subject, config: C, asked: Asked[K]) -> Generator[Row, None, None]:
-        """The rows of samples, in any order; each is kept as soon as it is given.
+        """The rows of samples, in any order, and others that are kept beside them; each is kept as soon as it is given.
 
         Raises ValueError with the reason why the cells that are not finished by then cannot be.
         """
@@ -147,7 +147,9 @@ class CellLoop(Evaluation[C, R], Generic[C, R, K, M]):
         """The name of the file of rows, without its ending."""
         return self.name
 
-    def together(self, config: C, samples: Sequence[tuple[K, Key]]) -> Iterable[Sequence[tuple[K, Key]]]:
+    def together(
+        self, subject: Subject, config: C, samples: Sequence[tuple[K, Key]]
+    ) -> Iterable[Sequence[tuple[K, Key]]]:
         """The samples that are still to be answered, in the order of their cells, as they are asked together."""
         return grouped(samples, lambda cell, key: cell.name).values()
 
@@ -201,7 +203,7 @@ class CellLoop(Evaluation[C, R], Generic[C, R, K, M]):
         keys = {cell.name: list(self.samples(config, cell)) for cell in cells}
         left = [(cell, key) for cell in cells for key in keys[cell.name] if not log.has(key)]
         pace = Pace(self.name, sum(map(len, keys.values())), len(left), progress)
-        for group in self.together(config, left):
+        for group in self.together(subject, config, left):
             for span in batches(len(group), self.at_once or len(group)):
                 asked = Asked([group[i] for i in span if group[i][0].name not in reasons], reasons)
                 try:
@@ -225,6 +227,8 @@ class CellLoop(Evaluation[C, R], Generic[C, R, K, M]):
             wanted, done = {key for _, key in asked.samples}, 0
             pace.tell(asked.samples[0][0], done)
             for row in rows:
+                if log.has(log.key(row)):
+                    continue
                 # Kept on disk, it would hide from the next process that the logits were no numbers.
                 log.add(row, lasting=watch is None or watch.reason is None or self.tells_overflow)
                 done += log.key(row) in wanted

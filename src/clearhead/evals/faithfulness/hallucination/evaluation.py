@@ -187,7 +187,7 @@ class Hallucination(SampleEvaluation[HallucinationConfig, HallucinationResult, A
         return [(cell.part.name, cell.item.index)]
 
     def together(
-        self, config: HallucinationConfig, samples: Sequence[tuple[AskedItem, Key]]
+        self, subject: Subject, config: HallucinationConfig, samples: Sequence[tuple[AskedItem, Key]]
     ) -> Iterable[Sequence[tuple[AskedItem, Key]]]:
         return grouped(samples, lambda cell, key: cell.part.name).values()
 

@@ -166,7 +166,10 @@ class KnowledgeConflicts(SampleEvaluation[KnowledgeConflictsConfig, ConflictsRes
         return [(cell.conflict.index,)]
 
     def together(
-        self, config: KnowledgeConflictsConfig, samples: Sequence[tuple[ConflictQuestion, Key]]
+        self,
+        subject: Subject,
+        config: KnowledgeConflictsConfig,
+        samples: Sequence[tuple[ConflictQuestion, Key]],
     ) -> list[Sequence[tuple[ConflictQuestion, Key]]]:
         return [samples]
 

@@ -196,7 +196,7 @@ class MultiNeedle(SampleEvaluation[MultiNeedleConfig, MultiNeedleResult, Needles
         return [cell.place.key(index) for index in range(config.samples)]
 
     def together(
-        self, config: MultiNeedleConfig, samples: Sequence[tuple[NeedlesInText, Key]]
+        self, subject: Subject, config: MultiNeedleConfig, samples: Sequence[tuple[NeedlesInText, Key]]
     ) -> Iterable[Sequence[tuple[NeedlesInText, Key]]]:
         return grouped(samples, lambda cell, key: (cell.place.length, cell.new)).values()
 
