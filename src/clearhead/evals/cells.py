@@ -321,6 +321,9 @@ class LengthEvaluation(CellEvaluation[C, R, TextLength, R]):
     # There is no second cell to go on with.
     resumed = False
 
+    def value(self, cell: TextLength, rows: list[Row]) -> R:
+        return self.Result.model_validate(rows[0]["value"])
+
     @abstractmethod
     def length(self, subject: Subject, config: C) -> int:
         """Tokens of a text. Raises Unmeasured as `cells`."""

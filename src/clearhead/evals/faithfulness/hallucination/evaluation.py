@@ -114,7 +114,7 @@ class HallucinationConfig(EvaluationConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asking:
+class JudgedSets:
     """What all items share."""
 
     judge: Judge[Any]
@@ -131,7 +131,7 @@ class AskedItem(Cell):
     item: Item
     text: str
     ids: Ids
-    asking: Asking
+    asking: JudgedSets
 
 
 class Hallucination(SampleEvaluation[HallucinationConfig, HallucinationResult, AskedItem]):
@@ -157,7 +157,9 @@ class Hallucination(SampleEvaluation[HallucinationConfig, HallucinationResult, A
         if not sets:
             return
         tokenizer = fast_tokenizer(subject)
-        asking = Asking(judge=judge, sets=sets, tokenizer=tokenizer, form=asked_in(tokenizer, config.form))
+        asking = JudgedSets(
+            judge=judge, sets=sets, tokenizer=tokenizer, form=asked_in(tokenizer, config.form)
+        )
         for part in sets:
             for item in part.items:
                 text = prompt_of(tokenizer, asking.form, part.task, item)
