@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,16 @@ from pydantic import Field
 from clearhead.data.store import TokenStore
 from clearhead.evals import cells as loop
 from clearhead.evals.asking.records import RecordError
-from clearhead.evals.cells import Cell, CellEvaluation, Measured, fingerprint
+from clearhead.evals.asking.sample_log import Key, Row
+from clearhead.evals.cells import (
+    Asked,
+    Cell,
+    CellEvaluation,
+    LeftOut,
+    Measured,
+    SampleEvaluation,
+    fingerprint,
+)
 from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult, Section, Skipped
 from clearhead.evals.reasons import Unmeasured
 from clearhead.evals.runner import measured as run_of
@@ -173,7 +182,157 @@ def test_how_far_it_is_is_said_now_and_then(gpt2: Any, monkeypatch: pytest.Monke
     assert not said
     monkeypatch.setattr(loop, "SILENCE", 0.0)
     Lengths().run(subject, LengthsConfig(), said.append)
-    assert said[1] == "lengths: 1 of 3 parts, next 16 tokens"
+    assert said[1] == "lengths: 1 of 2 parts, next 16 tokens"
+
+
+class Answer(EvaluationResult):
+    cell: str
+    right: list[int]
+
+
+class QuizConfig(EvaluationConfig):
+    lengths: list[int] = Field(default=[8, 16, 64])
+    samples: int = 3
+
+
+class QuizResult(EvaluationResult):
+    cells: list[Answer]
+    skipped_cells: dict[str, str]
+    rows: int
+
+
+class Quiz(SampleEvaluation[QuizConfig, QuizResult, Cell]):
+    """Samples of all lengths answered together, two at a time; `act` is told each and may say why its cell has none."""
+
+    name, Config, Result, keys, at_once = "quiz", QuizConfig, QuizResult, ("cell", "index"), 2
+
+    def __init__(self, act: Callable[[str, int], str | None] = lambda cell, index: None) -> None:
+        self.act = act
+        self.asked: list[list[tuple[str, int]]] = []
+
+    def cells(self, subject: Subject, config: QuizConfig) -> list[Cell | LeftOut]:
+        made = [Cell(name=f"{length} tokens", length=length) for length in config.lengths]
+        return [made[0], LeftOut("no tokens", "there is nothing to read"), *made[1:]]
+
+    def about(self, subject: Subject, config: QuizConfig, cells: Sequence[Cell]) -> dict[str, Any]:
+        return {"config": config.model_dump(mode="json")}
+
+    def samples(self, config: QuizConfig, cell: Cell) -> list[Key]:
+        return [(cell.name, index) for index in range(config.samples)]
+
+    def together(self, subject: Subject, config: QuizConfig, samples: Any) -> Any:
+        return [samples]
+
+    def ask(self, subject: Subject, config: QuizConfig, asked: Asked[Cell]) -> Generator[Row, None, None]:
+        self.asked.append([(str(name), int(index)) for _, (name, index) in asked.samples])
+        for cell, (name, index) in reversed(asked.samples):
+            if reason := self.act(name, index):
+                asked.leave_out(cell, reason)
+                continue
+            subject.model(input_ids=torch.zeros(1, 8, dtype=torch.long))
+            yield {"cell": name, "index": index, "right": index}
+
+    def gather(self, subject: Subject, config: QuizConfig, measured: Measured[Cell, list[Row]]) -> QuizResult:
+        cells = [
+            Answer(cell=cell.name, right=[row["right"] for row in rows]) for cell, rows in measured.pairs
+        ]
+        return QuizResult(cells=cells, skipped_cells=measured.skipped, rows=len(measured.rows))
+
+    def section(self, run: RunResults) -> Section:
+        return Section(self.name, "", "", str(self.results(run)))
+
+
+WHOLE: dict[str, Any] = {
+    "cells": [{"cell": "8 tokens", "right": [0, 1, 2]}, {"cell": "16 tokens", "right": [0, 1, 2]}],
+    "skipped_cells": {
+        "no tokens": "there is nothing to read",
+        "64 tokens": "64 tokens is more than the model takes (max_position_embeddings = 32)",
+    },
+    "rows": 6,
+}
+
+
+def at(cell: str, index: int, act: BaseException | str) -> Callable[[str, int], str | None]:
+    def found(name: str, number: int) -> str | None:
+        if (name, number) != (cell, index):
+            return None
+        if isinstance(act, BaseException):
+            raise act
+        return act
+
+    return found
+
+
+def test_samples_of_several_cells_are_answered_together_and_come_back_in_their_order(gpt2: Any) -> None:
+    quiz = Quiz()
+    assert quiz.run(tiny.subject(gpt2), QuizConfig()) == WHOLE
+    assert list(WHOLE["skipped_cells"]) == ["no tokens", "64 tokens"]
+    assert [len(part) for part in quiz.asked] == [2, 2, 2]
+    assert quiz.asked[1] == [("8 tokens", 2), ("16 tokens", 0)]
+
+
+def test_a_cell_that_is_left_out_midway_stops_no_other(gpt2: Any) -> None:
+    quiz = Quiz(at("16 tokens", 0, "nothing fits"))
+    values = quiz.run(tiny.subject(gpt2), QuizConfig(lengths=[8, 16]))
+    assert [cell["cell"] for cell in values["cells"]] == ["8 tokens"]
+    assert values["skipped_cells"]["16 tokens"] == "nothing fits"
+    assert quiz.asked[-1] == [("8 tokens", 2), ("16 tokens", 0)], "its other samples are not asked"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room\nfor it"), ValueError("no room")])
+def test_an_error_leaves_out_what_is_not_finished(gpt2: Any, error: Exception) -> None:
+    """Of 16 tokens two samples of three were answered before the error."""
+    quiz = Quiz(at("16 tokens", 1, error))
+    values = quiz.run(tiny.subject(gpt2), QuizConfig(lengths=[8, 16]))
+    assert values["cells"] == WHOLE["cells"][:1] and values["skipped_cells"]["16 tokens"] == "no room"
+    assert values["rows"] == 5, "what was answered of it may be shown"
+    with pytest.raises(RecordError):
+        Quiz(at("8 tokens", 0, RecordError("there is no file"))).run(tiny.subject(gpt2), QuizConfig())
+
+
+@pytest.mark.parametrize("place", [("8 tokens", 0), ("8 tokens", 2), ("16 tokens", 2)])
+def test_an_interrupted_evaluation_goes_on_with_the_next_sample(
+    gpt2: Any, tmp_path: Path, place: tuple[str, int]
+) -> None:
+    subject, quiz = tiny.subject(gpt2, folder=tmp_path), Quiz()
+    with pytest.raises(KeyboardInterrupt):
+        Quiz(at(*place, KeyboardInterrupt())).run(subject, QuizConfig())
+    kept = len((tmp_path / "quiz.partial.jsonl").read_text().splitlines()) - 1
+    assert quiz.run(subject, QuizConfig()) == WHOLE
+    assert sum(map(len, quiz.asked)) == 6 - kept
+    rows = (tmp_path / "quiz.jsonl").read_text().splitlines()[1:]
+    assert len(rows) == 6 and not (tmp_path / "quiz.partial.jsonl").exists()
+    # A finished file is gone on with only where the evaluation says so.
+    quiz.asked.clear()
+    assert quiz.run(subject, QuizConfig()) == WHOLE and sum(map(len, quiz.asked)) == 6
+    Quiz.reopened = True
+    try:
+        quiz.asked.clear()
+        assert quiz.run(subject, QuizConfig()) == WHOLE and not quiz.asked
+    finally:
+        Quiz.reopened = False
+
+
+def test_a_sample_whose_logits_were_no_numbers_is_not_kept(tmp_path: Path) -> None:
+    model = tiny.ours(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(3e38)
+    found = run_of(Quiz(), tiny.subject(model, folder=tmp_path), QuizConfig())
+    assert "NaN or infinity" in found["skipped"]
+    assert len((tmp_path / "quiz.jsonl").read_text().splitlines()) == 1
+
+
+def test_nothing_that_can_be_measured_leaves_no_file(gpt2: Any, tmp_path: Path) -> None:
+    values = Quiz().run(tiny.subject(gpt2, folder=tmp_path), QuizConfig(lengths=[64]))
+    assert values["skipped"].startswith("64 tokens is more than the model takes")
+    assert values["skipped"].endswith("; there is nothing to read") and not list(tmp_path.iterdir())
+
+
+def test_how_many_samples_are_done_is_said(gpt2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(loop, "SILENCE", 0.0)
+    Quiz().run(tiny.subject(gpt2), QuizConfig(), said.append)
+    assert said == [f"quiz: {n} of 6 parts, next {8 if n < 3 else 16} tokens" for n in range(6)]
 
 
 def run_with(values: dict[str, Any]) -> RunResults:

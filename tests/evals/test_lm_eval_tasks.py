@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -162,6 +163,41 @@ def test_benchmarks_are_compared_question_by_question() -> None:
     section = LmEval().section(RunResults({"name": "run"}, {}, list(results.values())))
     assert "arc (acc): b is better than a by 0.50" in section.answer
     assert section.tables[0].rows == [["arc, acc", "0.500 ± 0.080 (n=40)", "1.000 ± 0.000 (n=40)"]]
+
+
+@needs_harness
+def test_an_interrupted_run_goes_on_with_the_next_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    harness = importlib.import_module("clearhead.evals.external.lm_eval")
+
+    def measured(model: Any, name: str, manager: Any, config: LmEvalConfig) -> Any:
+        asked.append(name)
+        if name == "gone":
+            raise ConnectionError("no network\nat all")
+        if name == "last" and asked.count("last") == 1:
+            raise KeyboardInterrupt
+        one = {"metrics": {"acc": {"value": 0.5, "stderr": None}}, "main": "acc", "samples": [0.0, 1.0]}
+        task = harness.TaskResult.model_validate({**one, "n": 2, "version": "1", "num_fewshot": 0})
+        return {f"{name}_part": task}, {f"{name}_odd": "it is nan"}
+
+    monkeypatch.setattr(harness, "measured", measured)
+    monkeypatch.setattr(harness, "harness_model", lambda *given: None)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **given: None)
+    subject = tiny.subject(tiny.gpt2(), folder=tmp_path)
+    config = LmEvalConfig(tasks=["first", "gone", "last"])
+    with pytest.raises(KeyboardInterrupt):
+        LmEval().run(subject, config)
+    values = LmEval().run(subject, config)
+    assert asked == ["first", "gone", "last", "gone", "last"]
+    assert list(values["tasks"]) == ["first_part", "last_part"] and values["n"] == 4
+    assert values["skipped_tasks"] == {
+        "first_odd": "it is nan", "gone": "no network", "last_odd": "it is nan"
+    }  # fmt: skip
+    assert not list(tmp_path.iterdir())
+    nothing = LmEval().run(subject, LmEvalConfig(tasks=["gone"]))
+    assert nothing == {"skipped": "gone: no network"}
 
 
 def test_without_the_harness_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

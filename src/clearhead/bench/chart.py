@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from clearhead.report.charts import STYLE
+from clearhead.report.drawing.frame import STYLE
 from clearhead.report.palette import ARMS, MARKERS, MUTED, PAPER, TEXT, Ink
 
 WIDTH = 7.2

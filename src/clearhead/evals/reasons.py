@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 NEEDS_FAST = "the prompts need a tokenizer with a tokenizer.json, which knows where its tokens lie"
 """Why an evaluation that cuts texts at exact tokens skips a model."""
 
@@ -16,7 +18,7 @@ def unless(reason: str | None) -> None:
         raise Unmeasured(reason)
 
 
-def all_of(reasons: dict[str, str]) -> str:
+def all_of(reasons: Mapping[str, str]) -> str:
     """Every reason once, when nothing is left that was measured."""
     return "; ".join(dict.fromkeys(reasons.values()))
 

@@ -46,13 +46,15 @@ def answer_log(
     about: Mapping[str, Any],
     keys: tuple[str, ...],
     progress: Say | None = None,
+    *,
+    reopened: bool = False,
 ) -> SampleLog:
     """The kept answers of evaluation `name`; earlier ones count only with the same weights and the same `about`.
 
-    about: the options, as "config", and what tells the data.
+    about: the options, as "config", and what tells the data. reopened: see `SampleLog.open`.
     """
-    weights = weights_digest(subject.model)
-    return SampleLog.open(subject.folder, name, {**about, "weights": weights}, keys, progress=progress)
+    told = {**about, "weights": weights_digest(subject.model)}
+    return SampleLog.open(subject.folder, name, told, keys, reopened=reopened, progress=progress)
 
 
 def encode(tokenizer: Any, text: str) -> Ids:

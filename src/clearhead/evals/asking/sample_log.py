@@ -8,9 +8,10 @@ a disk has damaged, is dropped and measured again.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -19,6 +20,9 @@ from clearhead.data.writing import writing
 from clearhead.runs.files import plain, write_text
 
 Say = Callable[[str], None]
+Key = tuple[Any, ...]
+"""What tells a record from the others."""
+Row = dict[str, Any]
 SILENCE = 15.0
 """Seconds between two lines that say how far an evaluation is."""
 CHECK = "check"
@@ -42,8 +46,10 @@ class SampleLog:
         self.progress = progress
         self.said = time.monotonic()
         self.keys = keys
-        self.records: list[dict[str, Any]] = []
-        self.known: set[tuple[Any, ...]] = set()
+        self.records: list[Row] = []
+        self.known: dict[Key, Row] = {}
+        # Records that the file does not get.
+        self.passing: set[Key] = set()
         self.head: dict[str, Any] = {}
         self.file: TextIO | None = None
         if path is None:
@@ -69,28 +75,44 @@ class SampleLog:
         keys: tuple[str, ...] = ("needles", "asked", "length", "depth", "index"),
         *,
         kept: bool = True,
+        reopened: bool = False,
         progress: Say | None = None,
     ) -> SampleLog:
         """The log of evaluation `name` in `folder`; earlier records count only if `about` is the same.
 
         keys: the fields of a record that tell it from the others. kept: whether the finished file stays.
+        reopened: whether records of a finished file count, too.
         progress: is told now and then how many records there are.
         """
         say = None if progress is None else lambda count: progress(f"{name}: {count} so far")
         path = None if folder is None else folder / f"{name}.partial.jsonl"
+        whole = None if folder is None else folder / f"{name}.jsonl"
+        if reopened and path is not None and whole is not None and whole.exists() and not path.exists():
+            shutil.copyfile(whole, path)
         return cls(path, keys, about, kept=kept, progress=say)
 
-    def _keep(self, record: dict[str, Any]) -> None:
-        key = tuple(record[name] for name in self.keys)
+    def _keep(self, record: Row) -> None:
+        key = self.key(record)
         if key not in self.known:
-            self.known.add(key)
+            self.known[key] = record
             self.records.append(record)
 
-    def has(self, key: tuple[Any, ...]) -> bool:
+    def key(self, record: Row) -> Key:
+        return tuple(record[name] for name in self.keys)
+
+    def has(self, key: Key) -> bool:
         return key in self.known
 
-    def add(self, record: dict[str, Any]) -> None:
+    def of(self, keys: Iterable[Key]) -> list[Row]:
+        """The records of those of `keys` that there are any of, in the order of `keys`."""
+        return [self.known[key] for key in keys if key in self.known]
+
+    def add(self, record: Row, *, lasting: bool = True) -> None:
+        """Keep a record; on disk only a `lasting` one."""
         self._keep(record)
+        if not lasting:
+            self.passing.add(self.key(record))
+            return
         if self.progress is not None and time.monotonic() - self.said > SILENCE:
             self.said = time.monotonic()
             self.progress(len(self.records))
@@ -112,7 +134,8 @@ class SampleLog:
         if kind is None:
             if self.kept:
                 whole = self.path.with_name(self.path.name.replace(".partial.", "."))
-                write_text(whole, "".join(f"{_text(line)}\n" for line in (self.head, *self.records)))
+                lasting = (record for record in self.records if self.key(record) not in self.passing)
+                write_text(whole, "".join(f"{_text(line)}\n" for line in (self.head, *lasting)))
             self.path.unlink()
 
 

@@ -2,13 +2,16 @@
 
 Prompts, few-shot examples and scores are the harness's own (Gao et al., lm-evaluation-harness); nothing is changed but
 the model that it is handed. Its tasks load their data from the Hugging Face hub; one that cannot be run is left out
-with the reason. The retrieval tasks of this library are among them (`clearhead.lm_eval_tasks`).
+with the reason, and an interrupted evaluation goes on with the next one. The retrieval tasks of this library are among
+them (`clearhead.lm_eval_tasks`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,11 @@ from clearhead.analysis.by_length import Values
 from clearhead.analysis.comparison import compare
 from clearhead.analysis.sections import Section, SectionTable
 from clearhead.analysis.statistics import decimal
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig, EvaluationResult, Say
+from clearhead.data.writing import Unwritten
+from clearhead.evals.cells import Cell, CellEvaluation, Measured
+from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
 from clearhead.evals.external.harness import harness_model
-from clearhead.evals.reasons import Unmeasured, reason_of
+from clearhead.evals.reasons import Unmeasured
 from clearhead.evals.subject import Subject
 from clearhead.extras import need
 from clearhead.runs.results import RunResults
@@ -66,12 +71,30 @@ class LmEvalResult(EvaluationResult):
     n: int
 
 
-class LmEval(Evaluation[LmEvalConfig, LmEvalResult]):
+class NamedTasks(EvaluationResult):
+    """What a name of the harness stands for. left_out: why tasks and numbers of it are not there."""
+
+    tasks: dict[str, TaskResult]
+    left_out: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarnessTask(Cell):
+    """A task or group of the harness by its name, which asks `model` and finds its data by `manager`."""
+
+    model: Any
+    manager: Any
+
+
+class LmEval(CellEvaluation[LmEvalConfig, LmEvalResult, HarnessTask, NamedTasks]):
+    """Every name of the harness is a cell without a length: prompts, lengths and batches are the harness's own."""
+
     name = "lm_eval"
     Config = LmEvalConfig
     Result = LmEvalResult
+    Value = NamedTasks
 
-    def result(self, subject: Subject, config: LmEvalConfig, progress: Say | None = None) -> LmEvalResult:
+    def cells(self, subject: Subject, config: LmEvalConfig) -> Iterator[HarnessTask]:
         """Raises ValueError without lm-eval: that is no property of the model."""
         need("running the standard benchmarks", "lm-eval")
         from lm_eval.tasks import TaskManager
@@ -80,18 +103,40 @@ class LmEval(Evaluation[LmEvalConfig, LmEvalResult]):
         metadata = {"pretrained": tokenizer.name_or_path or None, **config.metadata}
         manager = TaskManager(include_path=str(INCLUDE_PATH), metadata=metadata)
         model = harness_model(subject.model, tokenizer, config.batch_size)
+        for name in dict.fromkeys(config.tasks):
+            yield HarnessTask(name=name, model=model, manager=manager)
+
+    def text(self, subject: Subject, config: LmEvalConfig) -> None:
+        """The harness has its own data."""
+
+    def about(self, subject: Subject, config: LmEvalConfig, cells: Sequence[HarnessTask]) -> dict[str, Any]:
+        return {**super().about(subject, config, cells), "lm_eval": version("lm_eval")}
+
+    def measure(self, subject: Subject, config: LmEvalConfig, cell: HarnessTask) -> NamedTasks:
+        tasks, left_out = measured(cell.model, cell.name, cell.manager, config)
+        return NamedTasks(tasks=tasks, left_out=left_out)
+
+    def is_reason(self, error: Exception) -> bool:
+        # Whatever goes wrong with one task (no network, no such name) must not lose the others.
+        return not isinstance(error, Unwritten)
+
+    def why(self, skipped: Mapping[str, str]) -> str:
+        return "; ".join(f"{name}: {why}" for name, why in skipped.items())
+
+    def gather(
+        self, subject: Subject, config: LmEvalConfig, measured: Measured[HarnessTask, NamedTasks]
+    ) -> LmEvalResult:
+        found = {cell.name: value for cell, value in measured.pairs}
         tasks: dict[str, TaskResult] = {}
         skipped: dict[str, str] = {}
         for name in dict.fromkeys(config.tasks):
-            # Whatever goes wrong with one task (no network, no such name) must not lose the others.
-            try:
-                found, odd = measured(model, name, manager, config)
-                tasks |= found
-                skipped |= odd
-            except Exception as error:
-                skipped[name] = reason_of(error)
+            if name in found:
+                tasks |= found[name].tasks
+                skipped |= found[name].left_out
+            else:
+                skipped[name] = measured.skipped[name]
         if not tasks:
-            raise Unmeasured("; ".join(f"{name}: {why}" for name, why in skipped.items()))
+            raise Unmeasured(self.why(skipped))
         return LmEvalResult(tasks=tasks, skipped_tasks=skipped, n=sum(task.n for task in tasks.values()))
 
     def section(self, run: RunResults) -> Section:

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from transformers import PreTrainedTokenizerFast
 
-from clearhead.evals.asking.answering import answer_log, fast_tokenizer
+from clearhead.evals.asking.answering import fast_tokenizer
+from clearhead.evals.asking.decoding import shared
 from clearhead.evals.asking.haystack import digest
 from clearhead.evals.asking.records import RecordError, UnreachableError
 from clearhead.evals.asking.running import inference
-from clearhead.evals.asking.sample_log import SampleLog, Say
-from clearhead.evals.evaluation import EvaluationConfig
+from clearhead.evals.asking.sample_log import Key, Row
+from clearhead.evals.cells import Asked, Cell, LeftOut, SampleEvaluation, grouped
+from clearhead.evals.evaluation import EvaluationConfig, R
 from clearhead.evals.in_context.labelled import Example, LabelledSet, open_labelled
 from clearhead.evals.in_context.prompts import SEPARATOR, LabelTrie, Wording, make_prompts, make_trie
 from clearhead.evals.in_context.rounds import divide
 from clearhead.evals.in_context.scoring import LogitReader, Score, decide
 from clearhead.evals.probing.rescaling import rescaled
-from clearhead.evals.reasons import Unmeasured, all_of, reason_of
+from clearhead.evals.reasons import reason_of
 from clearhead.evals.subject import Subject
 
 CONTEXT = -1
@@ -89,6 +92,7 @@ class LabelledTask:
     """A set made ready: what is asked, what demonstrates, and the labels in a tokenizer's tokens.
 
     tails: the tokens of each asked text and the beginning of its label's line.
+    texts: tells the texts of all sets of the evaluation from others.
     """
 
     data: LabelledSet
@@ -98,6 +102,7 @@ class LabelledTask:
     trie: LabelTrie
     tails: tuple[NDArray[np.int64], ...]
     tokenizer: PreTrainedTokenizerFast
+    texts: str
 
     @property
     def name(self) -> str:
@@ -106,19 +111,25 @@ class LabelledTask:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Texts that are asked after the same demonstrations. key: the values of the log's keys but the index."""
+    """Texts that are asked after the same demonstrations.
 
-    key: tuple[Any, ...]
+    key: the values of the log's keys but the index. family: the number of those blocks of a set that begin alike.
+    rests: of each prompt, the tokens that it shares with `context`, which are not kept again, and those behind.
+    """
+
+    key: Key
+    family: int
     demonstrations: tuple[Example, ...]
     indices: tuple[int, ...]
     context: NDArray[np.int64]
-    prompts: tuple[NDArray[np.int64], ...]
+    rests: tuple[tuple[int, NDArray[np.int64]], ...]
 
     @classmethod
     def of(
         cls,
         task: LabelledTask,
-        key: tuple[Any, ...],
+        key: Key,
+        family: int,
         demonstrations: Sequence[Example],
         indices: Sequence[int],
     ) -> Block:
@@ -129,26 +140,54 @@ class Block:
             [task.asked[i].text for i in indices],
             [task.tails[i] for i in indices],
         )
-        return cls(key, tuple(demonstrations), tuple(indices), context, tuple(prompts))
+        same = [shared(context, prompt) for prompt in prompts]
+        rests = tuple((size, prompt[size:].copy()) for size, prompt in zip(same, prompts, strict=True))
+        return cls(key, family, tuple(demonstrations), tuple(indices), context, rests)
+
+    def prompt(self, row: int) -> NDArray[np.int64]:
+        size, rest = self.rests[row]
+        return np.concatenate([self.context[:size], rest])
+
+    def size(self, row: int) -> int:
+        """Tokens of a prompt."""
+        size, rest = self.rests[row]
+        return size + len(rest)
 
     @property
     def tokens(self) -> int:
         """Of the longest prompt."""
-        return max(map(len, self.prompts))
+        return max(map(self.size, range(len(self.rests))))
 
 
-def read_sets(config: InContextConfig) -> tuple[list[LabelledSet], dict[str, str]]:
+@dataclass(frozen=True, kw_only=True)
+class BlocksCell(Cell):
+    """The blocks of which a set's accuracy is one value."""
+
+    task: LabelledTask
+    blocks: tuple[Block, ...]
+
+    @cached_property
+    def places(self) -> dict[Key, tuple[Block, int]]:
+        """Where the prompt of a sample is: its block, and the row in it."""
+        return {
+            (*block.key, index): (block, row)
+            for block in self.blocks
+            for row, index in enumerate(block.indices)
+        }
+
+
+def read_sets(config: InContextConfig) -> tuple[list[LabelledSet], list[LeftOut]]:
     """All sets, before anything is measured, and why some are not there.
 
     Raises RecordError for a set that cannot be used.
     """
     sets: list[LabelledSet] = []
-    skipped: dict[str, str] = {}
+    skipped: list[LeftOut] = []
     for source in dict.fromkeys(config.sets):
         try:
             data = open_labelled(source, config.text_field, config.label_field)
         except UnreachableError as error:
-            skipped[source] = str(error)
+            skipped.append(LeftOut(source, str(error)))
             continue
         if any(data.name == other.name for other in sets):
             raise RecordError(f"two sets are called {data.name!r}: rename one of the files")
@@ -157,7 +196,9 @@ def read_sets(config: InContextConfig) -> tuple[list[LabelledSet], dict[str, str
     return sets, skipped
 
 
-def prepare(tokenizer: PreTrainedTokenizerFast, config: InContextConfig, data: LabelledSet) -> LabelledTask:
+def prepare(
+    tokenizer: PreTrainedTokenizerFast, config: InContextConfig, data: LabelledSet, texts: str
+) -> LabelledTask:
     """Raises ValueError for a tokenizer that cannot tell the labels apart."""
     form = Wording(
         config.text_template or data.text_template,
@@ -166,140 +207,108 @@ def prepare(tokenizer: PreTrainedTokenizerFast, config: InContextConfig, data: L
     )
     pool, asked = divide(data, config.items, config.seed)
     trie, tails = make_trie(tokenizer, form, data.labels, [example.text for example in asked])
-    return LabelledTask(data, form, tuple(pool), tuple(asked), trie, tuple(tails), tokenizer)
+    return LabelledTask(data, form, tuple(pool), tuple(asked), trie, tuple(tails), tokenizer, texts)
 
 
-def measure(
-    subject: Subject,
-    config: InContextConfig,
-    task: LabelledTask,
-    families: Sequence[Sequence[Block]],
-    log: SampleLog,
-) -> dict[tuple[Any, ...], str]:
-    """Answers what `log` does not have; why blocks were left out, by their keys.
+G = TypeVar("G", bound=InContextConfig)
+B = TypeVar("B", bound=BlocksCell)
 
-    Blocks of a family begin alike. A rotary scaling that grows with the length is settled for each prompt and its
-    longest answer, and only prompts of one length are read together, so that no result depends on what else is asked.
-    Raises ValueError for rotary parameters that the model cannot take.
-    """
-    model = subject.model
-    failed: dict[tuple[Any, ...], str] = {}
-    for todo in _together(
-        families, log, subject.adapter.frequencies_depend_on_length(config.rope_parameters)
-    ):
+
+class InContextEvaluation(SampleEvaluation[G, R, B]):
+    """Sets of labelled texts, each asked after demonstrations: which, a subclass says."""
+
+    @abstractmethod
+    def cells_of(self, config: G, task: LabelledTask, length: int) -> Iterable[B | LeftOut]:
+        """What is measured of a set, in prompts of at most `length` tokens with their answers.
+
+        Raises ValueError with the reason why nothing of it can be.
+        """
+
+    def cells(self, subject: Subject, config: G) -> Iterator[B | LeftOut]:
+        """Raises RecordError for a set that cannot be used: that is no property of the model."""
+        tokenizer = fast_tokenizer(subject)
+        sets, unreachable = read_sets(config)
+        yield from unreachable
+        texts = digest(
+            [f"{e.text}\t{e.label}" for data in sets for e in (*data.examples, *(data.test or ()))]
+        )
+        for data in sets:
+            try:
+                task = prepare(tokenizer, config, data, texts)
+                yield from list(self.cells_of(config, task, config.length_for(subject)))
+            except ValueError as error:
+                yield LeftOut(data.name, reason_of(error))
+
+    def about(self, subject: Subject, config: G, cells: Sequence[B]) -> dict[str, Any]:
+        return {"config": config.model_dump(mode="json"), "text": cells[0].task.texts}
+
+    def samples(self, config: G, cell: B) -> Iterable[Key]:
+        return cell.places
+
+    def together(
+        self, subject: Subject, config: G, samples: Sequence[tuple[B, Key]]
+    ) -> Iterator[Sequence[tuple[B, Key]]]:
+        """Those of a family, or only prompts of one length where the rotary frequencies depend on it.
+
+        A rotary scaling that grows with the length is settled for each prompt and its longest answer, so that no result
+        depends on what else is asked.
+        """
+        by_length = subject.adapter.frequencies_depend_on_length(config.rope_parameters)
+        for same in grouped(samples, lambda cell, key: cell.task.name).values():
+            number = {name: i for i, name in enumerate(dict.fromkeys(cell.name for cell, _ in same))}
+
+            def kind(cell: B, key: Key, number: dict[str, int] = number) -> tuple[int, ...]:
+                block, row = cell.places[key]
+                return (block.family, number[cell.name], block.size(row)) if by_length else (block.family,)
+
+            groups = grouped(same, kind)
+            yield from (groups[one] for one in sorted(groups))
+
+    def ask(self, subject: Subject, config: G, asked: Asked[B]) -> Generator[Row, None, None]:
+        model, task = subject.model, asked.cells[0].task
+        todo: dict[Block, list[int]] = {}
+        for cell, key in asked.samples:
+            block, row = cell.places[key]
+            todo.setdefault(block, []).append(row)
         longest = max(todo, key=lambda block: len(block.context))
-        prompts = [block.prompts[row] for block, rows in todo.items() for row in rows]
+        prompts = [block.prompt(row) for block, rows in todo.items() for row in rows]
         length = max(map(len, prompts)) + task.trie.longest
         trained = subject.training_length
         with rescaled(model, config.rope_parameters, trained=trained, length=length), inference(model):
             common = longest.context if config.share_prefix else None
-            try:
-                reader = LogitReader(model, prompts, common, batch_tokens=config.batch_tokens, length=length)
-                for block, rows in todo.items():
-                    _answer(reader, config.score, task, block, rows, log)
-            except torch.OutOfMemoryError as error:
-                failed |= dict.fromkeys((block.key for block in todo), reason_of(error))
-    return failed
+            reader = LogitReader(model, prompts, common, batch_tokens=config.batch_tokens, length=length)
+            for block, rows in todo.items():
+                names = dict(zip(self.keys, block.key, strict=False))
+                yield from answers(reader, config.score, task, block, rows, names)
 
 
-def _together(
-    families: Sequence[Sequence[Block]], log: SampleLog, by_length: bool
-) -> Iterator[dict[Block, list[int]]]:
-    """Blocks, and which of their prompts are still to be answered, that are read together; of one length if asked."""
-    for family in families:
-        todo = {
-            block: [row for row, i in enumerate(block.indices) if not log.has((*block.key, i))]
-            for block in family
-        }
-        if not by_length:
-            if any(todo.values()):
-                yield {block: rows for block, rows in todo.items() if rows}
-            continue
-        for block, rows in todo.items():
-            for length in sorted({len(block.prompts[row]) for row in rows}):
-                yield {block: [row for row in rows if len(block.prompts[row]) == length]}
-
-
-def _answer(
-    reader: LogitReader, score: Score, task: LabelledTask, block: Block, rows: Sequence[int], log: SampleLog
-) -> None:
-    names = dict(zip(log.keys, block.key, strict=False))
-    if not log.has((*block.key, CONTEXT)):
-        text = str(task.tokenizer.bos_token or "") + task.form.demonstrations(block.demonstrations)
-        log.add({**names, "index": CONTEXT, "demonstrations": text})
-    for at, label in decide(reader, [block.prompts[row] for row in rows], task.trie, score):
+def answers(
+    reader: LogitReader,
+    score: Score,
+    task: LabelledTask,
+    block: Block,
+    rows: Sequence[int],
+    names: dict[str, Any],
+) -> Iterator[Row]:
+    """The demonstrations of a block, and the labels of some of its texts. names: the block's part of a row."""
+    text = str(task.tokenizer.bos_token or "") + task.form.demonstrations(block.demonstrations)
+    yield {**names, "index": CONTEXT, "demonstrations": text}
+    for at, label in decide(reader, [block.prompt(row) for row in rows], task.trie, score):
         index = block.indices[rows[at]]
         asked, said = task.asked[index], task.trie.labels[label]
-        log.add(
-            {
-                **names,
-                "index": index,
-                "asked": task.form.asked(asked.text),
-                "label": asked.label,
-                "answer": said,
-                "right": said == asked.label,
-            }
-        )
+        yield {
+            **names,
+            "index": index,
+            "asked": task.form.asked(asked.text),
+            "label": asked.label,
+            "answer": said,
+            "right": said == asked.label,
+        }
 
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class OverSets(Generic[T]):
-    """What was measured of every set, why others or parts are left out, and a few answers."""
-
-    sets: list[tuple[LabelledTask, T]]
-    left_out: dict[str, str]
-    examples: list[dict[str, Any]]
-    bos: str | None
-
-
-def over_sets(
-    subject: Subject,
-    config: InContextConfig,
-    name: str,
-    keys: Sequence[str],
-    one: Callable[[LabelledTask, SampleLog, dict[str, str]], T | None],
-    progress: Say | None = None,
-) -> OverSets[T]:
-    """What `one` makes of every set.
-
-    one: (task, log, reasons that it may add to) -> the set's values, None when nothing of it could be measured; a
-    ValueError is the reason why the whole set is left out. Raises RecordError for a set that cannot be used, Unmeasured
-    when no set is left.
-    """
-    tokenizer = fast_tokenizer(subject)
-    sets, left_out = read_sets(config)
-    found: list[tuple[LabelledTask, T]] = []
-    text = digest([f"{e.text}\t{e.label}" for data in sets for e in (*data.examples, *(data.test or ()))])
-    about = {"config": config.model_dump(mode="json"), "text": text}
-    with answer_log(subject, name, about, (*keys, "index"), progress) as log:
-        for data in sets:
-            try:
-                task = prepare(tokenizer, config, data)
-                measured = one(task, log, left_out)
-            except ValueError as error:
-                left_out[data.name] = reason_of(error)
-                continue
-            if measured is not None:
-                found.append((task, measured))
-        examples = shown(log.records)
-    if not found:
-        raise Unmeasured(all_of(left_out))
-    return OverSets(found, left_out, examples, tokenizer.bos_token)
-
-
-def answered(log: SampleLog, blocks: Sequence[Block]) -> list[dict[str, Any]]:
-    """The answers of blocks in the order of the asked texts."""
-    keys = {block.key for block in blocks}
-    rows = [r for r in log.records if r["index"] != CONTEXT and tuple(r[k] for k in log.keys[:-1]) in keys]
-    return sorted(rows, key=lambda row: int(row["index"]))
-
-
-def marks(rows: Sequence[dict[str, Any]]) -> str:
+def marks(rows: Iterable[Row]) -> str:
     """One character an asked text, 1 where the label is right, in an order that all arms share."""
-    return "".join("1" if row["right"] else "0" for row in rows)
+    return "".join("1" if row["right"] else "0" for row in sorted(rows, key=lambda row: int(row["index"])))
 
 
 def task_values(task: LabelledTask) -> dict[str, Any]:
@@ -317,9 +326,9 @@ def task_values(task: LabelledTask) -> dict[str, Any]:
     }
 
 
-def shown(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def shown(records: Sequence[Row]) -> list[Row]:
     """A few right and wrong answers for the report, of different sets where there are several."""
-    kept: list[dict[str, Any]] = []
+    kept: list[Row] = []
     for wanted in (True, False):
         rows = [row for row in reversed(records) if row["index"] != CONTEXT and row["right"] == wanted]
         first = list({row["set"]: row for row in reversed(rows)}.values())

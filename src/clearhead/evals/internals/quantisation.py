@@ -36,7 +36,7 @@ from clearhead.evals.asking.needle_documents import documents as needle_document
 from clearhead.evals.asking.needle_documents import exact_match, marks, too_short
 from clearhead.evals.asking.running import batches, inference
 from clearhead.evals.asking.texts import Openings, openings, utf8_size
-from clearhead.evals.cells import Cell, CellEvaluation, Measured
+from clearhead.evals.cells import Cell, CellEvaluation, LeftOut, Measured
 from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
 from clearhead.evals.finite import watched
 from clearhead.evals.probing.rounding import Scheme, quantised
@@ -126,7 +126,7 @@ class Quantisation(CellEvaluation[QuantisationConfig, QuantisationResult, Quanti
     Value = QuantisationCell
     tells_overflow = True
 
-    def cells(self, subject: Subject, config: QuantisationConfig) -> Iterator[Quantised]:
+    def cells(self, subject: Subject, config: QuantisationConfig) -> Iterator[Quantised | LeftOut]:
         length = config.length or min(subject.training_length or 256, LONGEST)
         unless(subject.too_long(length))
         wanted = {"logits": config.logits, "weights": config.weights, "cache": config.cache}
@@ -136,7 +136,7 @@ class Quantisation(CellEvaluation[QuantisationConfig, QuantisationResult, Quanti
         read = openings(subject, length, config.documents, config.seed, option, least=FEWEST_DOCUMENTS)
         needles, reason = self._needles(subject, config, subject.needles.spec(length, 1, 1))
         if reason is not None:
-            yield Quantised(name="needles", reason=reason, target="none", bits=None, read=read, needles=[])
+            yield LeftOut("needles", reason)
         schemes = [("none", None), *((target, bits) for target in TARGETS for bits in wanted[target])]
         for target, bits in schemes:
             name = target if bits is None else f"{target}, {bits} bits"

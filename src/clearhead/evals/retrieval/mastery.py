@@ -45,6 +45,10 @@ class MasteryResult(EvaluationResult):
 
 
 class Mastery(Evaluation[MasteryConfig, MasteryResult]):
+    """No evaluation of cells: it reads the log of the training and asks the model nothing, so nothing can be too long,
+    have no room in memory or be interrupted.
+    """
+
     name = "mastery"
     Config = MasteryConfig
     Result = MasteryResult

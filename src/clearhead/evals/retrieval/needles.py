@@ -28,7 +28,7 @@ from clearhead.data.needles import (
     chance_level,
 )
 from clearhead.evals.asking.needle_documents import documents, exact_match, marks, too_short
-from clearhead.evals.cells import Cell, CellEvaluation, Measured
+from clearhead.evals.cells import Cell, CellEvaluation, LeftOut, Measured
 from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
@@ -95,16 +95,18 @@ class Needles(CellEvaluation[NeedlesConfig, NeedlesResult, NeedlePlace, NeedlesC
     Result = NeedlesResult
     Value = NeedlesCell
 
-    def cells(self, subject: Subject, config: NeedlesConfig) -> Iterator[NeedlePlace]:
+    def cells(self, subject: Subject, config: NeedlesConfig) -> Iterator[NeedlePlace | LeftOut]:
         trained = subject.training_length or 256
         untrained = subject.untrained() if config.untrained_samples else None
         for needles in config.needles:
             for length in config.lengths or [trained, 2 * trained, 4 * trained]:
                 spec, name = self._spec(subject, config, needles, length), f"{needles} x {length}"
+                if reason := subject.too_long(length) or too_short(spec, subject.tokenizer):
+                    yield LeftOut(name, reason)
+                    continue
                 for depth in config.depths:
-                    reason = subject.too_long(length) or too_short(spec, subject.tokenizer)
-                    where = name if reason else f"{name}, depth {depth:.0%}"
-                    yield NeedlePlace(name=where, reason=reason, spec=spec, depth=depth, untrained=untrained)
+                    where = f"{name}, depth {depth:.0%}"
+                    yield NeedlePlace(name=where, spec=spec, depth=depth, untrained=untrained)
 
     def measure(self, subject: Subject, config: NeedlesConfig, cell: NeedlePlace) -> NeedlesCell:
         samples = documents(subject, cell.spec, cell.depth, config.samples, config.seed)

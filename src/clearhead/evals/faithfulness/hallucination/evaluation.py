@@ -12,9 +12,8 @@ answer, is neither right nor wrong; it is counted and shown.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -24,6 +23,7 @@ from clearhead.analysis.sections import Section
 from clearhead.data.cache import digest_json
 from clearhead.evals.asking.answering import (
     FormName,
+    Ids,
     answer_log,
     encode,
     fast_tokenizer,
@@ -33,8 +33,9 @@ from clearhead.evals.asking.answering import (
 )
 from clearhead.evals.asking.haystack import specials
 from clearhead.evals.asking.records import RecordError, UnreachableError
-from clearhead.evals.asking.sample_log import SampleLog
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig, Say
+from clearhead.evals.asking.sample_log import Key, Row, SampleLog
+from clearhead.evals.cells import Asked, Cell, LeftOut, Measured, SampleEvaluation, grouped
+from clearhead.evals.evaluation import EvaluationConfig
 from clearhead.evals.faithfulness.hallucination.data import FIELDS, Item, ItemSet, known_source, open_set
 from clearhead.evals.faithfulness.hallucination.section import (
     HallucinationResult,
@@ -43,7 +44,7 @@ from clearhead.evals.faithfulness.hallucination.section import (
     hallucination_section,
 )
 from clearhead.evals.faithfulness.judges.base import Case, Judge, JudgeError, Judgement, Task, make_judge
-from clearhead.evals.reasons import Unmeasured, all_of, reason_of
+from clearhead.evals.reasons import Unmeasured, reason_of
 from clearhead.evals.subject import Subject
 from clearhead.registry import resolve
 from clearhead.runs.results import RunResults
@@ -52,7 +53,6 @@ from clearhead.runs.secrets import secret_in
 ANSWERS, VERDICTS = "hallucination_answers", "hallucination_verdicts"
 KEYS = ("set", "index")
 SHOWN = 2
-AT_ONCE = 32
 INTRO = {
     "summarisation": "Read the document and summarise it.\n\nDocument:\n",
     "qa": "Read the document and answer the question.\n\nDocument:\n",
@@ -113,47 +113,130 @@ class HallucinationConfig(EvaluationConfig):
         return self.max_new_tokens or NEW_TOKENS[task]
 
 
-class Hallucination(Evaluation[HallucinationConfig, HallucinationResult]):
+@dataclass(frozen=True, kw_only=True)
+class JudgedSets:
+    """What all items share."""
+
+    judge: Judge[Any]
+    sets: Sequence[ItemSet]
+    tokenizer: PreTrainedTokenizerFast
+    form: FormName
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedItem(Cell):
+    """One item of a set, and its prompt. No prompt is ever cut."""
+
+    part: ItemSet
+    item: Item
+    text: str
+    ids: Ids
+    asking: JudgedSets
+
+
+class Hallucination(SampleEvaluation[HallucinationConfig, HallucinationResult, AskedItem]):
     name = "hallucination"
     Config = HallucinationConfig
     Result = HallucinationResult
+    keys = KEYS
+    at_once = 32
+    # Another judge reads the answers that are there.
+    reopened = True
 
-    def result(
-        self, subject: Subject, config: HallucinationConfig, progress: Say | None = None
-    ) -> HallucinationResult:
+    def file(self) -> str:
+        return ANSWERS
+
+    def cells(self, subject: Subject, config: HallucinationConfig) -> Iterator[AskedItem | LeftOut]:
         """Raises RecordError for a file and JudgeError for a judge that cannot be used: no property of the model."""
         judge = make_judge(config.judge, config.judge_options)
         for source in config.data:
             known_source(source)
         judge.prepare()
         sets, skipped = read_sets(config)
+        yield from skipped
         if not sets:
-            raise Unmeasured(all_of(skipped))
+            return
         tokenizer = fast_tokenizer(subject)
-        form = asked_in(tokenizer, config.form)
+        asking = JudgedSets(
+            judge=judge, sets=sets, tokenizer=tokenizer, form=asked_in(tokenizer, config.form)
+        )
+        for part in sets:
+            for item in part.items:
+                text = prompt_of(tokenizer, asking.form, part.task, item)
+                ids = encode(tokenizer, text)
+                yield AskedItem(
+                    name=f"{part.name}, record {item.index}",
+                    length=len(ids) + config.new_tokens(part.task),
+                    part=part,
+                    item=item,
+                    text=text,
+                    ids=ids,
+                    asking=asking,
+                )
+
+    def about(
+        self, subject: Subject, config: HallucinationConfig, cells: Sequence[AskedItem]
+    ) -> dict[str, Any]:
         left = {"data", "judge", "judge_options", "fields", "batch_tokens"}
-        options = config.model_dump(mode="json", exclude=left)
-        about: dict[str, Any] = {"config": options, "form": form, "data": digest_of(sets)}
-        judged = {**about, "judge": config.judge, "options": config.judge_options}
-        reopen(subject.folder, ANSWERS)
-        with answer_log(subject, ANSWERS, about, KEYS, progress) as answers:
-            for part in sets:
-                skipped |= ask(subject, tokenizer, config, form, part, answers)
-            reopen(subject.folder, VERDICTS)
-            with answer_log(subject, VERDICTS, judged, KEYS, progress) as verdicts:
-                pass_judgement(judge, sets, answers.records, verdicts)
-        texts = {(row["set"], row["index"]): row for row in answers.records}
+        asking = cells[0].asking
+        return {
+            "config": config.model_dump(mode="json", exclude=left),
+            "form": asking.form,
+            "data": digest_of(asking.sets),
+        }
+
+    def samples(self, config: HallucinationConfig, cell: AskedItem) -> list[Key]:
+        return [(cell.part.name, cell.item.index)]
+
+    def together(
+        self, subject: Subject, config: HallucinationConfig, samples: Sequence[tuple[AskedItem, Key]]
+    ) -> Iterable[Sequence[tuple[AskedItem, Key]]]:
+        return grouped(samples, lambda cell, key: cell.part.name).values()
+
+    def ask(
+        self, subject: Subject, config: HallucinationConfig, asked: Asked[AskedItem]
+    ) -> Generator[Row, None, None]:
+        cells = asked.cells
+        said = greedy_answers(
+            subject,
+            [cell.ids for cell in cells],
+            config.new_tokens(cells[0].part.task),
+            one_line=cells[0].asking.form == "completion",
+            batch_tokens=config.batch_tokens,
+        )
+        for place, answer in said:
+            cell = cells[place]
+            yield {
+                "set": cell.part.name,
+                "index": cell.item.index,
+                "tokens": len(cell.ids),
+                "answer": answer,
+                "prompt": cell.text if config.save_prompts else None,
+            }
+
+    def gather(
+        self, subject: Subject, config: HallucinationConfig, measured: Measured[AskedItem, list[Row]]
+    ) -> HallucinationResult:
+        """Has the answers judged, which are all on disk by now. Raises JudgeError as `cells`."""
+        cells = [cell for cell, _ in measured.pairs]
+        asking = cells[0].asking
+        about = self.about(subject, config, cells)
+        about |= {"judge": config.judge, "options": config.judge_options}
+        answers = measured.rows
+        with answer_log(subject, VERDICTS, about, KEYS, measured.progress, reopened=True) as verdicts:
+            pass_judgement(asking.judge, asking.sets, answers, verdicts)
+        texts = {(row["set"], row["index"]): row for row in answers}
         rows = [{**row, **texts[row["set"], row["index"]]} for row in verdicts.records]
-        if not rows:
-            raise Unmeasured(all_of(skipped))
         return HallucinationResult(
-            sets=[summary(part, rows) for part in sets if any(row["set"] == part.name for row in rows)],
-            judge=judge.described(),
-            usage=judge.usage(),
-            spent=judge.spent(),
-            skipped_items=skipped,
+            sets=[
+                summary(part, rows) for part in asking.sets if any(row["set"] == part.name for row in rows)
+            ],
+            judge=asking.judge.described(),
+            usage=asking.judge.usage(),
+            spent=asking.judge.spent(),
+            skipped_items=measured.skipped,
             examples=[JudgedAnswer.model_validate(row) for row in shown(rows)],
-            form=form,
+            form=asking.form,
             n=len(rows),
         )
 
@@ -176,15 +259,15 @@ def digest_of(sets: Sequence[ItemSet]) -> str:
     )
 
 
-def read_sets(config: HallucinationConfig) -> tuple[list[ItemSet], dict[str, str]]:
+def read_sets(config: HallucinationConfig) -> tuple[list[ItemSet], list[LeftOut]]:
     """All sets, and why some are not there. Raises RecordError for files that cannot be told apart."""
-    skipped: dict[str, str] = {}
+    skipped: list[LeftOut] = []
     sets: list[ItemSet] = []
     for source in dict.fromkeys(config.data):
         try:
             sets.append(open_set(source, config.fields, config.samples, config.seed))
         except UnreachableError as error:
-            skipped[source] = reason_of(error)
+            skipped.append(LeftOut(source, reason_of(error)))
     names = [part.name for part in sets]
     if len(set(names)) < len(names):
         raise RecordError(f"two files of {', '.join(config.data)} have one name: rename one of them")
@@ -199,58 +282,6 @@ def asked_in(tokenizer: PreTrainedTokenizerFast, wanted: FormName | None) -> For
     except ValueError as error:
         raise Unmeasured(reason_of(error)) from error
     return form
-
-
-def reopen(folder: Path | None, name: str) -> None:
-    """Reopens a finished file of answers or verdicts; the log checks that they are of the same run."""
-    if folder is None:
-        return
-    whole, partial = folder / f"{name}.jsonl", folder / f"{name}.partial.jsonl"
-    if whole.exists() and not partial.exists():
-        shutil.copyfile(whole, partial)
-
-
-def ask(
-    subject: Subject,
-    tokenizer: PreTrainedTokenizerFast,
-    config: HallucinationConfig,
-    form: FormName,
-    part: ItemSet,
-    log: SampleLog,
-) -> dict[str, str]:
-    """Answers all items that `log` does not have; why items were left out. No prompt is ever cut."""
-    new, skipped = config.new_tokens(part.task), {}
-    todo = []
-    for item in part.items:
-        if log.has((part.name, item.index)):
-            continue
-        text = prompt_of(tokenizer, form, part.task, item)
-        ids = encode(tokenizer, text)
-        if reason := subject.too_long(len(ids) + new):
-            skipped[f"{part.name}, record {item.index}"] = reason
-        else:
-            todo.append((item, text, ids))
-    for start in range(0, len(todo), AT_ONCE):
-        some = todo[start : start + AT_ONCE]
-        said = greedy_answers(
-            subject,
-            [ids for _, _, ids in some],
-            new,
-            one_line=form == "completion",
-            batch_tokens=config.batch_tokens,
-        )
-        for row, answer in said:
-            item, text, ids = some[row]
-            log.add(
-                {
-                    "set": part.name,
-                    "index": item.index,
-                    "tokens": len(ids),
-                    "answer": answer,
-                    "prompt": text if config.save_prompts else None,
-                }
-            )
-    return skipped
 
 
 def prompt_of(tokenizer: PreTrainedTokenizerFast, form: FormName, task: Task, item: Item) -> str:

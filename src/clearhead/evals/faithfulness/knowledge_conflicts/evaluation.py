@@ -16,7 +16,7 @@ Likelihoods are always those after this prompt; the greedy answer of a chat mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,6 @@ from clearhead.data.cache import digest_json
 from clearhead.evals.asking.answering import (
     FormName,
     Ids,
-    answer_log,
     continued,
     encode,
     fast_tokenizer,
@@ -39,8 +38,10 @@ from clearhead.evals.asking.answering import (
     likelihoods,
 )
 from clearhead.evals.asking.records import RecordError, read_records, text_of, value_of
+from clearhead.evals.asking.sample_log import Key, Row
 from clearhead.evals.asking.squad_rules import within
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig, Say
+from clearhead.evals.cells import Asked, Cell, Measured, SampleEvaluation
+from clearhead.evals.evaluation import EvaluationConfig
 from clearhead.evals.faithfulness.knowledge_conflicts.section import (
     ConflictExample,
     ConflictItem,
@@ -54,8 +55,6 @@ from clearhead.runs.results import RunResults
 CUE = "\nAnswer:"
 CHAT = "\nAnswer with as few words as possible."
 MARK = "\nContext:"
-AT_ONCE = 32
-"""Questions whose answers are written to the disk together."""
 SHOWN = 2
 
 
@@ -123,42 +122,81 @@ def draw(conflicts: Sequence[Conflict], samples: int, seed: int) -> list[Conflic
     return [conflicts[i] for i in sorted(order.tolist())]
 
 
-class KnowledgeConflicts(Evaluation[KnowledgeConflictsConfig, ConflictsResult]):
+@dataclass(frozen=True, kw_only=True)
+class ConflictQuestion(Cell):
+    """One question and the form of its greedy answer."""
+
+    conflict: Conflict
+    tokenizer: PreTrainedTokenizerFast
+    form: FormName
+
+
+class KnowledgeConflicts(SampleEvaluation[KnowledgeConflictsConfig, ConflictsResult, ConflictQuestion]):
     name = "knowledge_conflicts"
     Config = KnowledgeConflictsConfig
     Result = ConflictsResult
+    keys = ("index",)
+    # So many questions are written to the disk together.
+    at_once = 32
 
-    def result(
-        self, subject: Subject, config: KnowledgeConflictsConfig, progress: Say | None = None
-    ) -> ConflictsResult:
+    def cells(self, subject: Subject, config: KnowledgeConflictsConfig) -> Iterator[ConflictQuestion]:
         """Raises RecordError for a file that cannot be used: that is no property of the model."""
         conflicts = read_conflicts(config.data)
         tokenizer = fast_tokenizer(subject)
         form = asked_in(tokenizer, config.form)
-        fits, skipped = fitting(
-            subject, tokenizer, config, form, draw(conflicts, config.samples, config.seed)
-        )
-        if not fits:
-            raise Unmeasured(next(iter(skipped.values())))
-        about = {
+        for one in draw(conflicts, config.samples, config.seed):
+            yield ConflictQuestion(
+                name=f"question {one.index}",
+                length=longest(tokenizer, form, one, config.max_new_tokens),
+                conflict=one,
+                tokenizer=tokenizer,
+                form=form,
+            )
+
+    def about(
+        self, subject: Subject, config: KnowledgeConflictsConfig, cells: Sequence[ConflictQuestion]
+    ) -> dict[str, Any]:
+        return {
             "config": config.model_dump(mode="json", exclude={"data", "batch_tokens"}),
-            "form": form,
-            "data": digest_json([[one.asked, *one.answers] for one in fits]),
+            "form": cells[0].form,
+            "data": digest_json([[cell.conflict.asked, *cell.conflict.answers] for cell in cells]),
         }
-        with answer_log(subject, self.name, about, ("index",), progress) as log:
-            todo = [one for one in fits if not log.has((one.index,))]
-            for start in range(0, len(todo), AT_ONCE):
-                part = todo[start : start + AT_ONCE]
-                for record in measured(subject, tokenizer, config, form, part):
-                    log.add(record)
-            records = sorted(log.records, key=lambda record: int(record["index"]))
+
+    def samples(self, config: KnowledgeConflictsConfig, cell: ConflictQuestion) -> list[Key]:
+        return [(cell.conflict.index,)]
+
+    def together(
+        self,
+        subject: Subject,
+        config: KnowledgeConflictsConfig,
+        samples: Sequence[tuple[ConflictQuestion, Key]],
+    ) -> list[Sequence[tuple[ConflictQuestion, Key]]]:
+        return [samples]
+
+    def ask(
+        self, subject: Subject, config: KnowledgeConflictsConfig, asked: Asked[ConflictQuestion]
+    ) -> Generator[Row, None, None]:
+        tokenizer, form = asked.cells[0].tokenizer, asked.cells[0].form
+        yield from measured(subject, tokenizer, config, form, [cell.conflict for cell in asked.cells])
+
+    def why(self, skipped: Mapping[str, str]) -> str:
+        return next(iter(skipped.values()), "")
+
+    def gather(
+        self,
+        subject: Subject,
+        config: KnowledgeConflictsConfig,
+        measured: Measured[ConflictQuestion, list[Row]],
+    ) -> ConflictsResult:
+        records = [row for rows in measured.values for row in rows]
+        cells = [cell for cell, _ in measured.pairs]
         return ConflictsResult(
             items=[summary(record) for record in records],
-            chance=float(np.mean([1 / len(one.answers) for one in fits])),
-            skipped_items=skipped,
+            chance=float(np.mean([1 / len(cell.conflict.answers) for cell in cells])),
+            skipped_items=measured.skipped,
             examples=[ConflictExample.model_validate(row) for row in shown(records)],
-            form=form,
-            bos=tokenizer.bos_token,
+            form=cells[0].form,
+            bos=cells[0].tokenizer.bos_token,
             n=len(records),
         )
 
@@ -180,27 +218,13 @@ def asked_in(tokenizer: PreTrainedTokenizerFast, wanted: FormName | None) -> For
     return form
 
 
-def fitting(
-    subject: Subject,
-    tokenizer: PreTrainedTokenizerFast,
-    config: KnowledgeConflictsConfig,
-    form: FormName,
-    chosen: Sequence[Conflict],
-) -> tuple[list[Conflict], dict[str, str]]:
-    """The questions that the model can take, and why others are left out."""
-    bos = str(tokenizer.bos_token or "")
-    fits, skipped = [], {}
-    for one in chosen:
-        prompt = f"{bos}{one.asked}{CUE}"
-        longest = max(
-            [len(continued(tokenizer, prompt, f" {answer}")[0]) for answer in one.answers]
-            + [len(greedily(tokenizer, form, one.asked)) + config.max_new_tokens]
-        )
-        if reason := subject.too_long(longest):
-            skipped[f"question {one.index}"] = reason
-        else:
-            fits.append(one)
-    return fits, skipped
+def longest(tokenizer: PreTrainedTokenizerFast, form: FormName, conflict: Conflict, new_tokens: int) -> int:
+    """Tokens of the longest text that a question needs: with an answer, or with room for a greedy one."""
+    prompt = f"{tokenizer.bos_token or ''}{conflict.asked}{CUE}"
+    return max(
+        [len(continued(tokenizer, prompt, f" {answer}")[0]) for answer in conflict.answers]
+        + [len(greedily(tokenizer, form, conflict.asked)) + new_tokens]
+    )
 
 
 def greedily(tokenizer: PreTrainedTokenizerFast, form: FormName, asked: str) -> Ids:

@@ -11,19 +11,19 @@ Every length and depth asks the same questions. A length that no article fills i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from pydantic import Field, field_validator
 
 from clearhead.analysis.sections import Section
 from clearhead.data.cache import digest_json
-from clearhead.evals.asking.answering import FormName, answer_log, fast_tokenizer, form_of, greedy_answers
-from clearhead.evals.asking.sample_log import SampleLog
+from clearhead.evals.asking.answering import FormName, Ids, fast_tokenizer, form_of, greedy_answers
+from clearhead.evals.asking.sample_log import Key, Row
 from clearhead.evals.asking.squad_rules import covered, exact, f1, normalised, within
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig, Say
+from clearhead.evals.cells import Asked, Cell, LeftOut, Measured, SampleEvaluation
+from clearhead.evals.evaluation import EvaluationConfig
 from clearhead.evals.faithfulness.long_document_qa.prompts import (
     Article,
     Asker,
@@ -37,15 +37,13 @@ from clearhead.evals.faithfulness.long_document_qa.section import (
     LongDocumentQaResult,
     long_document_section,
 )
-from clearhead.evals.reasons import Unmeasured, all_of, reason_of
+from clearhead.evals.reasons import Unmeasured, reason_of
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
 
 SHOWN = 2
 CLOSED = 0
 """The length under which the questions without a text are kept."""
-AT_ONCE = 64
-"""Prompts that are held, and answered together, before the next are made."""
 
 
 class LongDocumentQaConfig(EvaluationConfig):
@@ -82,59 +80,109 @@ class LongDocumentQaConfig(EvaluationConfig):
         return sorted(set(self.lengths or [whole // part for part in (4, 2, 1)]))
 
 
-@dataclass(frozen=True)
-class QuestionsCell:
-    """What one number is over; CLOSED for the questions alone."""
+@dataclass(frozen=True, kw_only=True)
+class QuestionsCell(Cell):
+    """The questions with a text of `tokens` tokens, CLOSED for none, in which the answer stands at `depth`."""
 
-    length: int
+    tokens: int
     depth: float
+    questions: Sequence[Question]
+    asker: Asker
+    lengths: Sequence[int]
 
 
-class LongDocumentQa(Evaluation[LongDocumentQaConfig, LongDocumentQaResult]):
+class LongDocumentQa(SampleEvaluation[LongDocumentQaConfig, LongDocumentQaResult, QuestionsCell]):
     name = "long_document_qa"
     Config = LongDocumentQaConfig
     Result = LongDocumentQaResult
+    keys = ("length", "depth", "index")
+    # So many prompts are held before the next are made.
+    at_once = 64
 
-    def result(
-        self, subject: Subject, config: LongDocumentQaConfig, progress: Say | None = None
-    ) -> LongDocumentQaResult:
+    def cells(self, subject: Subject, config: LongDocumentQaConfig) -> Iterator[QuestionsCell | LeftOut]:
         """Raises RecordError for a file that cannot be used: that is no property of the model."""
         articles = read_articles(config.data, unique=config.unique)
         asker = self._asker(subject, config, articles)
-        skipped: dict[str, str] = {}
         lengths = []
+        # All cells ask the same questions, those that fit every length, so a length is given up before they are drawn.
         for length in config.all_lengths(subject.training_length):
             if reason := subject.too_long(length + config.max_new_tokens):
-                skipped[f"{length} tokens"] = reason
+                yield LeftOut(f"{length} tokens", reason)
             else:
                 lengths.append(length)
-        lengths, questions, reasons = fitting(asker, articles, lengths)
-        skipped |= reasons
-        if not lengths:
-            raise Unmeasured(all_of(skipped))
-        chosen = draw(questions, config.samples, config.seed)
-        cells = [QuestionsCell(length, depth) for length in lengths for depth in dict.fromkeys(config.depths)]
-        if config.closed_book:
-            cells.insert(0, QuestionsCell(CLOSED, 0.0))
-        about = {
+        lengths, fit, reasons = fitting(asker, articles, lengths)
+        yield from (LeftOut(name, reason) for name, reason in reasons.items())
+        questions = draw(fit, config.samples, config.seed)
+        places = [(length, depth) for length in lengths for depth in dict.fromkeys(config.depths)]
+        if config.closed_book and places:
+            places.insert(0, (CLOSED, 0.0))
+        for length, depth in places:
+            yield QuestionsCell(
+                name=f"{length} tokens, depth {depth:.0%}",
+                tokens=length,
+                depth=depth,
+                questions=questions,
+                asker=asker,
+                lengths=lengths,
+            )
+
+    def about(
+        self, subject: Subject, config: LongDocumentQaConfig, cells: Sequence[QuestionsCell]
+    ) -> dict[str, Any]:
+        asker = cells[0].asker
+        return {
             "config": config.model_dump(mode="json", exclude={"data", "batch_tokens"}),
             "form": asker.form,
-            "data": digest_json([[a.title, *a.paragraphs] for a in articles]),
-            "lengths": lengths,
+            "data": digest_json([[a.title, *a.paragraphs] for a in asker.articles]),
+            "lengths": list(cells[0].lengths),
         }
-        with answer_log(subject, self.name, about, ("length", "depth", "index"), progress) as log:
-            failed, unmade = every_cell(subject, asker, config, cells, chosen, log)
-            records = [row for row in log.records if row["index"] not in unmade]
-        skipped |= {f"{cell.length} tokens, depth {cell.depth:.0%}": why for cell, why in failed.items()}
+
+    def samples(self, config: LongDocumentQaConfig, cell: QuestionsCell) -> list[Key]:
+        return [(cell.tokens, cell.depth, index) for index in range(len(cell.questions))]
+
+    def ask(
+        self, subject: Subject, config: LongDocumentQaConfig, asked: Asked[QuestionsCell]
+    ) -> Generator[Row, None, None]:
+        """Leaves a question out of which no prompt can be made."""
+        (cell,) = asked.cells
+        made = [one for _, _, index in asked.keys(cell) if (one := prompted(cell, index)) is not None]
+        said = greedy_answers(
+            subject,
+            [one.ids for one in made],
+            config.max_new_tokens,
+            one_line=cell.asker.form == "completion",
+            batch_tokens=config.batch_tokens,
+            rope_parameters=config.rope_parameters,
+        )
+        for place, text in said:
+            yield record(cell, made[place], text, config.save_prompts)
+
+    def gather(
+        self,
+        subject: Subject,
+        config: LongDocumentQaConfig,
+        measured: Measured[QuestionsCell, list[Row]],
+    ) -> LongDocumentQaResult:
+        chosen, asker = measured.pairs[0][0].questions, measured.pairs[0][0].asker
+        # What cannot be asked everywhere is counted nowhere.
+        unmade = {
+            i for rows in measured.values for i in {*range(len(chosen))} - {row["index"] for row in rows}
+        }
+        skipped = dict(measured.skipped)
         if unmade:
             skipped[f"{len(unmade)} questions"] = (
                 "no prompt of exactly these tokens could be made of their articles"
             )
-        done = [cell for cell in cells if cell not in failed and any(_of(row, cell) for row in records)]
-        if not any(cell.length for cell in done):
-            raise Unmeasured(all_of(skipped))
+        records = [row for row in measured.rows if row["index"] not in unmade]
+        cells = [
+            (cell, kept)
+            for cell, rows in measured.pairs
+            if (kept := [row for row in rows if row["index"] not in unmade])
+        ]
+        if not any(cell.tokens for cell, _ in cells):
+            raise Unmeasured(self.why(skipped))
         return LongDocumentQaResult(
-            cells=[values(cell, records) for cell in done],
+            cells=[values(cell, rows) for cell, rows in cells],
             articles={str(i): chosen[i].article for i in range(len(chosen)) if i not in unmade},
             skipped_cells=skipped,
             examples=[DocumentAnswer.model_validate(row) for row in shown(records)],
@@ -162,25 +210,6 @@ class LongDocumentQa(Evaluation[LongDocumentQaConfig, LongDocumentQaResult]):
         if not values:
             return self.missing(run, title, question)
         return long_document_section(self.name, title, question, run, values)
-
-
-def every_cell(
-    subject: Subject,
-    asker: Asker,
-    config: LongDocumentQaConfig,
-    cells: Sequence[QuestionsCell],
-    questions: Sequence[Question],
-    log: SampleLog,
-) -> tuple[dict[QuestionsCell, str], set[int]]:
-    """Answers what `log` does not have; why cells were left out, and the questions of which no prompt could be made."""
-    failed: dict[QuestionsCell, str] = {}
-    unmade: set[int] = set()
-    for cell in cells:
-        try:
-            unmade |= measure(subject, asker, config, cell, questions, log)
-        except (ValueError, torch.OutOfMemoryError) as error:
-            failed[cell] = reason_of(error)
-    return failed, unmade
 
 
 def fitting(
@@ -215,60 +244,36 @@ def fitting(
     return [], [], skipped
 
 
-def measure(
-    subject: Subject,
-    asker: Asker,
-    config: LongDocumentQaConfig,
-    cell: QuestionsCell,
-    questions: Sequence[Question],
-    log: SampleLog,
-) -> set[int]:
-    """Answers all questions of a cell that `log` does not have; the ones of which no prompt could be made."""
-    unmade: set[int] = set()
-    todo = [i for i in range(len(questions)) if not log.has((cell.length, cell.depth, i))]
-    for start in range(0, len(todo), AT_ONCE):
-        made: list[tuple[int, dict[str, Any], Any]] = []
-        for index in todo[start : start + AT_ONCE]:
-            question = questions[index]
-            if cell.length == CLOSED:
-                ids = asker.closed(question.text)
-                made.append((index, {"document": None, "chance": 0.0, "at": None, "prompt": None}, ids))
-                continue
-            try:
-                prompt = asker.prompt(question, cell.length, cell.depth)
-            except ValueError:
-                unmade.add(index)
-                continue
-            about = {
-                "document": prompt.document,
-                "chance": blind(prompt.document, question.answers),
-                "at": prompt.before / prompt.around,
-                "prompt": prompt.text,
-            }
-            made.append((index, about, prompt.ids))
-        said = greedy_answers(
-            subject,
-            [ids for _, _, ids in made],
-            config.max_new_tokens,
-            one_line=asker.form == "completion",
-            batch_tokens=config.batch_tokens,
-            rope_parameters=config.rope_parameters,
-        )
-        for row, text in said:
-            index, about, _ = made[row]
-            log.add(record(cell, index, questions[index], about, text, config.save_prompts))
-    return unmade
+@dataclass(frozen=True)
+class MadePrompt:
+    """A question's prompt, and what its row says of it. document: None for the question alone."""
+
+    index: int
+    ids: Ids
+    document: str | None = None
+    at: float | None = None
+    text: str | None = None
 
 
-def record(
-    cell: QuestionsCell, index: int, question: Question, about: dict[str, Any], text: str, whole: bool
-) -> dict[str, Any]:
+def prompted(cell: QuestionsCell, index: int) -> MadePrompt | None:
+    """The prompt of a question; None where none of exactly the cell's tokens can be made."""
+    question = cell.questions[index]
+    if cell.tokens == CLOSED:
+        return MadePrompt(index, cell.asker.closed(question.text))
+    try:
+        prompt = cell.asker.prompt(question, cell.tokens, cell.depth)
+    except ValueError:
+        return None
+    return MadePrompt(index, prompt.ids, prompt.document, prompt.before / prompt.around, prompt.text)
+
+
+def record(cell: QuestionsCell, prompt: MadePrompt, text: str, whole: bool) -> Row:
     """One line of the samples' file."""
-    document = about["document"]
+    question, document = cell.questions[prompt.index], prompt.document
     return {
-        "length": cell.length,
+        "length": cell.tokens,
         "depth": cell.depth,
-        "index": index,
+        "index": prompt.index,
         "article": question.article,
         "question": question.text,
         "answers": list(question.answers),
@@ -278,9 +283,9 @@ def record(
         "contains": any(within(answer, text) for answer in question.answers),
         "extractive": None if document is None else within(text, document),
         "words": None if document is None else covered(text, document),
-        "chance": about["chance"],
-        "at": about["at"],
-        "prompt": about["prompt"] if whole else None,
+        "chance": 0.0 if document is None else blind(document, question.answers),
+        "at": prompt.at,
+        "prompt": prompt.text if whole else None,
     }
 
 
@@ -290,16 +295,11 @@ def blind(document: str, answers: Sequence[str]) -> float:
     return 1 / max(1, len(normalised(document).split()) - size + 1)
 
 
-def _of(row: dict[str, Any], cell: QuestionsCell) -> bool:
-    return bool(row["length"] == cell.length and row["depth"] == cell.depth)
-
-
-def values(cell: QuestionsCell, records: Sequence[dict[str, Any]]) -> DocumentCell:
+def values(cell: QuestionsCell, rows: Sequence[Row]) -> DocumentCell:
     """One number of everything for each question, under its index."""
-    rows = sorted((row for row in records if _of(row, cell)), key=lambda row: int(row["index"]))
-    text = cell.length != CLOSED
+    text = cell.tokens != CLOSED
     return DocumentCell(
-        length=cell.length,
+        length=cell.tokens,
         depth=cell.depth,
         n=len(rows),
         index=[row["index"] for row in rows],
@@ -313,9 +313,9 @@ def values(cell: QuestionsCell, records: Sequence[dict[str, Any]]) -> DocumentCe
     )
 
 
-def shown(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def shown(records: Sequence[Row]) -> list[Row]:
     """A few right and wrong answers, of different questions."""
-    kept: list[dict[str, Any]] = []
+    kept: list[Row] = []
     for wanted in (True, False):
         rows = [row for row in records if row["exact"] == wanted and row["length"] != CLOSED]
         rows.sort(key=lambda row: (row["length"], row["depth"], row["index"]))

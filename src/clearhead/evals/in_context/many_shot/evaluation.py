@@ -12,15 +12,16 @@ Every answer is a line of `results/many_shot.jsonl`; an interrupted evaluation g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from pydantic import Field, field_validator
 
 from clearhead.analysis.sections import Section
-from clearhead.evals.asking.sample_log import SampleLog
-from clearhead.evals.evaluation import Evaluation, Say
+from clearhead.evals.asking.sample_log import Row
+from clearhead.evals.cells import LeftOut, Measured
 from clearhead.evals.in_context.labelled import PUBLISHED, Example
 from clearhead.evals.in_context.many_shot.section import (
     ManyShotAnswer,
@@ -32,19 +33,16 @@ from clearhead.evals.in_context.many_shot.section import (
 from clearhead.evals.in_context.rounds import in_rounds
 from clearhead.evals.in_context.shared import (
     Block,
+    BlocksCell,
     InContextConfig,
+    InContextEvaluation,
     LabelledTask,
-    answered,
     marks,
-    measure,
-    over_sets,
+    shown,
     task_values,
 )
-from clearhead.evals.reasons import Unmeasured, unless
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
-
-KEYS = ("set", "shots", "draw")
 
 
 class ManyShotConfig(InContextConfig):
@@ -67,85 +65,63 @@ class ManyShotConfig(InContextConfig):
         return value
 
 
-class ManyShot(Evaluation[ManyShotConfig, ManyShotResult]):
+@dataclass(frozen=True, kw_only=True)
+class Shots(BlocksCell):
+    """A number of demonstrations, a block a draw. full: whether as many as fit."""
+
+    shots: int
+    full: bool
+
+
+class ManyShot(InContextEvaluation[ManyShotConfig, ManyShotResult, Shots]):
     name = "many_shot"
     Config = ManyShotConfig
     Result = ManyShotResult
+    keys = ("set", "shots", "draw", "index")
 
-    def result(self, subject: Subject, config: ManyShotConfig, progress: Say | None = None) -> ManyShotResult:
-        """Raises RecordError for a set that cannot be used: that is no property of the model."""
-
-        def one(task: LabelledTask, log: SampleLog, left_out: dict[str, str]) -> list[Point] | None:
-            return self._points(subject, config, task, log, left_out) or None
-
-        found = over_sets(subject, config, self.name, KEYS, one, progress)
-        return ManyShotResult(
-            sets=[ManyShotSet(**task_values(task), points=points) for task, points in found.sets],
-            left_out=found.left_out,
-            examples=[ManyShotAnswer.model_validate(row) for row in found.examples],
-            score=config.score,
-            bos=found.bos,
-            rope_parameters=config.rope_parameters,
-            length=config.length_for(subject),
-            draws=config.draws,
-            n=sum(point.n for _, points in found.sets for point in points),
-        )
-
-    def _points(
-        self,
-        subject: Subject,
-        config: ManyShotConfig,
-        task: LabelledTask,
-        log: SampleLog,
-        skipped: dict[str, str],
-    ) -> list[Point]:
-        """Accuracy by number of demonstrations; why points are left out goes to `skipped`."""
-        length = config.length_for(subject)
+    def cells_of(self, config: ManyShotConfig, task: LabelledTask, length: int) -> Iterator[Shots | LeftOut]:
         draws = range(min(config.draws, len(task.asked)))
         orders = [in_rounds(task.pool, config.seed, draw) for draw in draws]
         full = min(most(task, order, length) for order in orders)
         wanted = numbers(config.shots, full)
-        blocks: dict[int, list[Block]] = {}
-        for shots in wanted:
-            try:
-                blocks[shots] = self._blocks(subject, task, orders, shots, length)
-            except Unmeasured as reason:
-                skipped[f"{task.name}, {shots} demonstrations"] = str(reason)
         if not wanted:
-            skipped[task.name] = f"not one demonstration and a question fit into {length} tokens"
-        failed = measure(subject, config, task, [[b[draw] for b in blocks.values()] for draw in draws], log)
-        points = []
-        for shots, made in blocks.items():
-            reasons = [failed[block.key] for block in made if block.key in failed]
-            if reasons:
-                skipped[f"{task.name}, {shots} demonstrations"] = reasons[0]
+            yield LeftOut(task.name, f"not one demonstration and a question fit into {length} tokens")
+        for shots in wanted:
+            name = f"{task.name}, {shots} demonstrations"
+            if shots > len(task.pool):
+                yield LeftOut(name, f"the set has {len(task.pool)} texts to demonstrate with")
                 continue
-            rows, tokens = answered(log, made), max(block.tokens for block in made)
-            points.append(
-                Point(shots=shots, full=shots == full, tokens=tokens, n=len(rows), correct=marks(rows))
+            dealt = [range(draw, len(task.asked), len(orders)) for draw in draws]
+            blocks = tuple(
+                Block.of(task, (task.name, shots, draw), draw, orders[draw][:shots], dealt[draw])
+                for draw in draws
             )
-        return points
+            needed = max(block.tokens for block in blocks) + task.trie.longest
+            if needed > length:
+                reason = f"a prompt and its answer have up to {needed} tokens, more than length {length}"
+                yield LeftOut(name, reason)
+                continue
+            yield Shots(name=name, length=needed, task=task, blocks=blocks, shots=shots, full=shots == full)
 
-    def _blocks(
-        self,
-        subject: Subject,
-        task: LabelledTask,
-        orders: Sequence[Sequence[Example]],
-        shots: int,
-        length: int,
-    ) -> list[Block]:
-        """The prompts of a number of demonstrations, a block a draw. Raises Unmeasured where they cannot be asked."""
-        if shots > len(task.pool):
-            raise Unmeasured(f"the set has {len(task.pool)} texts to demonstrate with")
-        made = [
-            Block.of(task, (task.name, shots, draw), order[:shots], range(draw, len(task.asked), len(orders)))
-            for draw, order in enumerate(orders)
-        ]
-        needed = max(block.tokens for block in made) + task.trie.longest
-        if needed > length:
-            raise Unmeasured(f"a prompt and its answer have up to {needed} tokens, more than length {length}")
-        unless(subject.too_long(needed))
-        return made
+    def gather(
+        self, subject: Subject, config: ManyShotConfig, measured: Measured[Shots, list[Row]]
+    ) -> ManyShotResult:
+        sets: dict[str, tuple[LabelledTask, list[Point]]] = {}
+        for cell, rows in measured.pairs:
+            tokens = max(block.tokens for block in cell.blocks)
+            point = Point(shots=cell.shots, full=cell.full, tokens=tokens, n=len(rows), correct=marks(rows))
+            sets.setdefault(cell.task.name, (cell.task, []))[1].append(point)
+        return ManyShotResult(
+            sets=[ManyShotSet(**task_values(task), points=points) for task, points in sets.values()],
+            left_out=measured.skipped,
+            examples=[ManyShotAnswer.model_validate(row) for row in shown(measured.rows)],
+            score=config.score,
+            bos=measured.pairs[0][0].task.tokenizer.bos_token,
+            rope_parameters=config.rope_parameters,
+            length=config.length_for(subject),
+            draws=config.draws,
+            n=sum(point.n for _, points in sets.values() for point in points),
+        )
 
     def section(self, run: RunResults) -> Section:
         title, question = (
@@ -177,7 +153,7 @@ def most(task: LabelledTask, order: Sequence[Example], length: int) -> int:
     count = int((used <= length).sum())
 
     def fits(number: int) -> bool:
-        block = Block.of(task, (), order[:number], [longest])
+        block = Block.of(task, (), 0, order[:number], [longest])
         return block.tokens + task.trie.longest <= length
 
     while count and not fits(count):

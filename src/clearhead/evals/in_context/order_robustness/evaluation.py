@@ -8,11 +8,14 @@ decoding are those of `in_context.many_shot`; interval and noise level: `analysi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from pydantic import Field
 
 from clearhead.analysis.sections import Section
-from clearhead.evals.asking.sample_log import SampleLog
-from clearhead.evals.evaluation import Evaluation, Say
+from clearhead.evals.asking.sample_log import Row
+from clearhead.evals.cells import Measured
 from clearhead.evals.in_context.many_shot.evaluation import most
 from clearhead.evals.in_context.order_robustness.section import (
     OrderAnswer,
@@ -23,19 +26,17 @@ from clearhead.evals.in_context.order_robustness.section import (
 from clearhead.evals.in_context.rounds import Order, in_rounds, permuted
 from clearhead.evals.in_context.shared import (
     Block,
+    BlocksCell,
     InContextConfig,
+    InContextEvaluation,
     LabelledTask,
-    answered,
     marks,
-    measure,
-    over_sets,
+    shown,
     task_values,
 )
-from clearhead.evals.reasons import Unmeasured, unless
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
 
-KEYS = ("set", "order", "permutation")
 LEAST = 64
 """Demonstrations unless `shots` says otherwise, or one of each label where there are more labels."""
 
@@ -55,48 +56,33 @@ class OrderRobustnessConfig(InContextConfig):
     orders: list[Order] = Field(default=["random", "by_class"], min_length=1)
 
 
-class OrderRobustness(Evaluation[OrderRobustnessConfig, OrderResult]):
+@dataclass(frozen=True, kw_only=True)
+class Permutations(BlocksCell):
+    """A set under all orders of `shots` demonstrations, a block each."""
+
+    shots: int
+    needed: int
+
+
+class OrderRobustness(InContextEvaluation[OrderRobustnessConfig, OrderResult, Permutations]):
     name = "order_robustness"
     Config = OrderRobustnessConfig
     Result = OrderResult
+    keys = ("set", "order", "permutation", "index")
 
-    def result(
-        self, subject: Subject, config: OrderRobustnessConfig, progress: Say | None = None
-    ) -> OrderResult:
-        """Raises RecordError for a set that cannot be used: that is no property of the model."""
-
-        def one(task: LabelledTask, log: SampleLog, left_out: dict[str, str]) -> OrderedSet:
-            return self._measured(subject, config, task, log)
-
-        found = over_sets(subject, config, self.name, KEYS, one, progress)
-        return OrderResult(
-            sets=[values for _, values in found.sets],
-            left_out=found.left_out,
-            examples=[OrderAnswer.model_validate(row) for row in found.examples],
-            score=config.score,
-            bos=found.bos,
-            rope_parameters=config.rope_parameters,
-            n=sum(values.asked for _, values in found.sets),
-        )
-
-    def _measured(
-        self, subject: Subject, config: OrderRobustnessConfig, task: LabelledTask, log: SampleLog
-    ) -> OrderedSet:
-        """Outcomes by format and permutation. Raises ValueError with the reason when they cannot be had."""
-        blocks, shots = self._blocks(config, task, config.length_for(subject))
+    def cells_of(self, config: OrderRobustnessConfig, task: LabelledTask, length: int) -> list[Permutations]:
+        blocks, shots = self._blocks(config, task, length)
         needed = max(block.tokens for block in blocks) + task.trie.longest
-        unless(subject.too_long(needed))
-        if failed := measure(subject, config, task, [[block] for block in blocks], log):
-            raise Unmeasured(next(iter(failed.values())))
-        orders: dict[str, list[str]] = {}
-        for block in blocks:
-            orders.setdefault(str(block.key[1]), []).append(marks(answered(log, [block])))
-        return OrderedSet(**task_values(task), shots=shots, tokens=needed, orders=orders)
+        return [
+            Permutations(
+                name=task.name, length=needed, task=task, blocks=tuple(blocks), shots=shots, needed=needed
+            )
+        ]
 
     def _blocks(
         self, config: OrderRobustnessConfig, task: LabelledTask, length: int
     ) -> tuple[list[Block], int]:
-        """The prompts of every permutation, and the number of their demonstrations. Raises ValueError as above."""
+        """The prompts of every permutation, and the number of their demonstrations. Raises ValueError as `cells_of`."""
         ordered = in_rounds(task.pool, config.seed, 0)
         shots = config.shots
         if shots is None:
@@ -105,16 +91,19 @@ class OrderRobustness(Evaluation[OrderRobustnessConfig, OrderResult]):
             raise ValueError(f"no two demonstrations and a question fit into {length} tokens")
         if shots > len(ordered):
             raise ValueError(f"shots is {shots}, but the set has {len(ordered)} texts to demonstrate with")
+        kinds = [
+            (order, number) for order in dict.fromkeys(config.orders) for number in range(config.permutations)
+        ]
         while True:
             blocks = [
                 Block.of(
                     task,
-                    (task.name, order, permutation),
-                    permuted(ordered[:shots], order, config.seed, permutation),
+                    (task.name, order, number),
+                    family,
+                    permuted(ordered[:shots], order, config.seed, number),
                     range(len(task.asked)),
                 )
-                for order in dict.fromkeys(config.orders)
-                for permutation in range(config.permutations)
+                for family, (order, number) in enumerate(kinds)
             ]
             needed = max(block.tokens for block in blocks) + task.trie.longest
             if needed <= length:
@@ -126,9 +115,36 @@ class OrderRobustness(Evaluation[OrderRobustnessConfig, OrderResult]):
             # In another order tokens may join otherwise where demonstrations meet.
             shots -= 1
 
+    def gather(
+        self,
+        subject: Subject,
+        config: OrderRobustnessConfig,
+        measured: Measured[Permutations, list[Row]],
+    ) -> OrderResult:
+        sets = [ordered_set(cell, rows) for cell, rows in measured.pairs]
+        return OrderResult(
+            sets=sets,
+            left_out=measured.skipped,
+            examples=[OrderAnswer.model_validate(row) for row in shown(measured.rows)],
+            score=config.score,
+            bos=measured.pairs[0][0].task.tokenizer.bos_token,
+            rope_parameters=config.rope_parameters,
+            n=sum(values.asked for values in sets),
+        )
+
     def section(self, run: RunResults) -> Section:
         title, question = "Order robustness", "Does the order of the demonstrations matter?"
         values = self.results(run)
         if not values:
             return self.missing(run, title, question)
         return order_section(self.name, title, question, run, values)
+
+
+def ordered_set(cell: Permutations, rows: Sequence[Row]) -> OrderedSet:
+    """Outcomes by format and permutation."""
+    orders: dict[str, list[str]] = {}
+    for block in cell.blocks:
+        _, order, number = block.key
+        own = [row for row in rows if (row["order"], row["permutation"]) == (order, number)]
+        orders.setdefault(str(order), []).append(marks(own))
+    return OrderedSet(**task_values(cell.task), shots=cell.shots, tokens=cell.needed, orders=orders)

@@ -15,24 +15,24 @@ Every answer is a line of `results/multi_needle.jsonl`; an interrupted grid goes
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import Field, field_validator
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from clearhead.analysis.sections import Section
-from clearhead.evals.asking.answering import answer_log, encode, fast_tokenizer
+from clearhead.evals.asking.answering import encode, fast_tokenizer
 from clearhead.evals.asking.decoding import AskedPrompt, answer, found, greedy
 from clearhead.evals.asking.haystack import Haystack, digest, make_haystack, read_documents, store_documents
 from clearhead.evals.asking.running import inference
-from clearhead.evals.asking.sample_log import SampleLog
-from clearhead.evals.evaluation import Evaluation, EvaluationConfig, Say
+from clearhead.evals.asking.sample_log import Key, Row
+from clearhead.evals.cells import Asked, Cell, Measured, SampleEvaluation, grouped
+from clearhead.evals.evaluation import EvaluationConfig
 from clearhead.evals.probing.rescaling import rescaled
-from clearhead.evals.reasons import Unmeasured, all_of, reason_of
+from clearhead.evals.reasons import Unmeasured, reason_of
 from clearhead.evals.retrieval.multi_needle.prompts import (
     CITIES,
     FormName,
@@ -136,73 +136,111 @@ class AskedNeedlesCell:
     length: int
     depth: float
 
-    def name(self) -> str:
-        return f"{self.needles} needles, {self.asked} asked, {self.length} tokens, depth {self.depth:.0%}"
+    def key(self, index: int) -> Key:
+        """What tells sample `index` from the others."""
+        return (self.needles, self.asked, self.length, self.depth, index)
 
 
-class MultiNeedle(Evaluation[MultiNeedleConfig, MultiNeedleResult]):
+@dataclass(frozen=True, eq=False)
+class Asking:
+    """Who is asked, and how."""
+
+    tokenizer: PreTrainedTokenizerFast
+    form: FormName
+    documents: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedlesInText(Cell):
+    """The samples of one place. new: the most tokens of an answer of those that are asked together with it."""
+
+    place: AskedNeedlesCell
+    new: int
+    asking: Asking
+
+
+class MultiNeedle(SampleEvaluation[MultiNeedleConfig, MultiNeedleResult, NeedlesInText]):
     name = "multi_needle"
     Config = MultiNeedleConfig
     Result = MultiNeedleResult
+    keys = KEYS
 
-    def result(
-        self, subject: Subject, config: MultiNeedleConfig, progress: Say | None = None
-    ) -> MultiNeedleResult:
+    def cells(self, subject: Subject, config: MultiNeedleConfig) -> Iterator[NeedlesInText]:
         tokenizer = fast_tokenizer(subject)
         form = config.form or ("completion" if tokenizer.chat_template is None else "chat")
-        cells = config.cells(subject.training_length)
         try:
             surroundings(form, tokenizer, CITIES[:1])
         except ValueError as error:
             raise Unmeasured(reason_of(error)) from error
-        documents = documents_of(subject, tokenizer, config.haystack)
-        asking = Asking(subject, tokenizer, config, form, documents)
-        skipped: dict[str, str] = {}
-        about = {"config": config.model_dump(mode="json"), "text": digest(documents)}
-        with answer_log(subject, self.name, about, KEYS, progress) as log:
-            # A scaling that grows is settled for prompt and answer, and no other cell may have a say in that.
-            apart = subject.adapter.frequencies_depend_on_length(config.rope_parameters)
-            kinds = {cell: (cell.length, config.new_tokens(cell.asked) if apart else 0) for cell in cells}
-            for kind in dict.fromkeys(kinds.values()):
-                todo = [cell for cell in cells if kinds[cell] == kind]
-                for cell, reason in measure(asking, todo, log).items():
-                    skipped[cell.name()] = reason
-            values = [self._values(cell, log.records) for cell in cells if cell.name() not in skipped]
-            examples = [FoundNeedles.model_validate(row) for row in shown(log.records)]
-        if not values:
-            raise Unmeasured(all_of(skipped))
+        asking = Asking(tokenizer, form, documents_of(subject, tokenizer, config.haystack))
+        places = config.cells(subject.training_length)
+        # A scaling that grows is settled for prompt and answer, and no other cell may have a say in that.
+        apart = subject.adapter.frequencies_depend_on_length(config.rope_parameters)
+        for place in places:
+            same = [one for one in places if one.length == place.length]
+            new = max(config.new_tokens(one.asked) for one in ([place] if apart else same))
+            yield NeedlesInText(
+                name=f"{place.needles} needles, {place.asked} asked, {place.length} tokens, depth {place.depth:.0%}",
+                length=place.length + new,
+                place=place,
+                new=new,
+                asking=asking,
+            )
+
+    def about(
+        self, subject: Subject, config: MultiNeedleConfig, cells: Sequence[NeedlesInText]
+    ) -> dict[str, Any]:
+        return {"config": config.model_dump(mode="json"), "text": digest(cells[0].asking.documents)}
+
+    def samples(self, config: MultiNeedleConfig, cell: NeedlesInText) -> list[Key]:
+        return [cell.place.key(index) for index in range(config.samples)]
+
+    def together(
+        self, subject: Subject, config: MultiNeedleConfig, samples: Sequence[tuple[NeedlesInText, Key]]
+    ) -> Iterable[Sequence[tuple[NeedlesInText, Key]]]:
+        return grouped(samples, lambda cell, key: (cell.place.length, cell.new)).values()
+
+    def ask(
+        self, subject: Subject, config: MultiNeedleConfig, asked: Asked[NeedlesInText]
+    ) -> Generator[Row, None, None]:
+        """One haystack after the other, among which the samples of each cell are divided."""
+        cells = asked.cells
+        asking, length = cells[0].asking, cells[0].place.length
+        scaling, trained = config.rope_parameters, subject.training_length
+        with (
+            rescaled(subject.model, scaling, trained=trained, length=length + cells[0].new),
+            inference(subject.model),
+            greedy(subject.model) as settings,
+        ):
+            for draw in sorted({int(key[-1]) % config.haystacks for _, key in asked.samples}):
+                rng = haystack_rng(config.seed, draw)
+                haystack = make_haystack(asking.documents, asking.tokenizer, length, rng)
+                todo = prompts_of(config, asked, cells, haystack, draw)
+                for row, text in said(subject, config, asking, haystack, length, todo, settings):
+                    place, index, prompt = todo[row]
+                    yield record(place, index, draw, prompt, text, config.save_prompts)
+
+    def gather(
+        self,
+        subject: Subject,
+        config: MultiNeedleConfig,
+        measured: Measured[NeedlesInText, list[Row]],
+    ) -> MultiNeedleResult:
         pairs, grid = config.kinds(subject.training_length)
+        cells = [values(cell.place, rows) for cell, rows in measured.pairs]
+        asking = measured.pairs[0][0].asking
         return MultiNeedleResult(
-            cells=values,
+            cells=cells,
             pairs=pairs,
             grid=grid,
-            skipped_cells=skipped,
-            examples=examples,
-            form=form,
-            bos=tokenizer.bos_token,
+            skipped_cells=measured.skipped,
+            examples=[FoundNeedles.model_validate(row) for row in shown(measured.rows)],
+            form=asking.form,
+            bos=asking.tokenizer.bos_token,
             haystacks=config.haystacks,
             training_length=subject.training_length,
             rope_parameters=config.rope_parameters,
-            n=sum(cell.n for cell in values),
-        )
-
-    def _values(self, cell: AskedNeedlesCell, records: Sequence[dict[str, Any]]) -> MultiNeedleCell:
-        rows = sorted(
-            (
-                r
-                for r in records
-                if AskedNeedlesCell(r["needles"], r["asked"], r["length"], r["depth"]) == cell
-            ),
-            key=lambda r: int(r["index"]),
-        )
-        return MultiNeedleCell(
-            needles=cell.needles,
-            asked=cell.asked,
-            length=cell.length,
-            depth=cell.depth,
-            n=len(rows),
-            found=[sum(row["found"]) for row in rows],
-            any_needle=any_needle(cell.needles, cell.asked),
+            n=sum(cell.n for cell in cells),
         )
 
     def section(self, run: RunResults) -> Section:
@@ -239,85 +277,52 @@ def cell_prompts(
         yield multi_needle_prompt(tokenizer, haystack, facts, cell.length, cell.depth, form)
 
 
-@dataclass(frozen=True, eq=False)
-class Asking:
-    """Who is asked, and how."""
-
-    subject: Subject
-    tokenizer: PreTrainedTokenizerFast
-    config: MultiNeedleConfig
-    form: FormName
-    documents: Sequence[str]
-
-
 Todo = list[tuple[AskedNeedlesCell, int, NeedlesPrompt]]
 
 
-def measure(asking: Asking, cells: Sequence[AskedNeedlesCell], log: SampleLog) -> dict[AskedNeedlesCell, str]:
-    """Answers all samples of cells of one length that `log` does not have; why cells were left out."""
-    subject, config, length = asking.subject, asking.config, cells[0].length
-    whole = length + max(config.new_tokens(cell.asked) for cell in cells)
-    if reason := subject.too_long(whole):
-        return dict.fromkeys(cells, reason)
-    skipped: dict[AskedNeedlesCell, str] = {}
-    scaling, trained = config.rope_parameters, subject.training_length
-    try:
-        with (
-            rescaled(subject.model, scaling, trained=trained, length=whole),
-            inference(subject.model),
-            greedy(subject.model) as settings,
-        ):
-            for draw in range(min(config.haystacks, config.samples)):
-                haystack = make_haystack(
-                    asking.documents, asking.tokenizer, length, haystack_rng(config.seed, draw)
-                )
-                todo, unmade = prompts_of(asking, cells, haystack, draw, log)
-                skipped |= unmade
-                todo = [one for one in todo if one[0] not in skipped]
-                for row, text in said(asking, haystack, length, todo, settings):
-                    cell, index, prompt = todo[row]
-                    log.add(record(cell, index, draw, prompt, text, config.save_prompts))
-    except torch.OutOfMemoryError as error:
-        return {**dict.fromkeys(cells, reason_of(error)), **skipped}
-    except ValueError as error:
-        return dict.fromkeys(cells, reason_of(error))
-    return skipped
-
-
 def prompts_of(
-    asking: Asking, cells: Sequence[AskedNeedlesCell], haystack: Haystack, draw: int, log: SampleLog
-) -> tuple[Todo, dict[AskedNeedlesCell, str]]:
-    """The prompts in one haystack that `log` has no answers to; why cells have none."""
-    config = asking.config
-    todo: Todo = []
-    skipped: dict[AskedNeedlesCell, str] = {}
+    config: MultiNeedleConfig,
+    asked: Asked[NeedlesInText],
+    cells: Sequence[NeedlesInText],
+    haystack: Haystack,
+    draw: int,
+) -> Todo:
+    """The prompts of `cells` in one haystack; a cell of which they cannot be made is left out."""
+    made: dict[str, Todo] = {}
     for cell in cells:
-        indices = [i for i in range(draw, config.samples, config.haystacks) if not log.has(_key(cell, i))]
+        indices = [int(key[-1]) for key in asked.keys(cell) if int(key[-1]) % config.haystacks == draw]
+        tokenizer, form = cell.asking.tokenizer, cell.asking.form
         try:
-            made = list(cell_prompts(asking.tokenizer, haystack, cell, indices, config.seed, asking.form))
+            prompts = list(cell_prompts(tokenizer, haystack, cell.place, indices, config.seed, form))
         except ValueError as error:
-            skipped[cell] = reason_of(error)
+            asked.leave_out(cell, reason_of(error))
             continue
-        todo += [(cell, i, prompt) for i, prompt in zip(indices, made, strict=True)]
-    return todo, skipped
+        made[cell.name] = [(cell.place, i, prompt) for i, prompt in zip(indices, prompts, strict=True)]
+    return [one for cell in asked.cells for one in made[cell.name]]
 
 
 def said(
-    asking: Asking, haystack: Haystack, length: int, todo: Todo, settings: GenerationConfig
+    subject: Subject,
+    config: MultiNeedleConfig,
+    asking: Asking,
+    haystack: Haystack,
+    length: int,
+    todo: Todo,
+    settings: GenerationConfig,
 ) -> Iterator[tuple[int, str]]:
     """(index in `todo`, answer)."""
     if not todo:
         return
-    tokenizer, config, form = asking.tokenizer, asking.config, asking.form
-    asked = [
+    tokenizer, form = asking.tokenizer, asking.form
+    prompts = [
         AskedPrompt(
             prompt.ids,
             prompt.numbers,
             form == "completion",
-            config.new_tokens(cell.asked),
+            config.new_tokens(place.asked),
             encode(tokenizer, expected(form, prompt.cities, prompt.numbers)),
         )
-        for cell, _, prompt in todo
+        for place, _, prompt in todo
     ]
     common = None
     if config.share_prefix:
@@ -325,23 +330,31 @@ def said(
         text = before + haystack.between(0, haystack.down(min(length, haystack.tokens)))
         common = encode(tokenizer, text)
     yield from answer(
-        asking.subject.model, tokenizer, asked, settings, common=common, batch_tokens=config.batch_tokens
+        subject.model, tokenizer, prompts, settings, common=common, batch_tokens=config.batch_tokens
     )
 
 
-def _key(cell: AskedNeedlesCell, index: int) -> tuple[Any, ...]:
-    return (cell.needles, cell.asked, cell.length, cell.depth, index)
+def values(place: AskedNeedlesCell, rows: Sequence[Row]) -> MultiNeedleCell:
+    return MultiNeedleCell(
+        needles=place.needles,
+        asked=place.asked,
+        length=place.length,
+        depth=place.depth,
+        n=len(rows),
+        found=[sum(row["found"]) for row in rows],
+        any_needle=any_needle(place.needles, place.asked),
+    )
 
 
 def record(
-    cell: AskedNeedlesCell, index: int, draw: int, prompt: NeedlesPrompt, text: str, whole: bool
-) -> dict[str, Any]:
+    place: AskedNeedlesCell, index: int, draw: int, prompt: NeedlesPrompt, text: str, whole: bool
+) -> Row:
     """One line of the samples' file."""
     return {
-        "needles": cell.needles,
-        "asked": cell.asked,
-        "length": cell.length,
-        "depth": cell.depth,
+        "needles": place.needles,
+        "asked": place.asked,
+        "length": place.length,
+        "depth": place.depth,
         "index": index,
         "haystack": draw,
         "cities": list(prompt.cities),
@@ -353,13 +366,13 @@ def record(
     }
 
 
-def shown(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def shown(records: Sequence[Row]) -> list[Row]:
     """A few right and wrong answers for the report, of as many kinds as possible."""
-    kept: list[dict[str, Any]] = []
+    kept: list[Row] = []
     for wanted in (True, False):
         kinds: Counter[tuple[int, int]] = Counter()
         rows = [row for row in records if all(row["found"]) == wanted]
-        chosen: list[dict[str, Any]] = []
+        chosen: list[Row] = []
         for row in sorted(rows, key=lambda r: (r["index"], r["length"], r["depth"], r["needles"])):
             if kinds[row["needles"], row["asked"]] == 0 and len(chosen) < SHOWN:
                 kinds[row["needles"], row["asked"]] += 1

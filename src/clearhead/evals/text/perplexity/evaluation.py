@@ -43,7 +43,7 @@ from clearhead.data.store import TokenStore
 from clearhead.evals.asking.losses import suffix_losses
 from clearhead.evals.asking.running import batches, inference
 from clearhead.evals.asking.texts import Ids, long_documents, utf8_size
-from clearhead.evals.cells import Cell, CellEvaluation, Measured
+from clearhead.evals.cells import Cell, CellEvaluation, LeftOut, Measured
 from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
 from clearhead.evals.finite import exponential
 from clearhead.evals.probing.rescaling import rescaled
@@ -145,7 +145,7 @@ class Perplexity(CellEvaluation[PerplexityConfig, PerplexityResult, WindowedRead
     def text(self, subject: Subject, config: PerplexityConfig) -> TokenStore | None:
         return subject.texts(config.texts)
 
-    def cells(self, subject: Subject, config: PerplexityConfig) -> Iterator[WindowedReading]:
+    def cells(self, subject: Subject, config: PerplexityConfig) -> Iterator[WindowedReading | LeftOut]:
         lengths = lengths_past_training(subject, config.lengths)
         if lengths[0] < 8:
             raise Unmeasured(
@@ -173,8 +173,10 @@ class Perplexity(CellEvaluation[PerplexityConfig, PerplexityResult, WindowedRead
             within[0] // 2 if config.segment is None else config.segment,
         )
         for length in sorted(lengths, key=within.__contains__):
-            reason = skipped.get(str(length))
-            yield WindowedReading(name=str(length), length=length, reason=reason, tokens=length, text=text)
+            if reason := skipped.get(str(length)):
+                yield LeftOut(str(length), reason)
+            else:
+                yield WindowedReading(name=str(length), length=length, tokens=length, text=text)
 
     def measure(self, subject: Subject, config: PerplexityConfig, cell: WindowedReading) -> PerplexityValue:
         length, text = cell.tokens, cell.text

@@ -1,0 +1,1 @@
+"""Figures of charts, a kind a file, and the frame that all kinds share."""
