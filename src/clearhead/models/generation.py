@@ -76,7 +76,7 @@ class ClearheadGeneration(GenerationMixin, ABC):
         """
         if reason := self.reason_against_serving():
             raise ValueError(f"generate_batch (continuous batching): {reason}")
-        before = self.config._attn_implementation
+        before: str | None = self.config._attn_implementation  # type: ignore[attr-defined]
         if before == AUTOMATIC:
             self.set_attn_implementation("sdpa")  # type: ignore[attr-defined]
         try:
