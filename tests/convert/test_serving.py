@@ -13,6 +13,7 @@ from clearhead.convert.base import ConversionError
 from clearhead.convert.run import RECORD, convert
 from clearhead.models import ClearheadForCausalLM
 from clearhead.models.autoload import AUTO_MAP, MODULE_FILE
+from clearhead.report.card import write_card
 from tests.convert.support import IDS, nothing_left, ours, same_bits
 
 # Query heads and key-value heads of a call, of a twin with eight and four.
@@ -52,6 +53,12 @@ def test_there_and_back(attention: str, tmp_path: Path) -> None:
     convert(str(tmp_path / "out"), tmp_path / "back")
     assert same_bits(source, tmp_path / "out") and same_bits(source, tmp_path / "back")
     assert read(tmp_path / "back") == read(source)
+
+
+def test_a_card_counts_as_for_the_twin(tmp_path: Path) -> None:
+    convert(str(ours(tmp_path / "source", attention="differential_v2")), tmp_path / "out", to="serving")
+    text = write_card(tmp_path / "out").read_text()
+    assert "| heads, counted as for the Transformer twin | 8 |" in text
 
 
 def test_windows_are_said_as_servers_read_them(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ class ClearheadGeneration(GenerationMixin, ABC):
             raise
         if before == AUTOMATIC:
             # What the manager goes back to when it stops.
-            manager._original_attn_impl = before
+            manager._original_attn_impl = before  # type: ignore[assignment]
         return manager
 
     def _prepare_generated_length(
