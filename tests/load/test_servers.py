@@ -32,6 +32,12 @@ def directories(root: Path, attention: str, **settings: Any) -> tuple[Path, Path
     model = tiny.ours(
         attention=attention, bos_token_id=1, eos_token_id=2, max_position_embeddings=128, **settings
     )
+    words = tiny.tokenizer()
+    with torch.no_grad():
+        # Bytes that are no text come out of streams otherwise than at once: a zero is never the largest logit.
+        for token in range(model.config.vocab_size):
+            if not words.decode([token]).isascii():
+                model.lm_head.weight[token] = 0.0
     source = tiny.save(root / "model", model)
     convert(str(source), root / "served", to="serving")
     return source, root / "served"
