@@ -75,6 +75,7 @@ JUDGES = {
 }
 # The first that claims a source takes it.
 CONVERTERS = {
+    "serving": "clearhead.convert.serving:Serving",
     "clearhead": "clearhead.convert.own:Clearhead",
     "microsoft_v1": "clearhead.convert.microsoft:MicrosoftV1",
     "microsoft_v2": "clearhead.convert.microsoft:MicrosoftV2",

@@ -168,9 +168,10 @@ def test_forward_takes_what_every_model_of_transformers_does() -> None:
 
 
 def test_continuous_batching_is_refused_and_not_empty() -> None:
-    model = make_model("softmax")
+    """Where it is not possible; where it is: tests/load."""
+    model = make_model("differential")
     model.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match=r"generate_batch .* is not there"):
+    with pytest.raises(ValueError, match=r"generate_batch .*: attention 'differential' hands a server"):
         model.generate_batch([[5, 6, 7]])
 
 

@@ -24,7 +24,7 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Entry points: they belong to no layer and are imported by none.
-ENTRIES = {"__init__", "__main__"}
+ENTRIES = {"__init__", "__main__", "vllm_plugin"}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

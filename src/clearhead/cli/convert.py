@@ -16,7 +16,9 @@ def command(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The new directory.", show_default="none, it must be given")],
-    to: Annotated[str, typer.Option(help="The format: clearhead, llama or diff_llama.")] = "clearhead",
+    to: Annotated[
+        str, typer.Option(help="The format: clearhead, llama, diff_llama or serving.")
+    ] = "clearhead",
     attention: Annotated[
         str | None,
         typer.Option(help="Another attention, for softmax models.", show_default="the source's"),

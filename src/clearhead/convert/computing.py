@@ -73,7 +73,8 @@ class ModelComputation:
 
     embedding = "model.embed_tokens.weight"
 
-    def __init__(self, kind: Any, config: Any, dtype: torch.dtype) -> None:
+    def __init__(self, kind: Any, config: Any, dtype: torch.dtype, implementation: str | None = None) -> None:
+        self.arguments: dict[str, Any] = {}
         self.head = self.embedding if config.tie_word_embeddings else "lm_head.weight"
         ours = config.model_type == "clearhead"
         # This library computes in float64 of its own accord, and is not to be checked against itself in disguise.
@@ -82,7 +83,9 @@ class ModelComputation:
         with _default(dtype):
             with torch.device("meta"):
                 model = kind._from_config(
-                    config, attn_implementation=AUTOMATIC if ours else "sdpa", dtype=dtype
+                    config,
+                    attn_implementation=implementation or (AUTOMATIC if ours else "sdpa"),
+                    dtype=dtype,
                 )
             self.decoder = model.model.eval()
             # Angles are no weights: they are made anew outside of the meta device.
@@ -105,7 +108,8 @@ class ModelComputation:
             hooks += _held(block, {name: f"{prefix}.{name}" for name in rest}, read)
         try:
             with torch.no_grad(), self.mode():
-                states: Tensor = self.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
+                found = self.decoder(inputs_embeds=embedded, use_cache=False, **self.arguments)
+                states: Tensor = found.last_hidden_state
                 return states
         finally:
             for hook in hooks:

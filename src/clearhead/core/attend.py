@@ -105,12 +105,18 @@ def prepare(
 
 
 def attend(
-    heads: Streams, prepared: Prepared, scale: float, mix: Mix, with_maps: bool = False
+    heads: Streams,
+    prepared: Prepared,
+    scale: float,
+    mix: Mix,
+    with_maps: bool = False,
+    layer_idx: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """The mixed output (B, H, L, E) and, if asked, the effective map (B, H, L, S), A1 − gate·A2 for a difference.
 
     softmax(scale · q kᵀ + mask) v for every stream, then `mix`. Rows that see no key give zeros. With maps the output
-    is theirs times v, so that a gradient with respect to them is one of the output.
+    is theirs times v, so that a gradient with respect to them is one of the output. layer_idx is for engines
+    that look at the layer's place.
     """
     if heads.v.shape[0] == 0:
         return _of_nothing(heads.expanded(), mix, with_maps)
@@ -119,27 +125,27 @@ def attend(
         return backend.run(heads if backend.takes_tables else heads.expanded(), prepared.mask, scale), None
     heads, scale = _legal(heads.expanded(), scale)
     if prepared.real is None and prepared.hidden is None:
-        return _run(heads, prepared, scale, mix, with_maps)
+        return _run(heads, prepared, scale, mix, with_maps, layer_idx)
     known = prepared.looks and readable(heads.v)
     if known and all_finite(heads):
-        return _run(heads, prepared, scale, mix, with_maps)
+        return _run(heads, prepared, scale, mix, with_maps, layer_idx)
     if prepared.real is not None:
         heads = without(heads, ~prepared.real[:, None, :, None])
     if not known or prepared.hidden is None:
-        return _run(heads, prepared, scale, mix, with_maps)
+        return _run(heads, prepared, scale, mix, with_maps, layer_idx)
     spoilt = spoilt_sequences(heads)
-    output, effective = _run(without(heads, spoilt), prepared, scale, mix, with_maps)
+    output, effective = _run(without(heads, spoilt), prepared, scale, mix, with_maps, layer_idx)
     outputs, maps = zip(*isolated(heads, prepared.hidden, scale), strict=True)
     output = torch.where(spoilt, mix(outputs, heads.gate), output)
     return output, None if effective is None else torch.where(spoilt, mix(maps, heads.gate), effective)
 
 
 def _run(
-    heads: Streams, prepared: Prepared, scale: float, mix: Mix, with_maps: bool
+    heads: Streams, prepared: Prepared, scale: float, mix: Mix, with_maps: bool, layer_idx: int
 ) -> tuple[Tensor, Tensor | None]:
     backend, lowering = prepared.plan.backend, prepared.plan.lowering
     assert isinstance(backend, Engine) and lowering is not None
-    results = [backend(call, prepared.mask, scale) for call in lower(heads, lowering)]
+    results = [backend(call, prepared.mask, scale) for call in lower(heads, lowering, layer_idx)]
     groups = heads.v.shape[1]
     streams = unlower_streams([out for out, _ in results], lowering, groups)
     if not with_maps:

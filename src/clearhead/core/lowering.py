@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clearhead.core.streams import Streams
+from clearhead.core.streams import Streams, Widths
 
 WideValues = Literal["native", "pad", "split"]
 
@@ -56,11 +56,46 @@ class Lowering:
 
 @dataclass(frozen=True, slots=True)
 class SoftmaxCall:
-    """One grouped-query softmax attention: q (B, H, L, D), k (B, G, S, D), v (B, G, S, E)."""
+    """One grouped-query softmax attention: q (B, H, L, D), k (B, G, S, D), v (B, G, S, E).
+
+    layer_idx: the layer's place in the stack, for functions that look at it.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
+    layer_idx: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OneCall:
+    """A layer as one call of plain heads: what an engine that keeps keys by layer is handed.
+
+    query_heads, kv_heads: of the call.     width: of its queries, keys and values.
+    """
+
+    lowering: Lowering
+    query_heads: int
+    kv_heads: int
+    width: int
+
+    @property
+    def groups(self) -> int:
+        """Query heads that one key-value head serves."""
+        return self.query_heads // self.kv_heads
+
+
+def one_call(sizes: Widths) -> OneCall | str:
+    """How streams of these sizes become one call with values as wide as keys; the reason where they cannot."""
+    streams, uneven = sizes.query_streams, sizes.stream_heads
+    lowering = lower_for(
+        streams, sizes.key_streams == 1, sizes.key_width, sizes.value_width, "split", True, uneven
+    )
+    if isinstance(lowering, str):
+        return lowering
+    copies = 1 if lowering.shares_keys else streams * lowering.slices
+    queries = sum(sizes.query_heads) * lowering.slices
+    return OneCall(lowering, queries, copies * sizes.kv_heads, sizes.key_width)
 
 
 def lower_for(
@@ -104,8 +139,8 @@ def _and(counts: Sequence[int]) -> str:
     return f"{', '.join(map(str, counts[:-1]))} and {counts[-1]}"
 
 
-def lower(heads: Streams, lowering: Lowering) -> list[SoftmaxCall]:
-    """The calls that compute the streams of `heads`."""
+def lower(heads: Streams, lowering: Lowering, layer_idx: int = 0) -> list[SoftmaxCall]:
+    """The calls that compute the streams of `heads`, of the layer at `layer_idx`."""
     queries, keys = heads.q, heads.k if lowering.shares_keys else heads.own_keys
     if lowering.pad:
         extra = heads.v.shape[-1] - queries[0].shape[-1]
@@ -113,14 +148,14 @@ def lower(heads: Streams, lowering: Lowering) -> list[SoftmaxCall]:
         keys = tuple(F.pad(k, (0, extra)) for k in keys)
     values = heads.v.chunk(lowering.slices, dim=-1)
     if not lowering.stack:
-        return [SoftmaxCall(q, k, v) for q, k in zip(queries, keys, strict=True) for v in values]
+        return [SoftmaxCall(q, k, v, layer_idx) for q, k in zip(queries, keys, strict=True) for v in values]
     if lowering.shares_keys:
-        return [SoftmaxCall(stack_heads(queries, heads.v.shape[1]), keys[0], values[0])]
+        return [SoftmaxCall(stack_heads(queries, heads.v.shape[1]), keys[0], values[0], layer_idx)]
     # (B, streams·slices·G, S, ·): stream-major, slices inside, so each (stream, slice) is its own block of groups.
     q = torch.cat([q for q in queries for _ in values], dim=1)
     k = torch.cat([k for k in keys for _ in values], dim=1)
     v = torch.cat([v for _ in keys for v in values], dim=1)
-    return [SoftmaxCall(q, k, v)]
+    return [SoftmaxCall(q, k, v, layer_idx)]
 
 
 def unlower_streams(outputs: Sequence[Tensor], lowering: Lowering, groups: int) -> tuple[Tensor, ...]:

@@ -52,13 +52,16 @@ class _Site(nn.Module):
         self.is_causal = True
         self.layer_idx = 0
         self.num_key_value_groups = 1
+        self.scaling = 1.0
+        self.sliding_window: int | None = None
         self.config = SimpleNamespace(_attn_implementation=name)
 
 
 class HuggingFace(Engine):
     """The function registered under `name`, with the mask function registered under the same name.
 
-    A name without a mask function is refused: Hugging Face would silently drop padding.
+    A name without a mask function is refused: Hugging Face would silently drop padding. Such functions are those of
+    servers, which bring keys, values and masks of their own; models call them otherwise (`models.serving`).
     """
 
     def __init__(self, name: str) -> None:
@@ -126,8 +129,10 @@ class HuggingFace(Engine):
     def __call__(self, call: SoftmaxCall, mask: HfMask, scale: float) -> tuple[Tensor, Tensor | None]:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        self._site.num_key_value_groups = call.q.shape[1] // call.k.shape[1]
-        self._site.is_causal = mask.is_causal
+        site = self._site
+        site.num_key_value_groups = call.q.shape[1] // call.k.shape[1]
+        site.is_causal, site.sliding_window = mask.is_causal, mask.window
+        site.layer_idx, site.scaling = call.layer_idx, scale
         batch, native = call.q.shape[0], mask.attention_mask
         extra: dict[str, Tensor | int] = {}
         if isinstance(native, Tensor) and native.ndim == 2:
@@ -138,7 +143,7 @@ class HuggingFace(Engine):
             extra = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
             extra |= {"max_length_q": mask.longest, "max_length_k": mask.longest}
         out, _ = ALL_ATTENTION_FUNCTIONS[self.name](
-            self._site,
+            site,
             call.q,
             call.k,
             call.v,

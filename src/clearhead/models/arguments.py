@@ -20,7 +20,7 @@ _BINARY = (
 )
 # What transformers' tools may hand to any model. Documents are read from the first ones; the rest says nothing here.
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
-_KNOWN = frozenset({*TransformersKwargs.__annotations__, *_PACKING, "cache_position", "shift_labels"})
+KNOWN = frozenset({*TransformersKwargs.__annotations__, *_PACKING, "cache_position", "shift_labels"})
 
 
 def check_keywords(keywords: Mapping[str, Any], own: Mapping[str, Any]) -> None:
@@ -29,8 +29,8 @@ def check_keywords(keywords: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     ValueError for `is_causal=False`, which would ask for another model.
     """
     for name in keywords:
-        if name not in _KNOWN:
-            known = sorted({*_KNOWN, *own} - {"self", "kwargs"})
+        if name not in KNOWN:
+            known = sorted({*KNOWN, *own} - {"self", "kwargs"})
             raise TypeError(f"forward has no argument {name!r}: {did_you_mean(name, known)}")
     if keywords.get("is_causal") is False:
         raise ValueError(

@@ -38,6 +38,9 @@ class ClearheadForCausalLM(ClearheadPreTrainedModel, ClearheadGeneration, Genera
     def position_methods(self) -> dict[str, Position]:
         return self.model.position_methods()
 
+    def reason_against_serving(self) -> str | None:
+        return self.model.reason_against_serving()
+
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,

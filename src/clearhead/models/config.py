@@ -10,9 +10,17 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from clearhead.core.streams import HeadShape
+from clearhead.core.lowering import one_call
+from clearhead.core.streams import HeadShape, Widths
 from clearhead.models.autoload import AUTO_MAP, AutoMap, is_own, tell_peft, without_own, write_module
-from clearhead.models.kinds import LayerKind, check_layers, check_window, make_kinds
+from clearhead.models.kinds import (
+    TWIN_KEYS,
+    LayerKind,
+    check_layers,
+    check_twin_heads,
+    check_window,
+    make_kinds,
+)
 from clearhead.positions.base import Position
 from clearhead.registry import resolve
 from clearhead.variants.base import Variant, make_variant
@@ -52,6 +60,9 @@ class ClearheadConfig(PreTrainedConfig):
     compact_cache:      caches of collinear variants hold half of every key, a quarter less in all; positions behind a
         cache are then always counted from the mask.
     num_key_value_heads, head_dim: by default num_attention_heads and hidden_size / num_attention_heads.
+    twin_heads:         in what `clearhead convert --to serving` writes, the twin's num_attention_heads and
+        num_key_value_heads. The keys of these names are then those of the one call a layer that a server's attention
+        function gets, because that is what servers read there. Elsewhere None.
     Raises ValueError for an unknown name or option and for sizes that do not fit, naming the key.
     """
 
@@ -81,6 +92,7 @@ class ClearheadConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     use_cache: bool = True
     compact_cache: bool = False
+    twin_heads: dict[str, int] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -175,6 +187,7 @@ class ClearheadConfig(PreTrainedConfig):
             raise ValueError(f"rms_norm_eps must be positive, not {self.rms_norm_eps}")
         check_window(self.sliding_window, "sliding_window")
         self._check_layer_positions()
+        check_twin_heads(self.twin_heads)
         kinds = self.layer_kinds
         for layer in (kinds.index(kind) for kind in dict.fromkeys(kinds)):
             try:
@@ -188,7 +201,22 @@ class ClearheadConfig(PreTrainedConfig):
                     f"attention is {kinds[layer].attention!r}"
                 )
         self._check_rotation()
+        self._check_call()
         self.make_positions()
+
+    def _check_call(self) -> None:
+        """With `twin_heads` the head counts must be those of the call that the layers make."""
+        if self.twin_heads is None:
+            return
+        named = (self.num_attention_heads, self.num_key_value_heads)
+        for kind in dict.fromkeys(self.layer_kinds):
+            call = one_call(self.widths(kind))
+            made = call if isinstance(call, str) else (call.query_heads, call.kv_heads)
+            if made != named:
+                raise ValueError(
+                    f"twin_heads {self.twin_heads} does not go with num_attention_heads and num_key_value_heads "
+                    f"{named}: attention {kind.attention!r} makes {made} of it"
+                )
 
     def _check_layer_positions(self) -> None:
         if self.layers is not None:
@@ -247,8 +275,7 @@ class ClearheadConfig(PreTrainedConfig):
             )
 
     def _of_cache(self, kind: LayerKind) -> PreTrainedConfig:
-        with torch.device("meta"):
-            sizes = make_variant(kind.attention, self.head_shape(0), kind.options).sizes
+        sizes = self.widths(kind)
         keys = sizes.key_streams * sizes.key_width // (2 if self.compact_cache else 1)
         held: dict[str, Any] = {}
         if (sizes.kv_heads, keys, sizes.value_width) != (self.num_key_value_heads, *[self.head_dim] * 2):
@@ -288,9 +315,15 @@ class ClearheadConfig(PreTrainedConfig):
     def head_shape(self, layer_idx: int) -> HeadShape:
         """The twin's head counts for one layer."""
         assert self.head_dim is not None and self.num_key_value_heads is not None
-        return HeadShape(
-            self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim, layer_idx
-        )
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if self.twin_heads is not None:
+            heads, groups = (self.twin_heads[key] for key in TWIN_KEYS)
+        return HeadShape(self.hidden_size, heads, groups, self.head_dim, layer_idx)
+
+    def widths(self, kind: LayerKind) -> Widths:
+        """What a layer of this kind is made of."""
+        with torch.device("meta"):
+            return make_variant(kind.attention, self.head_shape(0), kind.options).sizes
 
     def make_variant(self, layer_idx: int) -> Variant:
         """The variant of one layer; ValueError if the options are not its own."""

@@ -29,6 +29,7 @@ from clearhead.models.forward_inputs import (
 )
 from clearhead.models.kinds import CacheSizes, Present, present
 from clearhead.models.pretrained import ClearheadPreTrainedModel, backends_for
+from clearhead.models.serving import Masks, check_request, is_served, is_server, reason_against
 from clearhead.models.shared import Plans, Shared
 from clearhead.positions.base import Position, Rotation
 from clearhead.positions.length import warn_of_unknown_lengths
@@ -52,6 +53,13 @@ class ClearheadModel(ClearheadPreTrainedModel):
         # A layer that sees every key, whose cache has them all; the one with the widest window where all have one.
         self._widest = max(range(len(self.kinds)), key=lambda layer: self.kinds[layer].window or math.inf)
         self.gradient_checkpointing = False
+        calls = [layer.self_attn.call for layer in self._decoder_layers()]
+        # Looked up here: a compiled forward pass has nothing to ask.
+        self._reasons = tuple(
+            reason_against(config, calls, self.position_methods(), paged) for paged in (False, True)
+        )
+        if is_server(config._attn_implementation) and self._reasons[False]:
+            raise ValueError(self._reasons[False])
         declared = {n for layer in self._decoder_layers() for n in layer.self_attn.variant.float32_parameters}
         self._keep_in_fp32_modules_strict = [f"self_attn.variant.{name}" for name in sorted(declared)]
         self.post_init()
@@ -87,9 +95,12 @@ class ClearheadModel(ClearheadPreTrainedModel):
             engine that has maps: chosen by itself under "clearhead", to be named otherwise ("eager"). What follows is
             computed from them, so they have gradients.
         kwargs: what transformers' tools hand to any model. cu_seq_lens_q and seq_idx mean packed documents too; another
-            name that transformers' models do not have either is a TypeError.
+            name that transformers' models do not have either is a TypeError. From a server (`models.serving`) they go
+            to its attention function, and position_ids are those of many requests in one row.
         """
-        check_keywords(kwargs, _ARGUMENTS)
+        served = is_served(self.config._attn_implementation, kwargs)
+        if not served:
+            check_keywords(kwargs, _ARGUMENTS)
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise ValueError(
                 "torch.jit.trace keeps what it sees of its example (nothing is padded, say) for every input after it; "
@@ -112,10 +123,15 @@ class ClearheadModel(ClearheadPreTrainedModel):
 
         if past_key_values is not None:
             self._check_cache(past_key_values)
-        elif use_cache:
+        elif use_cache and not served:
             past_key_values = DynamicCache(config=self._caches)  # type: ignore[arg-type]
         given = Given(attention_mask, position_ids, rope_length, past_key_values, kwargs)
-        shared = self._share(inputs_embeds, given, output_attentions)
+        handed: dict[str, Any] = {}
+        if served:
+            shared = self._share_with_server(inputs_embeds, given, output_attentions)
+            handed = {**kwargs, "position_ids": position_ids}
+        else:
+            shared = self._share(inputs_embeds, given, output_attentions)
 
         hidden_states = inputs_embeds
         states: tuple[Tensor, ...] = ()
@@ -123,12 +139,15 @@ class ClearheadModel(ClearheadPreTrainedModel):
         for layer, alike in zip(self.layers, self._alike, strict=True):
             if output_hidden_states:
                 states = (*states, hidden_states)
-            hidden_states, layer_map = layer(
+            found = layer(
                 hidden_states,
                 shared[alike],
                 past_key_values=past_key_values,
                 output_attentions=output_attentions,
+                **handed,
             )
+            # What stands in for layers of other ranks, in vLLM, gives back what it got.
+            hidden_states, layer_map = found if isinstance(found, tuple) else (found, None)
             if layer_map is not None:
                 maps = (*maps, layer_map)
         hidden_states = self.norm(hidden_states)
@@ -188,6 +207,31 @@ class ClearheadModel(ClearheadPreTrainedModel):
             table = self._table(layer, rotations[turned], inputs_embeds) if compact else None
             shared[layer] = Shared(inputs_embeds.device, rotations[turned], plans[asked], table)
         return shared
+
+    def _share_with_server(
+        self, inputs_embeds: Tensor, given: Given, output_attentions: bool
+    ) -> dict[int, Shared]:
+        """The same in a server's forward pass: rotations at the given positions, and the server's masks."""
+        check_request(self.config, given, output_attentions, self._reasons)
+        assert given.position_ids is not None
+        rotations = {
+            name: method(given.position_ids, None, None, inputs_embeds.dtype)
+            for name, method in self.position_methods().items()
+        }
+        masks = Masks(given.attention_mask)
+        return {
+            layer: Shared(
+                inputs_embeds.device, rotations[self.kinds[layer].position], plans=None, masks=masks
+            )
+            for layer in dict.fromkeys(self._alike)
+        }
+
+    def reason_against_serving(self, paged: bool = True) -> str | None:
+        """Why no server can run this model as it stands, in one sentence; None where one can.
+
+        paged: asks for Hugging Face's continuous batching, which does not look at the number of query heads.
+        """
+        return self._reasons[paged]
 
     def _table(self, layer: int, rotation: Rotation, inputs_embeds: Tensor) -> Tensor:
         """What turns held keys into keys; in float64 for float64 models."""

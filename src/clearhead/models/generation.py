@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.utils import GenerationMixin
 
+from clearhead.models.config import AUTOMATIC
 from clearhead.models.forward_inputs import depends_on_length, shortest_trained_length
 from clearhead.positions.base import Position
 from clearhead.positions.length import check_cached_length, check_given_length, given_length
@@ -63,12 +65,29 @@ class ClearheadGeneration(GenerationMixin, ABC):
         mask = model_kwargs.get("attention_mask")
         return positions if mask is None else (mask.long().cumsum(-1) - 1).clamp(min=0)
 
-    def init_continuous_batching(self, *unused: Any, **unused_too: Any) -> Any:
-        """Not there: every layer would get a paged cache of another kind. ValueError, not empty completions."""
-        raise ValueError(
-            "generate_batch (continuous batching) is not there for clearhead models, which take no paged cache: "
-            "give generate a left-padded batch"
-        )
+    @abstractmethod
+    def reason_against_serving(self) -> str | None:
+        """Why continuous batching cannot run this model, in one sentence; None where it can."""
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> ContinuousBatchingManager:
+        """As Hugging Face's; a model that chooses its backend by itself ("clearhead") has "sdpa" meanwhile.
+
+        ValueError, not empty completions, for a model that it cannot run.
+        """
+        if reason := self.reason_against_serving():
+            raise ValueError(f"generate_batch (continuous batching): {reason}")
+        before: str | None = self.config._attn_implementation  # type: ignore[attr-defined]
+        if before == AUTOMATIC:
+            self.set_attn_implementation("sdpa")  # type: ignore[attr-defined]
+        try:
+            manager = super().init_continuous_batching(*args, **kwargs)
+        except BaseException:
+            self.set_attn_implementation(before)  # type: ignore[attr-defined]
+            raise
+        if before == AUTOMATIC:
+            # What the manager goes back to when it stops.
+            manager._original_attn_impl = before  # type: ignore[assignment]
+        return manager
 
     def _prepare_generated_length(
         self,

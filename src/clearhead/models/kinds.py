@@ -14,6 +14,9 @@ from transformers.cache_utils import Cache
 from clearhead.core.masks import MaskSpec
 from clearhead.registry import did_you_mean
 
+# Hugging Face's names, in a configuration's `layer_types`, for layers that see all keys and those with a window.
+FULL, SLIDING = "full_attention", "sliding_attention"
+TWIN_KEYS = ("num_attention_heads", "num_key_value_heads")
 KEYS = ("attention", "attention_options", "position", "sliding_window")
 
 
@@ -102,6 +105,17 @@ def check_layers(layers: Any, depth: int) -> None:
             if not isinstance(entry.get(key, ""), str):
                 raise ValueError(f"layers[{index}].{key} must be a name, not {entry[key]!r}")
         check_window(entry.get("sliding_window"), f"layers[{index}].sliding_window")
+
+
+def check_twin_heads(heads: Any) -> None:
+    """Raise ValueError unless `heads` is None or has positive integers for `TWIN_KEYS` and nothing else."""
+    if heads is None:
+        return
+    whole = isinstance(heads, Mapping) and set(heads) == set(TWIN_KEYS)
+    if not whole or not all(type(count) is int and count > 0 for count in heads.values()):
+        raise ValueError(
+            f"twin_heads must be a table of {' and '.join(TWIN_KEYS)}, positive integers, not {heads!r}"
+        )
 
 
 def check_window(window: Any, key: str) -> None:

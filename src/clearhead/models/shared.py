@@ -9,6 +9,7 @@ from clearhead.core.attend import Prepared, prepare
 from clearhead.core.dispatch import AttentionProblem, Backend
 from clearhead.core.masks import MaskSpec
 from clearhead.core.values import moved
+from clearhead.models.serving import Masks
 from clearhead.positions.base import Rotation
 
 
@@ -37,13 +38,15 @@ class Plans:
 class Shared:
     """What all layers with one position method share in a forward pass: made on `device`, where the embeddings are.
 
-    table: what turns held keys into keys, for compact caches.
+    plans:  None in a server's forward pass, which has its own masks, in `masks`.
+    table:  what turns held keys into keys, for compact caches.
     """
 
     device: torch.device
     rotation: Rotation
-    plans: Plans
+    plans: Plans | None
     table: Tensor | None = None
+    masks: Masks | None = None
     elsewhere: dict[torch.device, "Shared"] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> "Shared":
@@ -52,5 +55,7 @@ class Shared:
             return self
         if device not in self.elsewhere:
             table = None if self.table is None else self.table.to(device)
-            self.elsewhere[device] = Shared(device, self.rotation.to(device), self.plans.on(device), table)
+            plans = None if self.plans is None else self.plans.on(device)
+            masks = None if self.masks is None else moved(self.masks, device)
+            self.elsewhere[device] = Shared(device, self.rotation.to(device), plans, table, masks)
         return self.elsewhere[device]

@@ -76,5 +76,10 @@ class ProjectedAttention(nn.Module):
         self, heads: Streams, prepared: Prepared, with_maps: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """The layer's output (B, L, embed_dim) and, if asked, its effective map (B, H, L, S)."""
-        output, maps = attend(heads, prepared, self.scale, self.variant.mix, with_maps)
-        return self.o_proj(merge_heads(self.variant.finish(output))), maps
+        output, maps = attend(heads, prepared, self.scale, self.variant.mix, with_maps, self.layer_idx)
+        return self.close(output), maps
+
+    def close(self, mixed: Tensor) -> Tensor:
+        """(B, H, L, E), the streams' mixed output, to the layer's (B, L, embed_dim)."""
+        out: Tensor = self.o_proj(merge_heads(self.variant.finish(mixed)))
+        return out

@@ -119,7 +119,8 @@ def _what(config: Mapping[str, Any], folder: Path, job: Mapping[str, Any]) -> st
     if positions == "rope" and rope:
         positions = f"RoPE ({rope.get('rope_type', 'default')}, base {rope.get('rope_theta', 10000.0):g})"
     rows = [("parameters", f"{_parameters(folder):,}")] if list(folder.glob("*.safetensors")) else []
-    rows += [(label, f"{config[key]:,}") for label, key in SIZES if isinstance(config.get(key), int)]
+    sizes = {**config, **(config.get("twin_heads") or {})}
+    rows += [(label, f"{sizes[key]:,}") for label, key in SIZES if isinstance(sizes.get(key), int)]
     windows = [str(e.get("sliding_window", config.get("sliding_window")) or "all") for e in patterns]
     if set(windows) != {"all"}:
         repeated = ", repeated over the depth" if len(windows) > 1 else ""
