@@ -79,7 +79,7 @@ def place(
     """
     batch, queries = inputs_embeds.shape[:2]
     device = inputs_embeds.device
-    known = None if cache is None else snapshot_length(cache.get_seq_length())
+    known = None if cache is None else snapshot_length(cache.get_seq_length(layer))
     past = 0 if known is None else known
     fresh = isinstance(past, int) and past == 0
     keys = queries if cache is None else sum(cache.get_mask_sizes(queries, layer))

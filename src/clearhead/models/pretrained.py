@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.distributed.utils import TransformersDeviceMesh
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from clearhead.core.dispatch import Backend, automatic_backends, load_backend
+from clearhead.models import plans
 from clearhead.models.autoload import is_own
 from clearhead.models.config import AUTOMATIC, ClearheadConfig
 from clearhead.positions.base import Position
@@ -67,6 +70,24 @@ class ClearheadPreTrainedModel(PreTrainedModel):
         if self.is_remote_code():
             self.config.auto_map = dict(self.config.auto_map)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def maybe_distribute_model(
+        cls,
+        model: "ClearheadPreTrainedModel",
+        distributed_config: DistributedConfig | None,
+        mesh_manager: TransformersDeviceMesh | None,
+    ) -> "ClearheadPreTrainedModel":
+        """As Hugging Face's, called before weights are read; each layer then knows which heads and layers are here."""
+        if mesh_manager is None or distributed_config is None:
+            return model
+        decoder, parts = model.base_model, distributed_config.tp_size
+        if parts > 1 and plans.check_rules(model.tp_plan, distributed_config.tp_plan):
+            variants = [layer.self_attn.variant for layer in decoder.layers]
+            plans.share_heads(variants, mesh_manager.get_mesh("tp").get_local_rank(), parts)
+        super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        decoder.look_around()
+        return model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
