@@ -12,9 +12,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+MEETING = "meeting-place"
+
 
 def run(job: str, folder: Path, processes: int = 2) -> None:
     """AssertionError with the end of what the processes printed if one fails."""
+    (folder / MEETING).unlink(missing_ok=True)
     command = [sys.executable, "-m", "tests.parallel.ranks", job, str(folder), str(processes)]
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run(
@@ -36,7 +39,7 @@ def _work(rank: int, job: str, folder: str, processes: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/meeting-place",
+        init_method=f"file://{folder}/{MEETING}",
         rank=rank,
         world_size=processes,
         timeout=timedelta(minutes=2),

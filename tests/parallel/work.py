@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.distributed.configuration_utils import DistributedConfig
@@ -18,8 +17,8 @@ from tests.contracts.model_cases import left_padded, make_model, tokens
 
 STEPS = 20
 GROUPED = "grouped"
-# What is shared out by tensor parallelism: the variant's name here, and what else of the configuration.
-SHARED: dict[str, dict[str, Any]] = {
+# The variant's name here, and what else of the configuration.
+CASES: dict[str, dict[str, Any]] = {
     "softmax": {},
     "softmax normed": {"attention_options": {"head_norm": True}},
     "differential": {},
@@ -31,20 +30,31 @@ SHARED: dict[str, dict[str, Any]] = {
     "differential_v2_collinear": {},
     GROUPED: {"attention": GROUPED, "attention_options": {"own_keys": True, "wide": True}},
     "mixed": {"layers": [{"attention": "differential"}, {"sliding_window": 4}]},
+    "tied": {"tie_word_embeddings": True},
 }
-STAGED = ("differential", "mixed")
-TRAINED = ("differential", "differential_v2", "collinear")
+# Of each kind of work: what the suite does, and what is left to `make test-peers`.
+JOBS = {
+    "tensor parallel": ["softmax", "differential", "differential_v2", "collinear", GROUPED],
+    "pipeline": ["mixed"],
+    "sharded": ["differential", "differential_v2", "collinear"],
+}
+MORE = {
+    "tensor parallel": [case for case in CASES if case not in JOBS["tensor parallel"]],
+    "pipeline": ["softmax", "differential", "differential_v2", "collinear", "tied"],
+    "sharded": ["softmax", "differential_collinear", "mixed", "tied"],
+}
 
 
 def make(case: str) -> ClearheadForCausalLM:
     VARIANTS[GROUPED] = f"{GroupByGroup.__module__}:GroupByGroup"
     name = case.split()[0]
-    return make_model("softmax" if name in (GROUPED, "mixed") else name, **SHARED[case])
+    return make_model("softmax" if name in (GROUPED, "mixed", "tied") else name, **CASES[case])
 
 
-def save(folder: Path) -> None:
-    for case in SHARED:
+def save(folder: Path, jobs: dict[str, list[str]]) -> None:
+    for case in {case for cases in jobs.values() for case in cases}:
         make(case).save_pretrained(folder / case)
+    write(folder / "jobs.json", jobs)
 
 
 def whole(x: Tensor) -> Tensor:
@@ -56,12 +66,12 @@ def apart(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).detach().abs().max() / expected.detach().abs().max().clamp(min=1e-12))
 
 
-def load(folder: Path, case: str, **sizes: int) -> tuple[ClearheadForCausalLM, ClearheadForCausalLM]:
+def load(folder: Path, case: str, dtype: torch.dtype, **sizes: int) -> tuple[Any, Any]:
     """The model of this process's part, and the whole one."""
     VARIANTS[GROUPED] = f"{GroupByGroup.__module__}:GroupByGroup"
-    config = DistributedConfig(**sizes)
-    part = ClearheadForCausalLM.from_pretrained(folder / case, distributed_config=config)
-    return part.eval(), ClearheadForCausalLM.from_pretrained(folder / case).eval()
+    config, read = DistributedConfig(**sizes), ClearheadForCausalLM.from_pretrained
+    part = read(folder / case, dtype=dtype, distributed_config=config)
+    return part.eval(), read(folder / case, dtype=dtype).eval()
 
 
 @torch.no_grad()
@@ -70,11 +80,11 @@ def tells(part: ClearheadForCausalLM, model: ClearheadForCausalLM) -> dict[str, 
     ids, mask = left_padded([tokens(1, 9)[0], tokens(1, 6, seed=4)[0]])
     given = {"input_ids": ids, "attention_mask": mask}
     real = mask[..., None]
-    found = {"logits": apart(part(**given).logits * real, model(**given).logits * real)}
+    found: dict[str, Any] = {"logits": apart(part(**given).logits * real, model(**given).logits * real)}
+    expected = model.generate(**given, max_new_tokens=6, do_sample=False)
     for kind in ("dynamic", "static"):
-        options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": kind}
-        both = [each.generate(**given, **options) for each in (part, model)]
-        found[f"tokens {kind}"] = bool(torch.equal(*both))
+        given |= {"max_new_tokens": 6, "do_sample": False, "cache_implementation": kind}
+        found[kind] = bool(torch.equal(part.generate(**given), expected))
     return found
 
 
@@ -88,45 +98,33 @@ def gradients(part: nn.Module, model: nn.Module) -> dict[str, float]:
     return {name: apart(whole(p.grad), expected[name].grad) for name, p in part.named_parameters()}
 
 
-def tensor_parallel(folder: Path, rank: int) -> None:
-    """Each model over two ranks by `tp_plan`: logits, tokens, gradients, and its weights saved from there."""
-    found: dict[str, Any] = {}
-    for case in SHARED:
-        part, model = load(folder, case, tp_size=2)
-        kept = part.model.layers[0].self_attn.k_proj.weight.to_local().shape[0]
-        found[case] = tells(part, model) | {"gradients": gradients(part, model), "rows of keys": kept}
-        part.save_pretrained(folder / "again" / case)
+def tensor_parallel(folder: Path, rank: int, case: str) -> dict[str, Any]:
+    """Over two ranks by `tp_plan`: logits, tokens, gradients, and the weights saved from there."""
+    part, model = load(folder, case, torch.float64, tp_size=2)
+    kept = part.model.layers[0].self_attn.k_proj.weight.to_local().shape[0]
+    found = tells(part, model) | {"gradients": gradients(part, model), "rows of keys": kept}
+    part.save_pretrained(folder / "again" / case)
+    return found
+
+
+def pipeline(folder: Path, rank: int, case: str) -> dict[str, Any]:
+    """In two stages, of a layer each."""
+    return tells(*load(folder, case, torch.float64, pp_size=2))
+
+
+def sharded(folder: Path, rank: int, case: str) -> dict[str, Any]:
+    """FSDP2 by the plan: half of each batch in either process, in float32; in bfloat16 where something stays float32."""
+    part, model = load(folder, case, torch.float32, fsdp_size=2)
+    found: dict[str, Any] = {"losses": train(part, rank, 2)}
+    if rank == 0:
+        found["alone"] = train(model, 0, 1)
+    if any(layer.self_attn.variant.float32_parameters for layer in model.model.layers):
+        part, model = load(folder, case, torch.bfloat16, fsdp_size=2)
+        kept = {name.rsplit(".", 1)[-1] for name, p in part.named_parameters() if p.dtype == torch.float32}
+        found |= {"kept": sorted(kept), "narrow": train(part, rank, 2, 3)}
+        found["narrow alone"] = train(model, 0, 1, 3)
     dist.barrier()
-    for case in SHARED:
-        weights = [load_file(folder / path / case / "model.safetensors") for path in ("", "again")]
-        found[case]["saved"] = weights[0].keys() == weights[1].keys() and all(
-            torch.equal(value, weights[1][name]) for name, value in weights[0].items()
-        )
-    write(folder / "tensor parallel", rank, found)
-
-
-def pipeline(folder: Path, rank: int) -> None:
-    """Each model in two stages."""
-    found = {}
-    for case in STAGED:
-        part, model = load(folder, case, pp_size=2)
-        found[case] = tells(part, model)
-    write(folder / "pipeline", rank, found)
-
-
-def sharded(folder: Path, rank: int) -> None:
-    """FSDP2 by the plan: training with half of each batch in either process, in float32 and loaded in bfloat16."""
-    found: dict[str, Any] = {}
-    for case in TRAINED:
-        part, model = load(folder, case, fsdp_size=2)
-        losses = [train(part, rank, 2), train(model, 0, 1)]
-        found[case] = {"losses": losses}
-        narrow = ClearheadForCausalLM.from_pretrained(
-            folder / case, dtype=torch.bfloat16, distributed_config=DistributedConfig(fsdp_size=2)
-        )
-        kept = {n.rsplit(".", 1)[-1] for n, p in narrow.named_parameters() if p.dtype == torch.float32}
-        found[case] |= {"narrow": train(narrow, rank, 2, 3), "kept": sorted(kept)}
-    write(folder / "sharded", rank, found)
+    return found
 
 
 def train(model: nn.Module, rank: int, ranks: int, steps: int = STEPS) -> list[float]:
@@ -147,11 +145,11 @@ def train(model: nn.Module, rank: int, ranks: int, steps: int = STEPS) -> list[f
 
 
 def everything(folder: Path, rank: int) -> None:
-    """One start of the processes for all of it."""
-    tensor_parallel(folder, rank)
-    pipeline(folder, rank)
-    sharded(folder, rank)
+    """One start of the processes for all of it: what jobs.json names."""
+    work = {"tensor parallel": tensor_parallel, "pipeline": pipeline, "sharded": sharded}
+    for job, cases in json.loads((folder / "jobs.json").read_text()).items():
+        write(folder / f"{job}.{rank}.json", {case: work[job](folder, rank, case) for case in cases})
 
 
-def write(path: Path, rank: int, found: dict[str, Any]) -> None:
-    path.with_suffix(f".{rank}.json").write_text(json.dumps(found))
+def write(path: Path, found: dict[str, Any]) -> None:
+    path.write_text(json.dumps(found))
