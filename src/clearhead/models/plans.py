@@ -140,8 +140,8 @@ def share_heads(variants: Sequence[Variant], rank: int, parts: int) -> None:
             variant.sizes.share(parts)
         except ValueError as error:
             raise ValueError(
-                f"tp_size {parts} does not fit layer {layer}, a {type(variant).__name__} layer: {error}; every rank "
-                "needs whole key-value heads"
+                f"tp_size {parts} does not fit layer {layer}, a {type(variant).__name__} layer: {error} that it makes "
+                f"of num_key_value_heads {variant.shape.num_kv_heads}, and every rank needs whole ones"
             ) from None
     for variant in variants:
         variant.share(rank, parts)

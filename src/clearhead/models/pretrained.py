@@ -1,6 +1,7 @@
 """What all models of the family share: loading, saving, initialisation, and the backends behind a name."""
 
 import os
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from clearhead.variants.base import Variant
 # Hugging Face's names for what this library runs itself.
 _OWN_ENGINES = {"eager": "eager", "sdpa": "sdpa", "flex_attention": "flex"}
 
+
+# Whether the caller of `from_pretrained` is handed the names of what is missing and unexpected.
+_TELLS: ContextVar[bool] = ContextVar("tells", default=False)
 
 # Loaded here, so that a first call inside `torch.compile` has nothing left to import.
 automatic_backends()
@@ -72,6 +76,15 @@ class ClearheadPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As Hugging Face's; layers that do not match the file's are an error, unless `output_loading_info` asks."""
+        token = _TELLS.set(bool(kwargs.get("output_loading_info")))
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        finally:
+            _TELLS.reset(token)
+
+    @classmethod
     def maybe_distribute_model(
         cls,
         model: "ClearheadPreTrainedModel",
@@ -105,6 +118,8 @@ class ClearheadPreTrainedModel(PreTrainedModel):
         # Hugging Face would start missing weights at random and drop the others with a warning. A missing head is
         # what fine-tuning is for; layers that do not match are the checkpoint of another model.
         super()._adjust_missing_and_unexpected_keys(loading_info)
+        if _TELLS.get():
+            return
         for problem, keys in (
             ("has no", loading_info.missing_keys),
             ("has an unknown", loading_info.unexpected_keys),
