@@ -62,7 +62,7 @@ class GroupedDifferential(Variant):
 
 
 class GroupByGroup(GroupedDifferential):
-    """The same, its projections laid out key-value head by key-value head, so that tensor parallelism can share them."""
+    """The same, projections laid out key-value head by key-value head, so that tensor parallelism can share them."""
 
     # λ is one number a head, so it is shared out with the heads.
     tensor_parallel = {"": "local_params", "lam": "colwise"}  # noqa: RUF012

@@ -106,7 +106,11 @@ def test_going_on_from_the_cache_that_a_call_returned(name: str, kind: str) -> N
     assert first.past_key_values is whole
     asked = torch.cat((first.sequences, tokens(2, 3, seed=8)), 1)
     # Or what was generated and looks like padding would be taken for it.
-    options = {"attention_mask": torch.ones_like(asked), "return_dict_in_generate": True, "output_logits": True}
+    options = {
+        "attention_mask": torch.ones_like(asked),
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
     again = generate(model, asked, past_key_values=whole, **options)
     fresh = generate(model, asked, **options)
     assert torch.equal(again.sequences, fresh.sequences)

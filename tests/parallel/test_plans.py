@@ -18,7 +18,13 @@ from tests.contracts.model_cases import VARIANTS, make_config, make_model
 BLOCKS = {
     f"layers.*.{part}": style
     for style, parts in {
-        "colwise": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"],
+        "colwise": [
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+        ],
         "rowwise": ["self_attn.o_proj", "mlp.down_proj"],
     }.items()
     for part in parts
@@ -89,7 +95,9 @@ def test_fsdp_gathers_what_is_not_float32_apart_from_what_is() -> None:
         ("collinear", 4, 4, 3, "3 does not divide 4"),
     ],
 )
-def test_heads_that_do_not_divide_are_refused(name: str, heads: int, kv_heads: int, parts: int, has: str) -> None:
+def test_heads_that_do_not_divide_are_refused(
+    name: str, heads: int, kv_heads: int, parts: int, has: str
+) -> None:
     model = make_model(name, num_attention_heads=heads, num_key_value_heads=kv_heads)
     variants = [layer.self_attn.variant for layer in model.model._decoder_layers()]
     sizes = [variant.sizes for variant in variants]

@@ -14,4 +14,6 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     done(tmp_path, JOBS)
     judge(tmp_path, JOBS)
     # V1 is the one that has something to keep.
-    assert [case for case in JOBS["sharded"] if "kept" in told(tmp_path, "sharded", case)[0]] == ["differential"]
+    assert [case for case in JOBS["sharded"] if "kept" in told(tmp_path, "sharded", case)[0]] == [
+        "differential"
+    ]

@@ -113,7 +113,7 @@ def pipeline(folder: Path, rank: int, case: str) -> dict[str, Any]:
 
 
 def sharded(folder: Path, rank: int, case: str) -> dict[str, Any]:
-    """FSDP2 by the plan: half of each batch in either process, in float32; in bfloat16 where something stays float32."""
+    """FSDP2 by the plan: half of each batch in either process; in bfloat16 too where something stays float32."""
     part, model = load(folder, case, torch.float32, fsdp_size=2)
     found: dict[str, Any] = {"losses": train(part, rank, 2)}
     if rank == 0:

@@ -14,9 +14,9 @@ from tests.peers.stand_ins import GenerationTesterMixin, put_in_place
 
 put_in_place()
 
+from transformers_tests import test_tensor_parallel_mixin as tensor_parallel  # noqa: E402
 from transformers_tests.test_configuration_common import ConfigTester  # noqa: E402
 from transformers_tests.test_modeling_common import ModelTesterMixin, ids_tensor  # noqa: E402
-from transformers_tests import test_tensor_parallel_mixin as tensor_parallel  # noqa: E402
 from transformers_tests.test_training_mixin import TrainingTesterMixin  # noqa: E402
 
 import clearhead.models  # noqa: E402

@@ -13,7 +13,12 @@ from tests.contracts.support import distance
 def test_a_cache_in_few_bits(name: str, bits: int) -> None:
     """The last tokens are held as they are; what is older is rounded, in groups of numbers."""
     model, ids = make_model(name), tokens(2, 9)
-    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    options = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
     exact = model.generate(ids, **options)
     few = {"backend": "quanto", "nbits": bits, "q_group_size": 4, "axis_key": 0, "axis_value": 0}
     found = {

@@ -35,7 +35,9 @@ def run_distributed(world_size: int) -> Callable[..., Any]:
             mp.get_context("forkserver").set_forkserver_preload([COMMON])
             with tempfile.TemporaryDirectory() as folder:
                 work = pickle.dumps((function, arguments))
-                mp.start_processes(_as_rank, (world_size, folder, work), world_size, start_method="forkserver")
+                mp.start_processes(
+                    _as_rank, (world_size, folder, work), world_size, start_method="forkserver"
+                )
 
         return call
 

@@ -20,7 +20,12 @@ from tests.evals import tiny
 NAMES = ("softmax", "differential", "differential_v2", "collinear")
 PAIRS = [
     {"prompt": f"The {thing} is", "completion": f" {colour}.", "rejected": f" {other}."}
-    for thing, colour, other in [("grass", "green", "blue"), ("sky", "blue", "green"), ("key", "hidden", "green")] * 4
+    for thing, colour, other in [
+        ("grass", "green", "blue"),
+        ("sky", "blue", "green"),
+        ("key", "hidden", "green"),
+    ]
+    * 4
 ]
 PLAIN: dict[str, Any] = {
     "use_cpu": True,
@@ -52,7 +57,9 @@ def adapter(full: bool) -> Any:
 
 @pytest.mark.parametrize("full", [True, False], ids=["full", "lora"])
 @every_model
-def test_supervised_fine_tuning_of_packed_rows_on_completions_only(name: str, full: bool, tmp_path: Path) -> None:
+def test_supervised_fine_tuning_of_packed_rows_on_completions_only(
+    name: str, full: bool, tmp_path: Path
+) -> None:
     """By the path alone. What a packed batch costs is what its texts cost one by one."""
     folder = saved(tmp_path, name)
     config = SFTConfig(
@@ -79,7 +86,9 @@ def test_supervised_fine_tuning_of_packed_rows_on_completions_only(name: str, fu
     trainer.train()
     found = losses(trainer)
     assert found[-1] < found[0]
-    changed = {key for key, value in trainer.model.state_dict().items() if not torch.equal(value, before[key])}
+    changed = {
+        key for key, value in trainer.model.state_dict().items() if not torch.equal(value, before[key])
+    }
     assert changed and all("lora_" in key for key in changed) is not full
 
 
@@ -115,14 +124,18 @@ ADAPTERS = {
 def test_adapters_are_merged_and_read_again(name: str, kind: str, tmp_path: Path) -> None:
     plain, ids = make_model(name, dtype=torch.float64), tokens(2, 9)
     before = plain(ids).logits
-    make_model(name).save_pretrained(tmp_path / "base")
+    plain.save_pretrained(tmp_path / "base")
     torch.manual_seed(3)
     tuned = peft.get_peft_model(plain, ADAPTERS[kind]()).eval().double()
     expected = tuned(input_ids=ids).logits
     assert distance(expected, before) > 1e-3
     tuned.save_pretrained(tmp_path / "adapter")
     base = ClearheadForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
-    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", autocast_adapter_dtype=False).eval().double()
+    again = (
+        peft.PeftModel.from_pretrained(base, tmp_path / "adapter", autocast_adapter_dtype=False)
+        .eval()
+        .double()
+    )
     # The adapter's file holds float64.
     assert distance(again(input_ids=ids).logits, expected) < 1e-10
     merged = tuned.merge_and_unload()

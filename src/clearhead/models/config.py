@@ -266,15 +266,15 @@ class ClearheadConfig(PreTrainedConfig):
         return made
 
     # What transformers reads to distribute a model; see `plans`.
-    base_model_pp_plan: ClassVar = plans.PIPELINE
+    base_model_pp_plan: ClassVar[Any] = plans.PIPELINE
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str] | None:
+    def base_model_tp_plan(self) -> dict[str, str] | None:  # type: ignore[override]
         """How tensor parallelism shares out each part of the decoder; None where a variant does not say how."""
         return plans.tensor_parallel(self._kinds_of_variants())
 
     @property
-    def base_model_fsdp_plan(self) -> dict[str, str]:
+    def base_model_fsdp_plan(self) -> dict[str, str]:  # type: ignore[override]
         """What FSDP gathers at once."""
         return plans.fully_sharded(self._kinds_of_variants())
 

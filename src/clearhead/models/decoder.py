@@ -237,8 +237,8 @@ class ClearheadModel(ClearheadPreTrainedModel):
             compact = " with compact_cache" if self.config.compact_cache else ""
             raise ValueError(
                 f"past_key_values hold keys of {held.shape[1]} heads, {held.shape[3]} wide; attention "
-                f"{self.kinds[own].attention!r}{compact} has {sizes.kv_heads} heads, {width} wide. PEFT's prefix tuning "
-                "makes keys for the Transformer twin and cannot be used here; prompt tuning and LoRA can"
+                f"{self.kinds[own].attention!r}{compact} has {sizes.kv_heads} heads, {width} wide. PEFT's prefix "
+                "tuning makes keys for the Transformer twin and cannot be used here; prompt tuning and LoRA can"
             )
 
     def _variant(self, layer: int) -> Variant:

@@ -62,7 +62,7 @@ class SummedGradients(TensorParallelLayer):  # type: ignore[misc]
         return module
 
 
-ALL_PARALLEL_STYLES.register(SUMMED, SummedGradients())
+ALL_PARALLEL_STYLES.register(SUMMED, SummedGradients())  # type: ignore[arg-type]
 
 
 def tensor_parallel(variants: Iterable[Variant]) -> dict[str, str] | None:
@@ -80,7 +80,11 @@ def _styles(variant: Variant) -> dict[str, str] | None:
     """The rules for what the variant has of its own; None where it does not say one for each parameter."""
     if variant.tensor_parallel is None:
         return None
-    names = [name for name, module in variant.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    names = [
+        name
+        for name, module in variant.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    ]
     for name, _ in variant.named_parameters():
         names.append(name)
         if not {name, name.rpartition(".")[0]} & variant.tensor_parallel.keys():

@@ -87,14 +87,16 @@ class ClearheadPreTrainedModel(PreTrainedModel):
     @classmethod
     def maybe_distribute_model(
         cls,
-        model: "ClearheadPreTrainedModel",
+        model: nn.Module,
         distributed_config: DistributedConfig | None,
         mesh_manager: TransformersDeviceMesh | None,
-    ) -> "ClearheadPreTrainedModel":
+    ) -> nn.Module:
         """As Hugging Face's, called before weights are read; each layer then knows which heads and layers are here."""
         if mesh_manager is None or distributed_config is None:
             return model
-        decoder, parts = model.base_model, distributed_config.tp_size
+        assert isinstance(model, ClearheadPreTrainedModel)
+        decoder: Any = model.base_model
+        parts = distributed_config.tp_size or 1
         if parts > 1 and plans.check_rules(model.tp_plan, distributed_config.tp_plan):
             variants = [layer.self_attn.variant for layer in decoder.layers]
             plans.share_heads(variants, mesh_manager.get_mesh("tp").get_local_rank(), parts)

@@ -18,7 +18,6 @@ from clearhead.positions.base import Rotation
 from clearhead.registry import did_you_mean, resolve
 from clearhead.variants.placement import CollinearPlacement
 
-
 # A style of tensor parallelism for what every rank has and uses for its own heads alone: gradients are summed.
 SUMMED = "clearhead_summed_gradients"
 
@@ -38,9 +37,9 @@ class Variant(nn.Module, ABC):
     mixing: ClassVar[Mixing] = "single"
     # Own parameters, by the last part of their name, that stay in float32 in a model of another dtype.
     float32_parameters: ClassVar[tuple[str, ...]] = ()
-    # How tensor parallelism shares out the variant's own parameters: one of transformers' styles, or `SUMMED`, for each of
-    # them or for the module that holds it ("" is the variant itself). It also says that a projection's rows lie head by
-    # head, a key-value head's together, so that equal parts of the projections are whole heads. None: not shared out.
+    # How tensor parallelism shares out the variant's own parameters: one of transformers' styles, or `SUMMED`, for each
+    # of them or for the module that holds it ("" is the variant itself). It also says that a projection's rows lie head
+    # by head, a key-value head's together, so that equal parts of them are whole heads. None: not shared out.
     tensor_parallel: ClassVar[Mapping[str, str] | None] = None
     # Whether `diagnostics` says more when it is given the layer's input.
     diagnostics_need_input: ClassVar[bool] = False

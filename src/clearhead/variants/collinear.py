@@ -35,7 +35,7 @@ class Collinear(Variant):
 
     needs_rotation = True
     # t is made of a key head's own projection.
-    tensor_parallel: ClassVar[Mapping[str, str] | None] = {}  # noqa: RUF012
+    tensor_parallel: ClassVar[Mapping[str, str] | None] = {}
     placement: CollinearPlacement
 
     def __init__(self, shape: HeadShape, *, mode: Mode = "exact", activation: Activation = "relu") -> None:
