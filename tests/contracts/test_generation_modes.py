@@ -9,7 +9,7 @@
 | another model as assistant, prompt lookup | here; batches, windows: test_layers_differ.py |
 | constraints: allowed tokens, banned words, a forced end | here |
 | embeddings as input | here; with a tokenizer's stop strings: tests/load/test_clients.py |
-| a cache quantised to eight bits | here; two and four bits: tests/peers/generation.py |
+| a cache quantised to eight bits | here; fewer bits: nowhere, their packages compile C++ at the first call |
 | an offloaded cache | tests/fuzz, on GPUs: transformers moves it by their streams |
 | going on from the cache that a call returned, dynamic and static | here |
 | scores, logits, maps and hidden states of every step | here |

@@ -1,4 +1,4 @@
-"""Saved models on other machinery: exported, quantised, on disk, launched in two processes. Part of `make test-peers`."""
+"""Saved models exported, quantised, on disk, launched in two processes. Part of `make test-peers`."""
 
 import json
 import os
@@ -106,9 +106,10 @@ def test_weights_in_eight_bits(name: str, tmp_path: Path) -> None:
 def test_layers_on_disk(name: str, tmp_path: Path) -> None:
     make_model(name).save_pretrained(tmp_path / "model")
     model = ClearheadForCausalLM.from_pretrained(
-        tmp_path / "model", device_map="auto", max_memory={"cpu": 12_000}, offload_folder=tmp_path / "disk"
+        tmp_path / "model", device_map="auto", max_memory={"cpu": 35_000}, offload_folder=tmp_path / "disk"
     )
-    assert "disk" in model.hf_device_map.values() and any((tmp_path / "disk").iterdir())
+    # What lies in the file already is read from there.
+    assert set(model.hf_device_map.values()) == {"cpu", "disk"}
     ids = tokens(2, 9)
     assert torch.equal(model(ids).logits, make_model(name)(ids).logits)
     options = {"max_new_tokens": 4, "do_sample": False}
@@ -143,6 +144,7 @@ if accelerator.is_main_process:
 """
 
 
+# With --cpu, --multi_gpu means the launcher of several processes: MULTI_CPU has no flag of its own.
 def launched(folder: Path, processes: int, *options: str) -> Any:
     script = folder / "train.py"
     script.write_text(SCRIPT)
@@ -178,6 +180,6 @@ def launched(folder: Path, processes: int, *options: str) -> Any:
 @pytest.mark.parametrize("name", ["differential", "differential_v2", "collinear"])
 def test_accelerate_launches_two_processes(name: str, tmp_path: Path) -> None:
     make_model(name).save_pretrained(tmp_path)
-    (alone, _), (together, kinds) = launched(tmp_path, 1), launched(tmp_path, 2, "--multi_cpu")
+    (alone, _), (together, kinds) = launched(tmp_path, 1), launched(tmp_path, 2, "--multi_gpu")
     assert "DistributedDataParallel" in kinds
     assert together == pytest.approx(alone, rel=1e-5)
