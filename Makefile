@@ -3,7 +3,8 @@
 #   make test   lint, types and tests
 # For whoever changes kernels or bounds:
 #   make test-processors   the numbers again as on other processors: older instruction sets and libraries, one and two threads
-#   make test-peers        the common model tests of transformers on every variant, LLaMA and DiffLlama beside them (downloads 11 MB, once)
+#   make test-peers        the common model tests of transformers on every variant, LLaMA and DiffLlama beside them, and
+#                          TRL, PEFT, ONNX, torchao and Accelerate with saved models (downloads 60 MB, once)
 #   make fuzz              random calls against float64 oracles for SECONDS=600, then KILLS=40 comparisons killed on their way;
 #                          every finding with its seed (SEED=0)
 #   make test-wheel        the wheel in an environment with torch and NumPy alone
@@ -81,11 +82,15 @@ test-processors: install
 	$(call AS_ON,2,ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI) avx512
 
 # Of the source distribution the tests alone are unpacked, as a package of another name; K=... takes some of them (pytest -k).
-PEERS := $(VENV)/peers-$(shell cksum < tests/peers/requirements.txt | cut -d' ' -f1)
+# Clients that no installation needs (TRL, ONNX, torchao, ...) lie beside them in a folder of their own, for their tests alone.
+PEERS := $(VENV)/peers-$(shell cat tests/peers/requirements.txt tests/peers/clients.txt | cksum | cut -d' ' -f1)
 K ?=
+PEERS_PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2 \
+	-o addopts=--import-mode=importlib -W ignore -p no:cacheprovider $(if $(K),-k "$(K)")
 test-peers: install $(PEERS)
-	PYTHONPATH="$(PEERS)" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2 \
-		-o addopts=--import-mode=importlib -W ignore -p no:cacheprovider tests/peers/clients.py tests/peers/common.py $(if $(K),-k "$(K)")
+	PYTHONPATH="$(PEERS)/clients" $(PEERS_PYTEST) tests/peers/clients.py tests/peers/tuning.py tests/peers/machines.py \
+		tests/peers/parallel.py || test $$? = 5
+	PYTHONPATH="$(PEERS)" $(PEERS_PYTEST) tests/peers/common.py || test $$? = 5
 
 $(PEERS): | install
 	@rm -rf "$(PEERS).part" && mkdir -p "$(PEERS).part/get"
@@ -95,6 +100,7 @@ $(PEERS): | install
 	@mv "$(PEERS).part"/get/transformers-*/tests "$(PEERS).part/transformers_tests"
 	@touch "$(PEERS).part/transformers_tests/__init__.py"
 	@$(BIN)/python -m zipfile -e "$(PEERS).part"/get/parameterized-*.whl "$(PEERS).part"
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target "$(PEERS).part/clients" -r tests/peers/clients.txt
 	@rm -r "$(PEERS).part/get" && mv "$(PEERS).part" "$(PEERS)"
 
 test-wheel: install

@@ -59,3 +59,19 @@ class GroupedDifferential(Variant):
 
     def diagnostics(self, x: Tensor | None = None) -> dict[str, float]:
         return {"lambda": float(self.lam.detach().mean()), "lambda_spread": float(self.lam.detach().std())}
+
+
+class GroupByGroup(GroupedDifferential):
+    """The same, projections laid out key-value head by key-value head, so that tensor parallelism can share them."""
+
+    # λ is one number a head, so it is shared out with the heads.
+    tensor_parallel = {"": "local_params", "lam": "colwise"}  # noqa: RUF012
+
+    def split_queries(self, q: Tensor) -> tuple[Tensor, ...]:
+        width, groups = self.sizes.key_width, self.sizes.kv_heads
+        counts = [count // groups for count in self.sizes.query_heads]
+        parts = q.unflatten(-1, (groups, sum(counts), width)).split(counts, dim=-2)
+        return tuple(part.flatten(2, 3).transpose(1, 2) for part in parts)
+
+    def split_keys(self, k: Tensor) -> tuple[Tensor, ...]:
+        return split_heads(k, self.sizes.kv_heads).chunk(self.sizes.key_streams, dim=-1)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import DynamicCache, GenerationConfig
 
 from clearhead.models import ClearheadForCausalLM
@@ -130,6 +131,18 @@ def test_one_dtype_for_tools_that_want_one(tmp_path: Path) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model(tokens(1, 5), labels=tokens(1, 5)).loss.isfinite()
     assert make_model("differential_v2")._keep_in_fp32_modules_strict == set()
+
+
+def test_layers_that_a_file_has_not_are_an_error_or_told(tmp_path: Path) -> None:
+    """Hugging Face would start them at random with a warning; who asks for the loading information is told by it."""
+    make_model("softmax").save_pretrained(tmp_path)
+    save_file({"nothing": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"it has no model.layers.0"):
+        ClearheadForCausalLM.from_pretrained(tmp_path)
+    _, told = ClearheadForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(told["missing_keys"]) == set(make_model("softmax").state_dict())
+    with pytest.raises(ValueError, match=r"it has no model.layers.0"):
+        ClearheadForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_run_writes_down_the_length_it_trained_with(tmp_path: Path) -> None:

@@ -14,14 +14,16 @@ from tests.peers.stand_ins import GenerationTesterMixin, put_in_place
 
 put_in_place()
 
+from transformers_tests import test_tensor_parallel_mixin as tensor_parallel  # noqa: E402
 from transformers_tests.test_configuration_common import ConfigTester  # noqa: E402
 from transformers_tests.test_modeling_common import ModelTesterMixin, ids_tensor  # noqa: E402
-from transformers_tests.test_tensor_parallel_mixin import TensorParallelTesterMixin  # noqa: E402
 from transformers_tests.test_training_mixin import TrainingTesterMixin  # noqa: E402
 
 import clearhead.models  # noqa: E402
 from clearhead.models import ClearheadConfig  # noqa: E402
 
+# transformers runs those of several processes for a few of its models only.
+tensor_parallel.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
 HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 SIZES: dict[str, Any] = {
     "vocab_size": 99,
@@ -61,7 +63,9 @@ class Tester:
         return self.get_config(), {"input_ids": ids, "attention_mask": torch.tril(torch.ones_like(ids))}
 
 
-class CommonTests(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, TensorParallelTesterMixin):
+class CommonTests(
+    ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, tensor_parallel.TensorParallelTesterMixin
+):
     """One class of tests; subclasses say which model."""
 
     family = transformers
@@ -106,6 +110,12 @@ class Ours(CommonTests):
     family = clearhead.models
     prefix = "Clearhead"
     skipped = skips.EVERYWHERE | skips.OURS
+
+    def _get_tp_config(self, tie_word_embeddings: bool | None = None) -> Any:
+        config = super()._get_tp_config(tie_word_embeddings)
+        # V1 pairs the twin's heads: of two key-value heads it would have one, and two ranks need one each.
+        config.num_key_value_heads = 4
+        return config
 
 
 CASES: dict[str, dict[str, Any]] = {

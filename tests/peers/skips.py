@@ -16,10 +16,6 @@ OURS: dict[str, str] = {
         "it asks sdpa, which has no maps, for maps: LLaMA leaves them out, here an implementation that is named and "
         "cannot do what is asked is an error"
     ),
-    "test_model_weights_reload_no_missing_tied_weights": (
-        "it loads a file without any layer, which LLaMA starts at random with a warning: here that is an error, the "
-        "checkpoint of another model"
-    ),
     "test_model_rope_scaling_from_config_1_dynamic": (
         "it leaves original_max_position_embeddings=16384 from the configuration before in the parameters: "
         "transformers' dynamic scaling does not look at it, the one here counts from it"

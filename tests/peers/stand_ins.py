@@ -1,10 +1,15 @@
 """What the common tests of transformers import beside themselves and its source distribution does not carry."""
 
+import os
+import pickle
 import sys
+import tempfile
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
-from unittest import SkipTest
 
+# What the tests import, all of it.
+COMMON = "tests.peers.common"
 # The folder that `make test-peers` unpacks, a package of this name.
 PACKAGE = "transformers_tests"
 
@@ -17,13 +22,39 @@ class GenerationTesterMixin:
     """Generation tests are in the repository alone; tests/contracts has its own."""
 
 
-def run_distributed(world_size: int) -> Any:
-    """Its launcher is in the repository alone."""
+def run_distributed(world_size: int) -> Callable[..., Any]:
+    """In place of the repository's launcher: `function(rank, *arguments)` in so many processes on this machine.
 
-    def skip(*unused: Any) -> Any:
-        raise SkipTest("the launcher of several processes is not in the source distribution")
+    They are forked from a server that has imported what they need and computed nothing yet.
+    """
 
-    return skip
+    def of(function: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            import torch.multiprocessing as mp
+
+            mp.get_context("forkserver").set_forkserver_preload([COMMON])
+            with tempfile.TemporaryDirectory() as folder:
+                work = pickle.dumps((function, arguments))
+                mp.start_processes(
+                    _as_rank, (world_size, folder, work), world_size, start_method="forkserver"
+                )
+
+        return call
+
+    return of
+
+
+def _as_rank(rank: int, world_size: int, folder: str, work: bytes) -> None:
+    import torch
+    import torch.distributed as dist
+
+    put_in_place()
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    function, arguments = pickle.loads(work)
+    function(rank, *arguments)
+    dist.destroy_process_group()
 
 
 # Properties that every configuration must take and give back.

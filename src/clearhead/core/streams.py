@@ -91,6 +91,21 @@ class Widths:
         """Query heads of each stream."""
         return self.stream_heads or (self.heads,) * self.query_streams
 
+    def share(self, parts: int) -> "Widths":
+        """One of `parts` equal shares: whole key-value heads with every query head that reads them.
+
+        ValueError where there are not as many for each.
+        """
+        if self.kv_heads % parts:
+            raise ValueError(f"{parts} does not divide {self.kv_heads}, the number of key-value heads")
+        names = ("q", "k", "v", "o", "heads", "kv_heads")
+        counts = self.stream_heads
+        return replace(
+            self,
+            **{name: getattr(self, name) // parts for name in names},
+            stream_heads=None if counts is None else tuple(count // parts for count in counts),
+        )
+
 
 def twin_widths(shape: HeadShape) -> Widths:
     """What the Transformer twin itself asks for: one stream, keys and values of width head_dim."""

@@ -23,11 +23,14 @@ _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 KNOWN = frozenset({*TransformersKwargs.__annotations__, *_PACKING, "cache_position", "shift_labels"})
 
 
-def check_keywords(keywords: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """TypeError for a keyword that neither `own`, the arguments by name, nor transformers' models have.
+def check_keywords(keywords: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keywords; those that a pipeline of transformers binds to a signature come once more as `kwargs`.
 
-    ValueError for `is_causal=False`, which would ask for another model.
+    TypeError for a keyword that neither `own`, the arguments by name, nor transformers' models have. ValueError for
+    `is_causal=False`, which would ask for another model.
     """
+    if isinstance(bound := keywords.get("kwargs"), Mapping):
+        keywords = {name: value for name, value in keywords.items() if name != "kwargs"} | dict(bound)
     for name in keywords:
         if name not in KNOWN:
             known = sorted({*KNOWN, *own} - {"self", "kwargs"})
@@ -36,6 +39,7 @@ def check_keywords(keywords: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         raise ValueError(
             "is_causal=False: these are causal models; a mask of 4 dimensions says who sees whom"
         )
+    return keywords
 
 
 def packed_numbers(keywords: Mapping[str, Any], batch: int, queries: int) -> Tensor | None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from clearhead.core.lowering import one_call
 from clearhead.core.streams import HeadShape, Widths
+from clearhead.models import plans
 from clearhead.models.autoload import AUTO_MAP, AutoMap, is_own, tell_peft, without_own, write_module
 from clearhead.models.kinds import (
     TWIN_KEYS,
@@ -290,6 +291,24 @@ class ClearheadConfig(PreTrainedConfig):
         # Past the validation: this describes a cache, not a model.
         made.__dict__.update(held)
         return made
+
+    # What transformers reads to distribute a model; see `plans`.
+    base_model_pp_plan: ClassVar[Any] = plans.PIPELINE
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str] | None:  # type: ignore[override]
+        """How tensor parallelism shares out each part of the decoder; None where a variant does not say how."""
+        return plans.tensor_parallel(self._kinds_of_variants())
+
+    @property
+    def base_model_fsdp_plan(self) -> dict[str, str]:  # type: ignore[override]
+        """What FSDP gathers at once."""
+        return plans.fully_sharded(self._kinds_of_variants())
+
+    def _kinds_of_variants(self) -> list[Variant]:
+        kinds = self.layer_kinds
+        with torch.device("meta"):
+            return [self.make_variant(kinds.index(kind)) for kind in dict.fromkeys(kinds)]
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

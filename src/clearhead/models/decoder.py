@@ -47,11 +47,8 @@ class ClearheadModel(ClearheadPreTrainedModel):
         # One instance for each distinct method; `layer_positions` says which layer has which.
         self.positions = nn.ModuleDict(config.make_positions())
         self.kinds = config.layer_kinds
-        # For every layer the first one of its kind, which stands for the kind in a forward pass.
-        self._alike = tuple(self.kinds.index(kind) for kind in self.kinds)
         self._caches = CacheSizes(config)
-        # A layer that sees every key, whose cache has them all; the one with the widest window where all have one.
-        self._widest = max(range(len(self.kinds)), key=lambda layer: self.kinds[layer].window or math.inf)
+        self.look_around()
         self.gradient_checkpointing = False
         calls = [layer.self_attn.call for layer in self._decoder_layers()]
         # Looked up here: a compiled forward pass has nothing to ask.
@@ -63,6 +60,15 @@ class ClearheadModel(ClearheadPreTrainedModel):
         declared = {n for layer in self._decoder_layers() for n in layer.self_attn.variant.float32_parameters}
         self._keep_in_fp32_modules_strict = [f"self_attn.variant.{name}" for name in sorted(declared)]
         self.post_init()
+
+    def look_around(self) -> None:
+        """Note which layers are here: all of them, or those of one stage of a pipeline."""
+        here = [i for i, layer in enumerate(self.layers) if isinstance(layer, ClearheadDecoderLayer)]
+        # For every layer here the first one of its kind, which stands for the kind in a forward pass.
+        first = {kind: layer for layer, kind in reversed([(layer, self.kinds[layer]) for layer in here])}
+        self._alike = {layer: first[self.kinds[layer]] for layer in here}
+        # A layer that sees every key, whose cache has them all; the one with the widest window where all have one.
+        self._widest = max(here, key=lambda layer: self.kinds[layer].window or math.inf, default=0)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -99,8 +105,7 @@ class ClearheadModel(ClearheadPreTrainedModel):
             to its attention function, and position_ids are those of many requests in one row.
         """
         served = is_served(self.config._attn_implementation, kwargs)
-        if not served:
-            check_keywords(kwargs, _ARGUMENTS)
+        keywords = kwargs if served else check_keywords(kwargs, _ARGUMENTS)
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise ValueError(
                 "torch.jit.trace keeps what it sees of its example (nothing is padded, say) for every input after it; "
@@ -125,7 +130,7 @@ class ClearheadModel(ClearheadPreTrainedModel):
             self._check_cache(past_key_values)
         elif use_cache and not served:
             past_key_values = DynamicCache(config=self._caches)  # type: ignore[arg-type]
-        given = Given(attention_mask, position_ids, rope_length, past_key_values, kwargs)
+        given = Given(attention_mask, position_ids, rope_length, past_key_values, keywords)
         handed: dict[str, Any] = {}
         if served:
             shared = self._share_with_server(inputs_embeds, given, output_attentions)
@@ -136,10 +141,10 @@ class ClearheadModel(ClearheadPreTrainedModel):
         hidden_states = inputs_embeds
         states: tuple[Tensor, ...] = ()
         maps: tuple[Tensor, ...] = ()
-        for layer, alike in zip(self.layers, self._alike, strict=True):
+        for layer, alike in self._alike.items():
             if output_hidden_states:
                 states = (*states, hidden_states)
-            found = layer(
+            found = self.layers[layer](
                 hidden_states,
                 shared[alike],
                 past_key_values=past_key_values,
@@ -161,10 +166,9 @@ class ClearheadModel(ClearheadPreTrainedModel):
     def _share(self, inputs_embeds: Tensor, given: Given, output_attentions: bool) -> dict[int, Shared]:
         """What the layers of a kind are handed, by the first layer of the kind: made once a pass."""
         methods, (batch, queries) = self.position_methods(), inputs_embeds.shape[:2]
-        kinds = {layer: self.kinds[layer] for layer in dict.fromkeys(self._alike)}
+        kinds = {layer: self.kinds[layer] for layer in dict.fromkeys(self._alike.values())}
         slopes = {
-            layer: methods[kind.position].slopes(self._variant(layer).sizes.heads)
-            for layer, kind in kinds.items()
+            layer: _slopes(methods[kind.position], self._variant(layer)) for layer, kind in kinds.items()
         }
         placed = place(
             inputs_embeds,
@@ -223,7 +227,7 @@ class ClearheadModel(ClearheadPreTrainedModel):
             layer: Shared(
                 inputs_embeds.device, rotations[self.kinds[layer].position], plans=None, masks=masks
             )
-            for layer in dict.fromkeys(self._alike)
+            for layer in dict.fromkeys(self._alike.values())
         }
 
     def reason_against_serving(self, paged: bool = True) -> str | None:
@@ -266,21 +270,22 @@ class ClearheadModel(ClearheadPreTrainedModel):
     def _check_cache(self, cache: Cache) -> None:
         """ValueError for keys and values that no layer here has written."""
         layers = getattr(cache, "layers", None)
-        held = getattr(layers[0], "keys", None) if layers else None
+        own = min(self._alike, default=0)
+        held = getattr(layers[own], "keys", None) if layers and own < len(layers) else None
         if not isinstance(held, Tensor) or held.ndim != 4:
             return
-        sizes = self._variant(0).sizes
+        sizes = self._variant(own).sizes
         width = sizes.key_streams * sizes.key_width // (2 if self.config.compact_cache else 1)
         if (held.shape[1], held.shape[3]) != (sizes.kv_heads, width):
             compact = " with compact_cache" if self.config.compact_cache else ""
             raise ValueError(
                 f"past_key_values hold keys of {held.shape[1]} heads, {held.shape[3]} wide; attention "
-                f"{self.kinds[0].attention!r}{compact} has {sizes.kv_heads} heads, {width} wide. PEFT's prefix tuning "
-                "makes keys for the Transformer twin and cannot be used here; prompt tuning and LoRA can"
+                f"{self.kinds[own].attention!r}{compact} has {sizes.kv_heads} heads, {width} wide. PEFT's prefix "
+                "tuning makes keys for the Transformer twin and cannot be used here; prompt tuning and LoRA can"
             )
 
     def _variant(self, layer: int) -> Variant:
-        return self._decoder_layers()[layer].self_attn.variant
+        return cast(ClearheadDecoderLayer, self.layers[layer]).self_attn.variant
 
     def _decoder_layers(self) -> list[ClearheadDecoderLayer]:
         return [layer for layer in self.layers if isinstance(layer, ClearheadDecoderLayer)]
@@ -290,6 +295,12 @@ class ClearheadModel(ClearheadPreTrainedModel):
         if device != "meta" and torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return inputs_embeds.dtype
+
+
+def _slopes(method: Position, variant: Variant) -> Tensor | None:
+    """Those of the heads that are here."""
+    found = method.slopes(variant.sizes.heads * variant.parts)
+    return found if found is None or variant.parts == 1 else found.chunk(variant.parts)[variant.rank]
 
 
 _ARGUMENTS = inspect.signature(ClearheadModel.forward).parameters

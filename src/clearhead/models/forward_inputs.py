@@ -79,7 +79,7 @@ def place(
     """
     batch, queries = inputs_embeds.shape[:2]
     device = inputs_embeds.device
-    known = None if cache is None else snapshot_length(cache.get_seq_length())
+    known = None if cache is None else snapshot_length(cache.get_seq_length(layer))
     past = 0 if known is None else known
     fresh = isinstance(past, int) and past == 0
     keys = queries if cache is None else sum(cache.get_mask_sizes(queries, layer))
@@ -100,7 +100,7 @@ def place(
 
     real, padding, documents = None, None, None
     if attention_mask is not None:
-        check_mask_shape(attention_mask, batch, queries, past, keys)
+        check_mask_shape(attention_mask, batch, queries, past, _held(cache, queries, keys))
         real = _fit(attention_mask != 0, batch, keys)
     if fresh and position_ids is not None:
         documents = _documents(position_ids.expand(batch, -1), real, packed)
@@ -126,6 +126,12 @@ def place(
         places = places_behind(positions, counted, padding, slots, keys, position_ids is not None)
     mask = MaskSpec(is_causal=True, offset=past, key_padding=padding, documents=documents)
     return Placed(mask, positions, keys, known, places)
+
+
+def _held(cache: Cache | None, queries: int, keys: int) -> int:
+    """The keys of the layer that has most: a mask may be that wide. It may be in another stage of a pipeline."""
+    layers = 0 if cache is None else len(getattr(cache, "layers", ()))
+    return max([keys, *(sum(cache.get_mask_sizes(queries, i)) for i in range(layers) if cache is not None)])
 
 
 _RESTARTS_BEHIND = (

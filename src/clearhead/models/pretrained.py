@@ -1,15 +1,19 @@
 """What all models of the family share: loading, saving, initialisation, and the backends behind a name."""
 
 import os
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.distributed.utils import TransformersDeviceMesh
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from clearhead.core.dispatch import Backend, automatic_backends, load_backend
+from clearhead.models import plans
 from clearhead.models.autoload import is_own
 from clearhead.models.config import AUTOMATIC, ClearheadConfig
 from clearhead.positions.base import Position
@@ -19,6 +23,9 @@ from clearhead.variants.base import Variant
 # Hugging Face's names for what this library runs itself.
 _OWN_ENGINES = {"eager": "eager", "sdpa": "sdpa", "flex_attention": "flex"}
 
+
+# Whether the caller of `from_pretrained` is handed the names of what is missing and unexpected.
+_TELLS: ContextVar[bool] = ContextVar("tells", default=False)
 
 # Loaded here, so that a first call inside `torch.compile` has nothing left to import.
 automatic_backends()
@@ -68,6 +75,35 @@ class ClearheadPreTrainedModel(PreTrainedModel):
             self.config.auto_map = dict(self.config.auto_map)
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As Hugging Face's; layers that do not match the file's are an error, unless `output_loading_info` asks."""
+        token = _TELLS.set(bool(kwargs.get("output_loading_info")))
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        finally:
+            _TELLS.reset(token)
+
+    @classmethod
+    def maybe_distribute_model(
+        cls,
+        model: nn.Module,
+        distributed_config: DistributedConfig | None,
+        mesh_manager: TransformersDeviceMesh | None,
+    ) -> nn.Module:
+        """As Hugging Face's, called before weights are read; each layer then knows which heads and layers are here."""
+        if mesh_manager is None or distributed_config is None:
+            return model
+        assert isinstance(model, ClearheadPreTrainedModel)
+        decoder: Any = model.base_model
+        parts = distributed_config.tp_size or 1
+        if parts > 1 and plans.check_rules(model.tp_plan, distributed_config.tp_plan):
+            variants = [layer.self_attn.variant for layer in decoder.layers]
+            plans.share_heads(variants, mesh_manager.get_mesh("tp").get_local_rank(), parts)
+        super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        decoder.look_around()
+        return model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -84,6 +120,8 @@ class ClearheadPreTrainedModel(PreTrainedModel):
         # Hugging Face would start missing weights at random and drop the others with a warning. A missing head is
         # what fine-tuning is for; layers that do not match are the checkpoint of another model.
         super()._adjust_missing_and_unexpected_keys(loading_info)
+        if _TELLS.get():
+            return
         for problem, keys in (
             ("has no", loading_info.missing_keys),
             ("has an unknown", loading_info.unexpected_keys),

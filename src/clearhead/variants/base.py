@@ -18,6 +18,9 @@ from clearhead.positions.base import Rotation
 from clearhead.registry import did_you_mean, resolve
 from clearhead.variants.placement import CollinearPlacement
 
+# A style of tensor parallelism for what every rank has and uses for its own heads alone: gradients are summed.
+SUMMED = "clearhead_summed_gradients"
+
 
 class Variant(nn.Module, ABC):
     """Turns projections into softmax streams, and the streams' outputs into one.
@@ -34,6 +37,10 @@ class Variant(nn.Module, ABC):
     mixing: ClassVar[Mixing] = "single"
     # Own parameters, by the last part of their name, that stay in float32 in a model of another dtype.
     float32_parameters: ClassVar[tuple[str, ...]] = ()
+    # How tensor parallelism shares out the variant's own parameters: one of transformers' styles, or `SUMMED`, for each
+    # of them or for the module that holds it ("" is the variant itself). It also says that a projection's rows lie head
+    # by head, a key-value head's together, so that equal parts of them are whole heads. None: not shared out.
+    tensor_parallel: ClassVar[Mapping[str, str] | None] = None
     # Whether `diagnostics` says more when it is given the layer's input.
     diagnostics_need_input: ClassVar[bool] = False
     # How the streams are placed where they are collinear, which is what a compact cache rests on.
@@ -49,6 +56,8 @@ class Variant(nn.Module, ABC):
         super().__init__()
         self.shape = shape
         self.sizes = self.widths(shape) if sizes is None else sizes
+        # Which part of the layer's heads are here, of how many: see `share`.
+        self.rank, self.parts = 0, 1
         streams = {"single": 1, "difference": 2}.get(self.mixing, self.sizes.query_streams)
         if self.mixing not in get_args(Mixing) or streams != self.sizes.query_streams:
             raise ValueError(
@@ -115,6 +124,14 @@ class Variant(nn.Module, ABC):
     def finish(self, o: Tensor) -> Tensor:
         """What happens to (B, H, L, E) before the output projection."""
         return o
+
+    def share(self, rank: int, parts: int) -> None:
+        """Count from now on as one of the `parts` ranks that share the layer's heads (tensor parallelism).
+
+        Weights are not touched. ValueError where the key-value heads do not divide.
+        """
+        self.sizes = self.sizes.share(parts)
+        self.rank, self.parts = rank, parts
 
     def reset_parameters(self) -> None:
         """Initialise the variant's own parameters as its paper says."""

@@ -1,5 +1,8 @@
 """Collinear constrained attention (CoCA)."""
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from torch import Tensor
 
 from clearhead.core.streams import HeadShape, Widths, twin_widths
@@ -31,6 +34,8 @@ class Collinear(Variant):
     """
 
     needs_rotation = True
+    # t is made of a key head's own projection.
+    tensor_parallel: ClassVar[Mapping[str, str] | None] = {}
     placement: CollinearPlacement
 
     def __init__(self, shape: HeadShape, *, mode: Mode = "exact", activation: Activation = "relu") -> None:

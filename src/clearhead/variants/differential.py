@@ -1,14 +1,15 @@
 """Differential attention, V1."""
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from clearhead.core.norm import RMSNorm
 from clearhead.core.streams import HeadShape, Widths, check_flag, split_heads
-from clearhead.variants.base import Variant
+from clearhead.variants.base import SUMMED, Variant
 
 
 def depth_lambda_init(layer_idx: int) -> float:
@@ -37,6 +38,8 @@ class Differential(Variant):
 
     mixing = "difference"
     float32_parameters = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+    # λ is one number for all heads, and the norm's weight is theirs together.
+    tensor_parallel: ClassVar[Mapping[str, str] | None] = {"": SUMMED, "head_norm": SUMMED}
 
     def __init__(
         self,

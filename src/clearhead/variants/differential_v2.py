@@ -1,6 +1,8 @@
 """Differential attention, V2."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ class DifferentialV2(Variant):
     """
 
     mixing = "difference"
+    tensor_parallel: ClassVar[Mapping[str, str] | None] = {"lambda_proj": "colwise"}
     diagnostics_need_input = True
 
     def __init__(self, shape: HeadShape) -> None:

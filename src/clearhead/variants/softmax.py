@@ -1,11 +1,14 @@
 """The Transformer's attention: the baseline, and the twin of every variant."""
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from clearhead.core.norm import RMSNorm
 from clearhead.core.streams import HeadShape, Widths, check_flag, twin_widths
-from clearhead.variants.base import Variant
+from clearhead.variants.base import SUMMED, Variant
 
 
 class Softmax(Variant):
@@ -15,6 +18,8 @@ class Softmax(Variant):
         Table 6 of arXiv 2410.05258): it separates what the subtraction does from what the norm does. It adds head_dim
         parameters to each layer.
     """
+
+    tensor_parallel: ClassVar[Mapping[str, str] | None] = {"head_norm": SUMMED}
 
     def __init__(self, shape: HeadShape, *, head_norm: bool = False, norm_eps: float = 1e-5) -> None:
         super().__init__(shape)
