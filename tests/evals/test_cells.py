@@ -286,6 +286,9 @@ def test_an_error_leaves_out_what_is_not_finished(gpt2: Any, error: Exception) -
     values = quiz.run(tiny.subject(gpt2), QuizConfig(lengths=[8, 16]))
     assert values["cells"] == WHOLE["cells"][:1] and values["skipped_cells"]["16 tokens"] == "no room"
     assert values["rows"] == 5, "what was answered of it may be shown"
+    # Asked together with 8 tokens, but answered before them.
+    last = Quiz(at("8 tokens", 0, error)).run(tiny.subject(gpt2), QuizConfig(lengths=[8, 16], samples=1))
+    assert last["cells"] == [{"cell": "16 tokens", "right": [0]}] and "8 tokens" in last["skipped_cells"]
     with pytest.raises(RecordError):
         Quiz(at("8 tokens", 0, RecordError("there is no file"))).run(tiny.subject(gpt2), QuizConfig())
 
