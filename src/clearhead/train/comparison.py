@@ -82,11 +82,17 @@ def prepare_rows(recipe: Recipe, run_dir: Path, say: Say) -> dict[str, Any]:
     or the key when rows cannot be made.
     """
     from clearhead.data.prepare import prepare
-    from clearhead.runs.rows import check_rows, data_spec
+    from clearhead.runs.rows import check_rows, check_validation, data_spec, describe_text
 
-    data = prepare(data_spec(recipe), progress=say, began=kept_data(run_dir))
+    before = kept_data(run_dir)
+    data = prepare(data_spec(recipe), progress=say, began=before)
+    job = recipe.for_arm(recipe.arms[0].name, recipe.seeds[0])
+    if before is None:
+        # A run that has begun is not refused for what it began with.
+        check_validation(job, data)
     keep_data(run_dir, data.identity, evaluation_sets(recipe.evaluate))
-    check_rows(recipe.for_arm(recipe.arms[0].name, recipe.seeds[0]), data)
+    check_rows(job, data)
+    say(describe_text(job, data))
     return kept_data(run_dir) or {}
 
 
