@@ -19,7 +19,7 @@ from clearhead.runs.recipe_io import differences, dump_toml, parse_recipe, read_
 # Changing these does not change what a trained model is, so they may differ between calls on one run directory.
 DATA = "data.json"
 FREE_KEYS = ("description", "seeds", "evaluate")
-FREE_TRAIN_KEYS = ("workers", "threads", "save_every")
+FREE_TRAIN_KEYS = ("workers", "threads", "save_every", "report_to")
 
 
 class RunError(ValueError):

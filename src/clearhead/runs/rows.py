@@ -50,7 +50,9 @@ def epochs_of_text(job: Job, data: PreparedData) -> float:
     rows = training_rows(job, data)
     after = len(rows) - round(len(rows) * job.data.pairs_first)
     share = 1.0 - job.data.needle_share - job.data.pair_share
-    return max(0.0, share) * after / len(pack_text(data.train, job.data.length, job.seed, document_masks=False))
+    return (
+        max(0.0, share) * after / len(pack_text(data.train, job.data.length, job.seed, document_masks=False))
+    )
 
 
 def describe_text(job: Job, data: PreparedData) -> str:
@@ -70,8 +72,8 @@ def check_validation(job: Job, data: PreparedData) -> None:
     found = len(data.validation)
     if found < FEWEST_HELD_OUT:
         raise ValueError(
-            f"corpus.validation_fraction {job.corpus.validation_fraction:g} of the {found + len(data.train):,} documents "
-            f"of {job.corpus.source!r} holds out {found}, and nothing can be said from one: raise it, or give more or "
+            f"corpus.validation_fraction {job.corpus.validation_fraction:g} of {found + len(data.train):,} documents "
+            f"in {job.corpus.source!r} holds out {found}, and nothing can be said from one: raise it, or give more or "
             "smaller files (at least 2 held out, better 20)"
         )
 

@@ -52,6 +52,7 @@ def run_comparison(
     """
     # A recipe that cannot be run leaves everything as it was.
     parameters = check_models(recipe)
+    check_loggers(recipe)
     if fresh:
         set_aside(run_dir, say)
     check_writable(run_dir)
@@ -94,6 +95,26 @@ def prepare_rows(recipe: Recipe, run_dir: Path, say: Say) -> dict[str, Any]:
     check_rows(job, data)
     say(describe_text(job, data))
     return kept_data(run_dir) or {}
+
+
+def check_loggers(recipe: Recipe) -> None:
+    """RecipeError for a name in `train.report_to` that Hugging Face's Trainer does not know or cannot use here."""
+    asked = [name for name in recipe.train.report_to if name != "tensorboard"]
+    if not asked:
+        return
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    for name in asked:
+        here = f"recipe {recipe.name!r}: train.report_to: "
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise RecipeError(f"{here}no logger {name!r}; {did_you_mean(name, INTEGRATION_TO_CALLBACK)}")
+        if name not in get_available_reporting_integrations():
+            raise RecipeError(
+                f"{here}the logger {name!r} is not installed here; pip install it, or leave it out"
+            )
 
 
 def evaluation_sets(evaluate: Evaluate) -> dict[str, str]:

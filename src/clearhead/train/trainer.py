@@ -93,7 +93,7 @@ def train_job(job: Job, job_dir: Path) -> None:
     _check_shared(trainer, data)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(progress)
-    if first:
+    if first and "tensorboard" in job.train.report_to:
         trainer.add_callback(TensorBoardCallback(_writer(job_dir / "tensorboard", resumed_step)))
     if job.train.probe_every:
         trainer.add_callback(
@@ -336,7 +336,9 @@ def _arguments(job: Job, job_dir: Path, rows_per_device: int) -> TrainingArgumen
         save_strategy="steps",
         save_steps=job.train.save_every,
         save_total_limit=None,
-        report_to=[],
+        # TensorBoard's writer is made apart: it forgets what was logged after the checkpoint that is gone on from.
+        report_to=[name for name in job.train.report_to if name != "tensorboard"],
+        run_name=f"{job.recipe}/{job.slug}/seed-{job.seed}",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_drop_last=True,
