@@ -110,7 +110,9 @@ def test_arms_that_never_saw_a_fact_have_no_headline_of_retrieval(
     def headers(shares: str) -> list[str]:
         text = (run / "recipe.toml").read_text()
         assert "\nneedle_share = 0." in text
-        (copy / "recipe.toml").write_text(re.sub(r"\nneedle_share = [\d.]+", f"\nneedle_share = {shares}", text))
+        (copy / "recipe.toml").write_text(
+            re.sub(r"\nneedle_share = [\d.]+", f"\nneedle_share = {shares}", text)
+        )
         build.build_report(copy)
         found: list[str] = json.loads((copy / "summary.json").read_text())["table"]["headers"]
         return found
