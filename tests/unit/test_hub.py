@@ -2,10 +2,9 @@
 
 import os
 import socket
-import sys
 import time
-import types
 
+import datasets
 import huggingface_hub
 import pytest
 from huggingface_hub import constants

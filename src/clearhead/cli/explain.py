@@ -55,12 +55,34 @@ def command(
     if place.type == "cpu":
         console.print(f"The CPU kernel: {escape(_cpu_kernel())}.")
     for name, config in models.items():
+        for caution in cautions(config):
+            console.print(f"[yellow]{escape(name)}[/yellow]: {escape(caution)}.")
+    for name, config in models.items():
         for layer, title in _kinds(config).items():
             console.print(f"\n[bold]{escape(name)}[/bold]: {escape(title)}")
             for situation, problem in _problems(config, layer, length, place, floats[dtype]).items():
                 console.print(f"  {situation}, {dtype} on {device}")
                 for line in _plans(replace(problem, capability=capability)):
                     console.print(f"    {line}")
+
+
+def cautions(config: "ClearheadConfig") -> list[str]:
+    """What a comparison with this model would not be fair about, in clauses."""
+    found = []
+    for kind in dict.fromkeys(config.layer_kinds):
+        variant = config.make_variant(config.layer_kinds.index(kind))
+        # V1 pairs the twin's heads; V2 keeps their number and doubles the queries.
+        if variant.mixing == "difference" and variant.sizes.key_streams == 2 and variant.sizes.heads < FEW_HEADS:
+            found.append(
+                f"{kind.attention} with {variant.sizes.heads} differential heads ({config.num_attention_heads} heads in "
+                f"pairs): its authors advise {FEW_HEADS} or more, and at fewer often found no gain or a loss"
+            )
+    if config.initializer_range < 0.5 * start_of(config.hidden_size):
+        found.append(
+            f"initializer_range {config.initializer_range:g} is small for a width of {config.hidden_size}: "
+            f"{start_of(config.hidden_size):.2g} starts sooner"
+        )
+    return list(dict.fromkeys(found))
 
 
 def _models(subject: Path, overrides: list[str], arm: str | None) -> "tuple[dict[str, ClearheadConfig], int]":
