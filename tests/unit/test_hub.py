@@ -22,10 +22,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     # Set and removed once, so that what the code sets goes with the test.
     monkeypatch.setenv("HF_HUB_OFFLINE", "")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setitem(
-        sys.modules, "datasets.config", sys.modules.get("datasets.config", types.ModuleType("x"))
-    )
-    monkeypatch.setattr(sys.modules["datasets.config"], "HF_HUB_OFFLINE", False, raising=False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         closed = taken.getsockname()[1]
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed}")

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # Backends outside the registry that people ask about.
 BESIDES = ("flash_attention_2",)
+# Differential heads of V1 below which small models often showed no gain.
+FEW_HEADS = 8
 
 
 def command(
@@ -67,20 +69,28 @@ def command(
 
 
 def cautions(config: "ClearheadConfig") -> list[str]:
-    """What a comparison with this model would not be fair about, in clauses."""
+    """What speaks against taking a comparison with this model for more than it is, in clauses."""
+    from clearhead.models.start import standard_deviation
+
     found = []
+    usual = standard_deviation(config.hidden_size)
     for kind in dict.fromkeys(config.layer_kinds):
         variant = config.make_variant(config.layer_kinds.index(kind))
         # V1 pairs the twin's heads; V2 keeps their number and doubles the queries.
-        if variant.mixing == "difference" and variant.sizes.key_streams == 2 and variant.sizes.heads < FEW_HEADS:
+        if (
+            variant.mixing == "difference"
+            and variant.sizes.key_streams == 2
+            and variant.sizes.heads < FEW_HEADS
+        ):
+            heads, of = variant.sizes.heads, config.num_attention_heads
             found.append(
-                f"{kind.attention} with {variant.sizes.heads} differential heads ({config.num_attention_heads} heads in "
-                f"pairs): its authors advise {FEW_HEADS} or more, and at fewer often found no gain or a loss"
+                f"{kind.attention} has {heads} differential heads ({of} heads in pairs): the authors' own design has "
+                f"{FEW_HEADS} or more, and small models with fewer often showed no gain over the Transformer, or a loss"
             )
-    if config.initializer_range < 0.5 * start_of(config.hidden_size):
+    if config.initializer_range < 0.5 * usual:
         found.append(
-            f"initializer_range {config.initializer_range:g} is small for a width of {config.hidden_size}: "
-            f"{start_of(config.hidden_size):.2g} starts sooner"
+            f"initializer_range {config.initializer_range:g} is small for a width of {config.hidden_size}: a recipe "
+            f"that does not set it takes {usual:.2g}"
         )
     return list(dict.fromkeys(found))
 
@@ -89,6 +99,7 @@ def _models(subject: Path, overrides: list[str], arm: str | None) -> "tuple[dict
     """Configurations by name, and the row length they are trained with."""
     if subject.suffix == ".toml":
         from clearhead.models import ClearheadConfig
+        from clearhead.models.start import with_defaults
         from clearhead.runs.recipe_io import load_recipe
         from clearhead.train.comparison import check_models
 
@@ -97,7 +108,10 @@ def _models(subject: Path, overrides: list[str], arm: str | None) -> "tuple[dict
         arms = recipe.arms if arm is None else [recipe.arm(arm)]
         vocabulary = recipe.tokenizer.vocab_size
         return {
-            found.name: ClearheadConfig(vocab_size=vocabulary, **recipe.model_of(found)) for found in arms
+            found.name: ClearheadConfig(
+                vocab_size=vocabulary, **with_defaults(recipe.model_of(found), recipe.data.length)
+            )
+            for found in arms
         }, recipe.data.length
     from transformers import AutoConfig
 
