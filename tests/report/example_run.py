@@ -29,6 +29,7 @@ source = "stdlib"
 
 [data]
 length = 256
+needle_share = 0.2
 
 [train]
 tokens = 5_000_000

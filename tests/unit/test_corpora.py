@@ -101,6 +101,28 @@ def test_a_directory_of_mixed_kinds_in_the_order_of_names(tmp_path: Path) -> Non
     ]
 
 
+def test_what_is_read_and_what_is_left_is_said(tmp_path: Path) -> None:
+    for i in range(3):
+        write(tmp_path / f"{i}.rst", "title\n=====\n")
+    write(tmp_path / "a.txt", "text" * 100_000)
+    for i in range(4):
+        write(tmp_path / "html" / f"{i}.html", "<p>")
+    for name in ("LICENSE", "b.c", "c.c", "d.h", "e.j", "f.k", "g.l", ".hidden.html", ".git/x.html"):
+        write(tmp_path / name, "x")
+    account = open_corpus(str(tmp_path)).account()
+    assert account is not None
+    read_part, _, left = account.partition("; left unread, ")
+    assert read_part == "reading 4 files (3 .rst, 1 .txt), 0.4 MB"
+    assert ".txt .md .rst .py" in left
+    assert left.endswith("11 files (4 .html, 2 .c, 1 without a suffix, 1 .h, 1 .j, 2 others)")
+    limited = open_corpus(str(tmp_path), max_bytes=20).account()
+    assert limited is not None and "corpus.max_bytes leaves " in limited
+    globbed = open_corpus(f"{tmp_path}/*.[rc]*").account()
+    assert globbed is not None and globbed.startswith("reading 3 files (3 .rst)")
+    assert globbed.endswith("2 files (2 .c)")
+    assert open_corpus("hf:owner/name").account() is None
+
+
 def test_a_glob_takes_what_it_matches(tmp_path: Path) -> None:
     for name in ("x/1.txt", "x/y/2.txt", "x/y/3.md"):
         write(tmp_path / name, name)

@@ -141,6 +141,7 @@ def test_override_of_an_arm_by_number_and_by_name(path: Path) -> None:
         ("train.tokens=1.5", ["train.tokens", "integer"]),
         ("train.tokens=0", ["train.tokens", "greater"]),
         ("train.learning_rate=nan", ["train.learning_rate"]),
+        ("train.report_to=tensorboard", ["train.report_to", "array"]),
         ("train.schedule=cosin", ["train.schedule", "'cosine'"]),
         ("train.stop_at_mastery=true", ["stop_at_mastery needs probe_every"]),
         ("data.needle_share=0.9", ["needle_share + pair_share is 1.1"]),
@@ -197,6 +198,23 @@ def test_model_mistakes_are_named(path: Path, override: str, words: list[str]) -
         check_models(load_recipe(path, [override]))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_loggers_are_known_and_installed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations import integration_utils
+
+    from clearhead.train.comparison import check_loggers
+
+    def fault(*loggers: str) -> str:
+        with pytest.raises(RecipeError) as caught:
+            check_loggers(load_recipe(path, [f"train.report_to={list(loggers)}"]))
+        return str(caught.value)
+
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["mlflow"])
+    check_loggers(load_recipe(path, []))
+    check_loggers(load_recipe(path, ["train.report_to=['mlflow', 'tensorboard']"]))
+    assert "no logger 'wandbb'; did you mean 'wandb'?" in fault("wandbb")
+    assert "'wandb' is not installed here" in fault("tensorboard", "wandb")
 
 
 def test_file_mistakes(tmp_path: Path) -> None:

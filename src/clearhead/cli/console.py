@@ -2,15 +2,11 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
-
-if TYPE_CHECKING:
-    from clearhead.train.pool import ProgressRow
-
 
 AsJson = Annotated[
     bool, typer.Option("--json", help="Results as one JSON value on standard output, for programs.")
@@ -76,16 +72,3 @@ def duration(seconds: float | None) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def seconds_left(rows: "Sequence[ProgressRow]") -> float | None:
-    """Training time left over all jobs at the present speed of those that run; None when none has a speed yet."""
-    speed = sum(row.status.tokens_per_second or 0.0 for row in rows if row.running)
-    left = sum(
-        max(0, row.task.job.train.tokens - row.status.tokens)
-        for row in rows
-        if row.status.state in ("queued", "training")
-    )
-    if left == 0:
-        return 0.0
-    return left / speed if speed else None

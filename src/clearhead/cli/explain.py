@@ -1,6 +1,6 @@
 """`clearhead explain`: what a model costs and how its attention is run, before anything is trained."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 
 Costs = Mapping[str, Mapping[str, int]]
 """Model -> what it costs."""
+Cautions = Mapping[str, Sequence[str]]
+"""Model -> sentences on what a comparison with it does not show."""
 Plans = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]]
 """Model -> attention of its layers -> situation -> backend -> plan."""
 # Backends outside the registry that people ask about.
 BESIDES = ("flash_attention_2",)
+# Differential heads of V1 below which small models often showed no gain.
+FEW_HEADS = 8
 
 
 def command(
@@ -64,15 +68,18 @@ def command(
         }
         for name, config in models.items()
     }
+    cautioned = {name: cautions(config) for name, config in models.items()}
     kernel = _cpu_kernel() if place.type == "cpu" else None
     if as_json:
         print_json({"tokens": length, "dtype": dtype, "device": device, "cpu_kernel": kernel,
-                    "costs": costs, "attention": plans})  # fmt: skip
+                    "costs": costs, "cautions": cautioned, "attention": plans})  # fmt: skip
         return
-    _print(costs, plans, f"{dtype} on {device}", length, kernel)
+    _print(costs, cautioned, plans, f"{dtype} on {device}", length, kernel)
 
 
-def _print(costs: Costs, plans: Plans, where: str, length: int, kernel: str | None) -> None:
+def _print(
+    costs: Costs, cautioned: Cautions, plans: Plans, where: str, length: int, kernel: str | None
+) -> None:
     from rich.console import Console
     from rich.markup import escape
 
@@ -83,6 +90,9 @@ def _print(costs: Costs, plans: Plans, where: str, length: int, kernel: str | No
     )
     if kernel is not None:
         console.print(f"The CPU kernel: {escape(kernel)}.")
+    for name, sentences in cautioned.items():
+        for caution in sentences:
+            console.print(f"[yellow]{escape(name)}[/yellow]: {escape(caution)}.")
     for name, kinds in plans.items():
         for title, situations in kinds.items():
             console.print(f"\n[bold]{escape(name)}[/bold]: {escape(title)}")
@@ -106,10 +116,38 @@ def _line(found: Mapping[str, Any]) -> str:
     return text
 
 
+def cautions(config: "ClearheadConfig") -> list[str]:
+    """What speaks against taking a comparison with this model for more than it is, in clauses."""
+    from clearhead.models.start import standard_deviation
+
+    found = []
+    usual = standard_deviation(config.hidden_size)
+    for kind in dict.fromkeys(config.layer_kinds):
+        variant = config.make_variant(config.layer_kinds.index(kind))
+        # V1 pairs the twin's heads; V2 keeps their number and doubles the queries.
+        if (
+            variant.mixing == "difference"
+            and variant.sizes.key_streams == 2
+            and variant.sizes.heads < FEW_HEADS
+        ):
+            heads, of = variant.sizes.heads, config.num_attention_heads
+            found.append(
+                f"{kind.attention} has {heads} differential heads ({of} heads in pairs): the authors' own design has "
+                f"{FEW_HEADS} or more, and small models with fewer often showed no gain over the Transformer, or a loss"
+            )
+    if config.initializer_range < 0.5 * usual:
+        found.append(
+            f"initializer_range {config.initializer_range:g} is small for a width of {config.hidden_size}: a recipe "
+            f"that does not set it takes {usual:.2g}"
+        )
+    return list(dict.fromkeys(found))
+
+
 def _models(subject: Path, overrides: list[str], arm: str | None) -> "tuple[dict[str, ClearheadConfig], int]":
     """Configurations by name, and the row length they are trained with."""
     if subject.suffix == ".toml":
         from clearhead.models import ClearheadConfig
+        from clearhead.models.start import with_defaults
         from clearhead.runs.recipe_io import load_recipe
         from clearhead.train.comparison import check_models
 
@@ -118,7 +156,10 @@ def _models(subject: Path, overrides: list[str], arm: str | None) -> "tuple[dict
         arms = recipe.arms if arm is None else [recipe.arm(arm)]
         vocabulary = recipe.tokenizer.vocab_size
         return {
-            found.name: ClearheadConfig(vocab_size=vocabulary, **recipe.model_of(found)) for found in arms
+            found.name: ClearheadConfig(
+                vocab_size=vocabulary, **with_defaults(recipe.model_of(found), recipe.data.length)
+            )
+            for found in arms
         }, recipe.data.length
     from transformers import AutoConfig
 

@@ -8,14 +8,23 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from clearhead.cli.console import duration, say, seconds_left
+from clearhead.cli.console import duration, say
+from clearhead.train.forecast import Forecast
 from clearhead.train.pool import ProgressRow, Watcher
 
 # Seconds between two plain lines about one running job.
 LINE_SECONDS = 30.0
 # Columns that the whole table takes; a narrower terminal gets less of it.
 WIDE = 72
-STYLES = {"training": "cyan", "evaluating": "cyan", "done": "green", "failed": "red", "waiting": "dim"}
+STYLES = {
+    "starting": "cyan",
+    "training": "cyan",
+    "evaluating": "cyan",
+    "trained": "green",
+    "done": "green",
+    "failed": "red",
+    "waiting": "dim",
+}
 
 
 def phase(row: ProgressRow) -> str:
@@ -26,14 +35,23 @@ def phase(row: ProgressRow) -> str:
     if state == "failed":
         return "failed"
     if not row.running:
-        return "waiting"
-    return "evaluating" if state == "trained" else "training"
+        return "trained" if state == "trained" else "waiting"
+    return {"trained": "evaluating", "queued": "starting"}.get(state, "training")
+
+
+def time_left(forecast: Forecast, rows: Sequence[ProgressRow]) -> str:
+    """`7:17`, or `at least 7:17` until an evaluation has been timed, or a dash before any speed is known."""
+    left = forecast.left(rows)
+    if left is None:
+        return duration(None)
+    return duration(left.seconds) if left.complete else f"at least {duration(left.seconds)}"
 
 
 class LiveTable(Watcher):
     """One line a job, redrawn in place. Use as a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, evaluates: bool = True) -> None:
+        self.forecast = Forecast(evaluates)
         self.start = time.monotonic()
         self.live = Live(console=Console(stderr=True), refresh_per_second=4, transient=True)
 
@@ -45,14 +63,14 @@ class LiveTable(Watcher):
         self.live.stop()
 
     def update(self, rows: Sequence[ProgressRow]) -> None:
+        self.forecast.update(rows)
         self.live.update(self.table(rows))
 
     def table(self, rows: Sequence[ProgressRow]) -> Table:
-        done = sum(row.status.state == "evaluated" for row in rows)
-        left = seconds_left(rows)
+        done = sum(phase(row) in ("done", "trained") for row in rows)
         table = Table(
             title=f"{done} of {len(rows)} done, {duration(time.monotonic() - self.start)} so far, "
-            f"training left: {duration(left)}",
+            f"left: {time_left(self.forecast, rows)}",
             title_justify="left",
         )
         if self.live.console.width < WIDE:
@@ -78,8 +96,8 @@ class LiveTable(Watcher):
 
     def _narrow(self, table: Table, rows: Sequence[ProgressRow]) -> Table:
         """The table where a line has 40 characters: arm and seed, share done, time left or the state."""
-        table.title = f"{sum(row.status.state == 'evaluated' for row in rows)} of {len(rows)} done"
-        table.title += f", left: {duration(seconds_left(rows))}"
+        done = sum(phase(row) in ("done", "trained") for row in rows)
+        table.title = f"{done} of {len(rows)} done, left: {time_left(self.forecast, rows)}"
         table.box = None
         table.show_header = False
         table.add_column("arm", no_wrap=True, overflow="ellipsis", ratio=1)
@@ -106,7 +124,8 @@ class LiveTable(Watcher):
 class PlainLines(Watcher):
     """A line when a job changes what it does, and now and then while it trains."""
 
-    def __init__(self) -> None:
+    def __init__(self, evaluates: bool = True) -> None:
+        self.forecast = Forecast(evaluates)
         self.phases: dict[str, str] = {}
         self.spoken: dict[str, float] = {}
 
@@ -118,9 +137,10 @@ class PlainLines(Watcher):
 
     def update(self, rows: Sequence[ProgressRow]) -> None:
         now = time.monotonic()
+        self.forecast.update(rows)
         for row in rows:
             key, word = str(row.task.directory), phase(row)
-            changed = word != "waiting" and self.phases.get(key) != word
+            changed = word not in ("waiting", "starting") and self.phases.get(key) != word
             due = word == "training" and now - self.spoken.get(key, now) >= LINE_SECONDS
             if changed or due:
                 say(self._line(row, word, rows))
@@ -135,12 +155,12 @@ class PlainLines(Watcher):
         elif word == "training" and status.loss is not None:
             parts += [f"step {status.step}/{status.steps}", f"loss {status.loss:.3f}"]
             parts += [f"{status.tokens_per_second:,.0f} tokens/s"] if status.tokens_per_second else []
-            parts.append(f"all training left {duration(seconds_left(rows))}")
+            parts.append(f"left for all {time_left(self.forecast, rows)}")
         elif word == "done":
             parts.append(f"{sum(other.status.state == 'evaluated' for other in rows)} of {len(rows)}")
         return ", ".join(parts)
 
 
-def watcher() -> LiveTable | PlainLines:
-    """The one that suits where standard error goes."""
-    return LiveTable() if Console(stderr=True).is_terminal else PlainLines()
+def watcher(*, evaluates: bool = True) -> LiveTable | PlainLines:
+    """The one that suits where standard error goes; evaluates: whether the jobs are evaluated after their training."""
+    return LiveTable(evaluates) if Console(stderr=True).is_terminal else PlainLines(evaluates)

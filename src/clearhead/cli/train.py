@@ -30,13 +30,17 @@ def command(
 
     It goes on from its last checkpoint; `compare` on the same run directory takes the finished model over.
     """
+    from clearhead.cli.progress import watcher
     from clearhead.runs.recipe_io import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     run_dir = out or Path("runs") / loaded.name
     from clearhead.train.single import train_single
 
-    with interruptible("interrupted: the same command goes on from the last checkpoint"):
+    with (
+        interruptible("interrupted: the same command goes on from the last checkpoint"),
+        watcher(evaluates=False) as watch,
+    ):
         job_dir = train_single(
             loaded,
             run_dir,
@@ -44,6 +48,7 @@ def command(
             seed=loaded.seeds[0] if seed is None else seed,
             fresh=fresh,
             say=say,
+            watcher=watch,
         )
     if int(os.environ.get("RANK", "0")) == 0:
         say(f"model: {job_dir / 'model'}")

@@ -13,12 +13,14 @@ import platform
 import re
 import sysconfig
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clearhead.data.cache import WHOLE_FILE_LIMIT, fingerprint
+from clearhead.data.hub import without_waiting
 from clearhead.data.readers import PLAIN, SUFFIXES, CorpusError, Document, encodable, read_file, suffix_of
 from clearhead.extras import need
 
@@ -31,6 +33,7 @@ LONE_FILE_PARTS = 32
 SMALLEST_PART = 16 * 2**10
 LARGEST_PART = 2**20
 LARGE_FILE = 4 * 2**20
+KINDS_NAMED = 5
 
 
 class Corpus(ABC):
@@ -46,6 +49,10 @@ class Corpus(ABC):
     def sources(self) -> dict[str, str]:
         """Size and content of each file by its name in the corpus; empty where there are no files to look at."""
         return {}
+
+    def account(self) -> str | None:
+        """What of the source is read and what is left, in a sentence; None where there is nothing to say."""
+        return None
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
@@ -75,13 +82,26 @@ class FileCorpus(Corpus):
         text_field: str,
         max_bytes: int | None,
         about: dict[str, Any],
+        left: Mapping[str, int] | None = None,
     ) -> None:
+        """left: how many files of each other kind lie beside the ones that are read."""
         key = name_hash if max_bytes is not None else (lambda file: file.name)
         self.source = source
         self.files = sorted(files, key=key)
         self.text_field = text_field
         self.max_bytes = max_bytes
         self.about = about
+        self.left = dict(left or {})
+
+    def account(self) -> str | None:
+        used = self._files_within_limit()
+        kinds_read = Counter(suffix_of(file.path) for file in used)
+        found = f"reading {counted(kinds_read)}, {sum(file.size for file in used) / 1e6:.1f} MB"
+        if passed := len(self.files) - len(used):
+            found += f"; corpus.max_bytes leaves {passed:,} more of these kinds unread"
+        if self.left:
+            found += f"; left unread, of no supported kind ({kinds()}): {counted(self.left)}"
+        return found
 
     def sources(self) -> dict[str, str]:
         found = {}
@@ -205,6 +225,8 @@ class HubCorpus(Corpus):
     def _records(self) -> Iterator[dict[str, Any]]:
         name = f"the Hugging Face dataset '{self.path}'"
         need(f"reading {name}", "train")
+        if not Path(self.path).exists():
+            without_waiting()
         import datasets
 
         try:
@@ -227,7 +249,7 @@ def open_corpus(source: str, *, text_field: str = "text", max_bytes: int | None 
 
     * `"stdlib"`: the running interpreter's own library sources, without tests (about 12 MB).
     * a file, a directory (searched to the bottom, hidden entries skipped) or a glob (`**` allowed) of
-      .txt .md .py (a document a file), .jsonl .jsonl.gz .parquet (a document a record, its text in `text_field`).
+      .txt .md .rst .py (a document a file), .jsonl .jsonl.gz .parquet (a document a record, its text in `text_field`).
       A plain-text file given alone is cut at paragraphs into up to 32 documents, and one above 4 MiB into parts of
       1 MiB.
     * `"hf:owner/name[:config][:split]"`, or `owner/name` when no such path and no directory `owner`
@@ -250,8 +272,9 @@ def open_corpus(source: str, *, text_field: str = "text", max_bytes: int | None 
     if source.startswith("hf:"):
         return hub_corpus(source, source.removeprefix("hf:"), text_field, max_bytes)
     path = Path(source).expanduser()
+    left: Counter[str] = Counter()
     if path.is_dir():
-        files = listed(path, walk(path))
+        files = listed(path, walk(path, left=left))
         if not files:
             raise CorpusError(f"the directory '{source}' holds no file of a supported kind ({kinds()})")
     elif path.is_file():
@@ -259,7 +282,7 @@ def open_corpus(source: str, *, text_field: str = "text", max_bytes: int | None 
             raise CorpusError(f"'{source}' is of no supported kind: rename or convert it to one of {kinds()}")
         files = listed(path.parent, [path])
     elif glob.has_magic(source):
-        files = globbed(source)
+        files = globbed(source, left)
     elif HUB_ID.fullmatch(source) and suffix_of(path) not in SUFFIXES and not path.parent.is_dir():
         return hub_corpus(source, source, text_field, max_bytes)
     else:
@@ -267,7 +290,7 @@ def open_corpus(source: str, *, text_field: str = "text", max_bytes: int | None 
             f"there is no file or directory '{source}': set corpus.source to an existing path (a Hugging Face dataset "
             "is written hf:owner/name)"
         )
-    return FileCorpus(source, files, text_field, max_bytes, {"kind": "files"})
+    return FileCorpus(source, files, text_field, max_bytes, {"kind": "files"}, left)
 
 
 def stdlib_corpus(text_field: str, max_bytes: int | None) -> Corpus:
@@ -301,23 +324,31 @@ def hub_corpus(source: str, name: str, text_field: str, max_bytes: int | None) -
     return HubCorpus(source, path, config, split, text_field, max_bytes)
 
 
-def globbed(pattern: str) -> list[SourceFile]:
+def globbed(pattern: str, left: Counter[str]) -> list[SourceFile]:
     matches = [Path(match) for match in glob.glob(os.path.expanduser(pattern), recursive=True)]
     matches = [path for path in matches if path.is_file()]
     if not matches:
         raise CorpusError(f"the pattern '{pattern}' matches no file: correct corpus.source")
     supported = [path for path in matches if suffix_of(path) in SUFFIXES]
+    left.update(suffix_of(path) for path in matches if suffix_of(path) not in SUFFIXES)
     if not supported:
         raise CorpusError(f"the pattern '{pattern}' matches no file of a supported kind ({kinds()})")
     return listed(Path(os.path.commonpath([path.parent for path in supported])), supported)
 
 
-def walk(root: Path, skipped: frozenset[str] = frozenset({"__pycache__"})) -> Iterator[Path]:
+def walk(
+    root: Path, skipped: frozenset[str] = frozenset({"__pycache__"}), left: Counter[str] | None = None
+) -> Iterator[Path]:
+    """Files of a supported kind below `root`; `left` counts the others by kind. Hidden ones are neither."""
     for directory, below, names in os.walk(root):
         below[:] = sorted(name for name in below if name not in skipped and not name.startswith("."))
         for name in sorted(names):
-            if not name.startswith(".") and suffix_of(Path(name)) in SUFFIXES:
+            if name.startswith("."):
+                continue
+            if (suffix := suffix_of(Path(name))) in SUFFIXES:
                 yield Path(directory, name)
+            elif left is not None:
+                left[suffix] += 1
 
 
 def listed(root: Path, paths: Iterator[Path] | list[Path]) -> list[SourceFile]:
@@ -333,6 +364,16 @@ def listed(root: Path, paths: Iterator[Path] | list[Path]) -> list[SourceFile]:
 
 def name_hash(file: SourceFile) -> str:
     return hashlib.sha256(file.name.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def counted(found: Mapping[str, int]) -> str:
+    """`1,962 files (1,917 .rst, 45 .txt)`: the commonest kinds by name, the rest together."""
+    total = sum(found.values())
+    ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{number:,} {suffix or 'without a suffix'}" for suffix, number in ranked[:KINDS_NAMED]]
+    if rest := sum(number for _, number in ranked[KINDS_NAMED:]):
+        parts.append(f"{rest:,} others")
+    return f"{total:,} file{'' if total == 1 else 's'} ({', '.join(parts)})"
 
 
 def kinds() -> str:

@@ -90,6 +90,8 @@ def prepare(
     say = progress or (lambda message: None)
     corpus = open_corpus(spec.source, text_field=spec.text_field, max_bytes=spec.max_bytes)
     say(f"checking {spec.source}")
+    if (account := corpus.account()) is not None:
+        say(account)
     sources = corpus.sources()
     made_from = {
         "format": FORMAT,

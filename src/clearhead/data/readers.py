@@ -13,7 +13,7 @@ from typing import IO, Any
 BLOCK = 2**20
 BOM = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-PLAIN = (".txt", ".md", ".py")
+PLAIN = (".txt", ".md", ".rst", ".py")
 SUFFIXES = (*PLAIN, ".jsonl", ".jsonl.gz", ".parquet")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 from typing import Literal, Protocol
 
 import numpy as np
@@ -203,14 +204,12 @@ class Mixture:
         if index < lead:
             return "pairs", index
         index -= lead
-        needle, pair = (
-            Fraction(share).limit_denominator(1000) for share in (self.needle_share, self.pair_share)
-        )
-        made = math.floor(index * (needle + pair))
-        if math.floor((index + 1) * (needle + pair)) == made:
+        needle, pair, whole = _whole_shares(self.needle_share, self.pair_share)
+        made = index * (needle + pair) // whole
+        if (index + 1) * (needle + pair) // whole == made:
             return "text", index - made
-        paired = math.floor(made * pair / (needle + pair))
-        if math.floor((made + 1) * pair / (needle + pair)) == paired:
+        paired = made * pair // (needle + pair)
+        if (made + 1) * pair // (needle + pair) == paired:
             return "needles", made - paired
         return "pairs", lead + paired
 
@@ -285,6 +284,14 @@ class Mixture:
             )
             left -= 1 + wanted * fact
         return pieces
+
+
+@lru_cache(maxsize=64)
+def _whole_shares(needle: float, pair: float) -> tuple[int, int, int]:
+    """Both shares as numerators over one denominator: each row asks for its kind, and whole numbers are quick."""
+    first, second = (Fraction(share).limit_denominator(1000) for share in (needle, pair))
+    whole = math.lcm(first.denominator, second.denominator)
+    return int(first * whole), int(second * whole), whole
 
 
 def _cut(rng: np.random.Generator, total: int, lengths: tuple[int, int]) -> list[int]:

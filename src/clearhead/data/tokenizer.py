@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from clearhead.data.cache import cache_dir, digest_json, write_atomic
 from clearhead.data.corpora import first_line
+from clearhead.data.hub import without_waiting
 from clearhead.data.readers import CorpusError
 
 if TYPE_CHECKING:
@@ -108,6 +109,8 @@ def read_cached(path: Path) -> Tokenizer | None:
 def load_pretrained(source: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if not Path(source).exists():
+        without_waiting()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # the library raises OSError, ValueError, KeyError, ... for a wrong name

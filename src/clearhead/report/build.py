@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,14 @@ from clearhead.runs.files import write_json, write_text
 from clearhead.runs.results import RunResults, load_run
 
 MISSING = "–"
+# Evaluations that ask for facts in the form of the training's own retrieval rows.
+RETRIEVAL = ("needles", "allocation", "mastery")
 
 
-def build_report(run_dir: str | Path) -> Path:
+def build_report(run_dir: str | Path, *, reload_every: float | None = None) -> Path:
     """Write `report.html`, `summary.json` and `charts/*.{pdf,png}` of a run directory; returns the page's path.
 
+    reload_every: seconds after which an open page loads itself again, for a run that still goes on.
     What has not been measured yet is shown as missing. Raises FileNotFoundError for a directory that is no run, and
     ValueError that names the file when one of its files is broken.
     """
@@ -64,6 +67,7 @@ def build_report(run_dir: str | Path) -> Path:
         environment=dict(_flat(run.env)),
         missing=MISSING,
         look=LOOK_PAGE if (root / LOOK_PAGE).exists() else None,
+        reload_every=reload_every,
     )
     target = root / "report.html"
     write_text(target, page)
@@ -77,7 +81,22 @@ def evaluation_sections(run: RunResults) -> list[Section]:
     measured = sorted({name for arm in run.arms for seed in arm.seeds.values() for name in seed.results})
     known = names("evaluations")
     suites = dict.fromkeys([*asked, *(name for name in measured if name in known)])
-    return [resolve("evaluations", name)().section(run) for name in suites]
+    sections = {name: resolve("evaluations", name)().section(run) for name in suites}
+    if learned_retrieval(run):
+        return list(sections.values())
+    return [untaught(section) if name in RETRIEVAL else section for name, section in sections.items()]
+
+
+def learned_retrieval(run: RunResults) -> bool:
+    """Whether retrieval rows were trained on, or whether nothing is known of the training: a model from elsewhere."""
+    data = run.recipe.get("data")
+    return not data or any(data.get(key, 0) for key in ("needle_share", "pair_share", "pairs_first"))
+
+
+def untaught(section: Section) -> Section:
+    """Without headlines: of arms that were not trained to look anything up, the numbers say little."""
+    said = "Nothing in the training of these arms asked for retrieval (data.needle_share, data.pair_share)."
+    return replace(section, answer=f"{said} {section.answer}", measure="", headlines=())
 
 
 def _table(run: RunResults, questions: list[Section]) -> SectionTable:

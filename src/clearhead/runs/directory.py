@@ -20,7 +20,7 @@ from clearhead.runs.recipe_io import differences, dump_toml, parse_recipe, read_
 DATA = "data.json"
 LOOK_PAGE = "look.html"
 FREE_KEYS = ("description", "seeds", "evaluate")
-FREE_TRAIN_KEYS = ("workers", "threads", "save_every")
+FREE_TRAIN_KEYS = ("workers", "threads", "save_every", "report_to")
 
 
 class RunError(ValueError):

@@ -179,6 +179,9 @@ class Train(RecipeTable):
     stop_at_mastery: bool = False
     threads: Processes = 1  # per job; 0 = cores // workers
     workers: Processes = 0  # jobs side by side; 0 = number of cores
+    # Where a run is logged beside metrics.jsonl: "tensorboard" (in the job's directory) and whatever Hugging Face's
+    # Trainer knows and is installed: "wandb", "mlflow", "trackio", ...
+    report_to: list[Annotated[str, AfterValidator(_written)]] = ["tensorboard"]
 
     @model_validator(mode="after")
     def _check(self) -> Self:

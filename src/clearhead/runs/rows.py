@@ -9,6 +9,9 @@ from clearhead.runs.recipe import Job, Recipe
 # Evaluations that write needles with the tokenizer's own words.
 NEED_WORDS = {"needles", "allocation"}
 KINDS_WITHIN = 1000
+# Passes over the same text beyond which a person is told.
+REPEATED = 4.0
+FEWEST_HELD_OUT = 2
 
 
 def data_spec(source: Recipe | Job) -> DataSpec:
@@ -40,6 +43,39 @@ def training_rows(job: Job, data: PreparedData) -> Mixture:
         needles=needle_range(job),
         document_masks=job.data.document_masks,
     )
+
+
+def epochs_of_text(job: Job, data: PreparedData) -> float:
+    """How many times the job's text rows go through the training text."""
+    rows = training_rows(job, data)
+    after = len(rows) - round(len(rows) * job.data.pairs_first)
+    share = 1.0 - job.data.needle_share - job.data.pair_share
+    return (
+        max(0.0, share) * after / len(pack_text(data.train, job.data.length, job.seed, document_masks=False))
+    )
+
+
+def describe_text(job: Job, data: PreparedData) -> str:
+    """What is trained on and held out, and how often the text is read, in a sentence."""
+    epochs = epochs_of_text(job, data)
+    parts = [f"training text: {len(data.train):,} documents, {data.train.num_tokens:,} tokens"]
+    parts.append(f"held out: {len(data.validation):,}, {data.validation.num_tokens:,} tokens")
+    if epochs > 0:
+        parts.append(f"a run reads the text {epochs:.2g} times")
+    if epochs > REPEATED:
+        parts.append("so often that it is learned by heart: more text or fewer train.tokens would say more")
+    return "; ".join(parts)
+
+
+def check_validation(job: Job, data: PreparedData) -> None:
+    """ValueError unless enough documents are held out to say anything about others."""
+    found = len(data.validation)
+    if found < FEWEST_HELD_OUT:
+        raise ValueError(
+            f"corpus.validation_fraction {job.corpus.validation_fraction:g} of {found + len(data.train):,} documents "
+            f"in {job.corpus.source!r} holds out {found}, and nothing can be said from one: raise it, or give more or "
+            "smaller files (at least 2 held out, better 20)"
+        )
 
 
 def needle_range(job: Job) -> NeedleRange:

@@ -52,6 +52,7 @@ def run_comparison(
     """
     # A recipe that cannot be run leaves everything as it was.
     parameters = check_models(recipe)
+    check_loggers(recipe)
     if fresh:
         set_aside(run_dir, say)
     check_writable(run_dir)
@@ -82,12 +83,38 @@ def prepare_rows(recipe: Recipe, run_dir: Path, say: Say) -> dict[str, Any]:
     or the key when rows cannot be made.
     """
     from clearhead.data.prepare import prepare
-    from clearhead.runs.rows import check_rows, data_spec
+    from clearhead.runs.rows import check_rows, check_validation, data_spec, describe_text
 
-    data = prepare(data_spec(recipe), progress=say, began=kept_data(run_dir))
+    before = kept_data(run_dir)
+    data = prepare(data_spec(recipe), progress=say, began=before)
+    job = recipe.for_arm(recipe.arms[0].name, recipe.seeds[0])
+    if before is None:
+        # A run that has begun is not refused for what it began with.
+        check_validation(job, data)
     keep_data(run_dir, data.identity, evaluation_sets(recipe.evaluate))
-    check_rows(recipe.for_arm(recipe.arms[0].name, recipe.seeds[0]), data)
+    check_rows(job, data)
+    say(describe_text(job, data))
     return kept_data(run_dir) or {}
+
+
+def check_loggers(recipe: Recipe) -> None:
+    """RecipeError for a name in `train.report_to` that Hugging Face's Trainer does not know or cannot use here."""
+    asked = [name for name in recipe.train.report_to if name != "tensorboard"]
+    if not asked:
+        return
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    for name in asked:
+        here = f"recipe {recipe.name!r}: train.report_to: "
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise RecipeError(f"{here}no logger {name!r}; {did_you_mean(name, INTEGRATION_TO_CALLBACK)}")
+        if name not in get_available_reporting_integrations():
+            raise RecipeError(
+                f"{here}the logger {name!r} is not installed here; pip install it, or leave it out"
+            )
 
 
 def evaluation_sets(evaluate: Evaluate) -> dict[str, str]:

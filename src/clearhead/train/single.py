@@ -1,26 +1,37 @@
 """One job in this process: what `clearhead train` and `clearhead evaluate` do."""
 
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from clearhead.runs.directory import RunError, check_space, check_writable, exclusive, open_run, set_aside
 from clearhead.runs.recipe import Recipe
-from clearhead.train.comparison import bytes_needed, check_models, job_directory, prepare_rows
-from clearhead.train.pool import TrainingTask, is_trained, place
+from clearhead.runs.status import read_status
+from clearhead.train.comparison import bytes_needed, check_loggers, check_models, job_directory, prepare_rows
+from clearhead.train.pool import POLL_SECONDS, ProgressRow, Silent, TrainingTask, Watcher, is_trained, place
 from clearhead.train.worker import run_job
 
 
 def train_single(
-    recipe: Recipe, run_dir: Path, *, arm: str, seed: int, fresh: bool, say: Callable[[str], None]
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    arm: str,
+    seed: int,
+    fresh: bool,
+    say: Callable[[str], None],
+    watcher: Watcher | None = None,
 ) -> Path:
     """Train one arm with one seed and return its job directory. Under torchrun every process calls this.
 
+    watcher: is told how far the training is, by the first process.
     Raises RunError when the run directory cannot be used, ValueError or OSError from training.
     """
     # A recipe that cannot be run leaves everything as it was.
     parameters = check_models(recipe)
+    check_loggers(recipe)
     task = _task(recipe, run_dir, arm, seed)
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if fresh and distributed:
@@ -35,8 +46,31 @@ def train_single(
             open_run(run_dir, recipe)
             check_space(run_dir, bytes_needed([task], parameters))
             place(task, prepare_rows(recipe, run_dir, say))
+            held.enter_context(_watched(task, watcher or Silent()))
         run_job(task.job, task.directory, evaluate=False)
     return task.directory
+
+
+@contextmanager
+def _watched(task: TrainingTask, watcher: Watcher) -> Iterator[None]:
+    """Tell `watcher` what the job's status.json says, from a thread of its own, while the block runs."""
+    ended = threading.Event()
+
+    def row(running: bool) -> ProgressRow:
+        return ProgressRow(task, read_status(task.directory), running)
+
+    def watch() -> None:
+        while not ended.wait(POLL_SECONDS):
+            watcher.update([row(True)])
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        watcher.update([row(False)])
 
 
 def _task(recipe: Recipe, run_dir: Path, arm: str, seed: int) -> TrainingTask:

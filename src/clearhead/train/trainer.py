@@ -27,6 +27,7 @@ from clearhead.data.writing import writing
 from clearhead.models.causal import ClearheadForCausalLM
 from clearhead.models.config import ClearheadConfig
 from clearhead.models.cost import forward_flops_per_token, kv_bytes_per_token
+from clearhead.models.start import with_defaults
 from clearhead.runs.checksums import CHECKSUMS, seal, sync
 from clearhead.runs.directory import kept_data
 from clearhead.runs.files import write_json
@@ -93,7 +94,7 @@ def train_job(job: Job, job_dir: Path) -> None:
     _check_shared(trainer, data)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(progress)
-    if first:
+    if first and "tensorboard" in job.train.report_to:
         trainer.add_callback(TensorBoardCallback(_writer(job_dir / "tensorboard", resumed_step)))
     if job.train.probe_every:
         trainer.add_callback(
@@ -130,11 +131,13 @@ def _check_shared(trainer: Trainer, data: PreparedData) -> None:
 
 
 def build_model(job: Job, data: PreparedData) -> ClearheadForCausalLM:
-    """The untrained model of a job; the seed of torch's generator decides its weights."""
+    """The untrained model of a job; the seed of torch's generator decides its weights.
+
+    Where the recipe does not say so, weights start by the width (`models.start`).
+    """
     tokenizer = data.tokenizer
     config = ClearheadConfig(
-        # The trained length, which scalings count from.
-        **{"max_position_embeddings": job.data.length, **job.model},
+        **with_defaults(job.model, job.data.length),
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -336,7 +339,9 @@ def _arguments(job: Job, job_dir: Path, rows_per_device: int) -> TrainingArgumen
         save_strategy="steps",
         save_steps=job.train.save_every,
         save_total_limit=None,
-        report_to=[],
+        # TensorBoard's writer is made apart: it forgets what was logged after the checkpoint that is gone on from.
+        report_to=[name for name in job.train.report_to if name != "tensorboard"],
+        run_name=f"{job.recipe}/{job.slug}/seed-{job.seed}",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_drop_last=True,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from clearhead.data.hub import without_waiting
 from clearhead.data.store import TokenStore
 from clearhead.evals.asking.texts import open_texts
 from clearhead.evals.reasons import reason_of
@@ -203,6 +204,8 @@ def load(kind: Any, source: str, what: str) -> Any:
         return load_gguf(kind, Path(source), what)
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    if not Path(source).exists():
+        without_waiting()
     try:
         # Weights in pickles are not read: they can run code.
         return kind.from_pretrained(source, **({"use_safetensors": True} if _has_weights(kind) else {}))
