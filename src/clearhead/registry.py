@@ -19,6 +19,8 @@ VARIANTS = {
     "collinear": "clearhead.variants.collinear:Collinear",
     "differential_collinear": "clearhead.variants.differential_collinear:DifferentialCollinear",
     "differential_v2_collinear": "clearhead.variants.differential_collinear:DifferentialV2Collinear",
+    "dex": "clearhead.variants.dex:Dex",
+    "diff_lora": "clearhead.variants.diff_lora:DiffLora",
 }
 POSITIONS = {
     "rope": "clearhead.positions.rope:Rope",
