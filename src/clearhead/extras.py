@@ -34,6 +34,7 @@ VERBS = {
     "generate": "hf",
     "doctor": "hf",
     "convert": "hf",
+    "retrofit": "hf",
 }
 
 

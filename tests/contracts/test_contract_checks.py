@@ -47,13 +47,13 @@ FEW = ("causal", "blind_rows")
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
 def test_engines(name: str) -> None:
-    assert len(check_engine(load_backend(name), masks=FEW).ran) == 2 * 3 * 3 * 3 * 2  # type: ignore[arg-type]
+    assert len(check_engine(load_backend(name), masks=FEW).ran) == 2 * 4 * 3 * 3 * 2  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 def test_kernels() -> None:
     checked = check_kernel(load_backend("cpu"), masks=FEW)  # type: ignore[arg-type]
-    assert len(checked.ran) == 3 * 3 * 2 * 2
+    assert len(checked.ran) == 4 * 3 * 2 * 2
     assert "it computes in bfloat16, float32, not in float64" in checked.refused
 
 

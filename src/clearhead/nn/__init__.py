@@ -16,11 +16,11 @@ __all__ = [
     "Attention",
     "CollinearAttention",
     "DexAttention",
+    "DiffLoraAttention",
     "DifferentialAttention",
     "DifferentialAttentionV2",
     "DifferentialCollinearAttention",
     "DifferentialCollinearAttentionV2",
-    "DiffLoraAttention",
     "KeyValueCache",
     "ProjectedAttention",
 ]

@@ -97,6 +97,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def option_values(given: Sequence[str]) -> dict[str, Any]:
+    """`name=value` as typed: the value is TOML; what is not TOML is taken as a string."""
+    found: dict[str, Any] = {}
+    for text in given:
+        location, _ = _override(found, text)
+        if len(location) > 1:
+            raise RecipeError(f"the option {text!r} is not of the form name=value")
+    return found
+
+
 def _override(raw: dict[str, Any], override: str) -> tuple[Location, str]:
     """Apply one override to `raw` in place; returns the place it changed and its text."""
     key, equals, value_text = override.partition("=")

@@ -41,7 +41,7 @@ class DexSubtraction(nn.Module):
 
 
 class Dex(Variant):
-    """DEX, "Understanding Differential Transformer Unchains Pretrained Self-Attentions" (Kong et al., arXiv 2505.16333).
+    """DEX (arXiv 2505.16333, "Understanding Differential Transformer Unchains Pretrained Self-Attentions").
 
         O'   = O − λ(t) · O W_D                                   for the chosen heads, O for the others
         λ(t) = (1 − α) · (t/T) · λ_init + α · λ_learn,            α = min(1, t/T), equation 4
@@ -51,8 +51,8 @@ class Dex(Variant):
     T/2 and gone at T. Queries, keys, values and cache are the twin's, and no new pattern of attention can come of it:
     with a learned λ, O' W_O is O times another matrix of the head. The layer gains d² + 1 parameters.
 
-    heads:      numbers of the heads that it is applied to, all by default. The paper chooses them by a measurement whose
-        details could not be had; `clearhead retrofit` takes those whose attention has the highest entropy.
+    heads:      numbers of the heads that it is applied to, all by default. The paper chooses them by a measurement
+        whose details could not be had; `clearhead retrofit` takes those whose attention has the highest entropy.
     anneal:     T, in optimiser steps (`clearhead.variants.schedule.advance` tells the layer where training is).
     weight_std: W_D starts as N(0, weight_std²). The paper does not say; a start at 0 would leave λ_learn without a
         gradient in the first step.

@@ -119,7 +119,7 @@ def own_width(shape: HeadShape) -> Widths:
 
 
 def every_second(rows: int, width: int) -> Tensor:
-    """(rows,) bool: the rows of the heads 1, 3, 5, ..., which are the second streams' where streams lie side by side."""
+    """(rows,) bool: rows of the heads 1, 3, 5, ..., the second streams' where streams lie side by side."""
     return torch.arange(rows) // width % 2 == 1
 
 
