@@ -46,7 +46,7 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
 ) -> None:
-    """Put another attention into SOURCE, compare the logits of both on text, and say what is new; trained by recipes."""
+    """Put another attention into SOURCE, compare the logits of both on text, and say what is new."""
     from transformers.utils.logging import disable_progress_bar
 
     from clearhead.convert.retrofit import RetrofitPlan, layer_numbers, retrofit

@@ -171,7 +171,7 @@ INITS: tuple[type[Init], ...] = (
 
 
 def find_init(attention: str, name: str | None) -> Init:
-    """The way `name` to begin with `attention`, by default its first; ValueError, with what there is, if there is none."""
+    """The way `name` to begin with `attention`, by default its first; ValueError if there is none, with the nearest."""
     known = {init.attention for init in INITS}
     if attention not in known:
         raise ValueError(

@@ -64,18 +64,24 @@ class Retrofit:
         self.chosen: tuple[int, ...] = ()
         self.options: dict[int, dict[str, Any]] = {}
 
-    def config(self, before: ClearheadConfig, weights: Weights, source: Source) -> ClearheadConfig:
+    def outline(self, before: ClearheadConfig) -> ClearheadConfig:
+        """The configuration but for what is measured on weights: DEX's heads."""
         for kind in before.layer_kinds:
             if kind.attention != "softmax" or kind.options:
                 raise refuse("attention", kind.attention, "a retrofit begins with a plain softmax model")
         self.chosen = chosen_layers(self.plan.layers, before.num_hidden_layers)
         self.options = {layer: dict(self.own) for layer in self.chosen}
+        return ClearheadConfig.from_dict(self._plain(before))
+
+    def config(self, before: ClearheadConfig, weights: Weights, source: Source) -> ClearheadConfig:
+        outlined = self.outline(before)
         if self.plan.attention == "dex" and "heads" not in self.own and self.plan.heads < 1.0:
             found = measured_entropy(before, weights, _tokenizer(source), self.plan.text)
             for layer in self.chosen:
                 self.entropies[layer] = found[layer]
                 self.options[layer]["heads"] = highest(found[layer], self.plan.heads)
-        return ClearheadConfig.from_dict(self._plain(before))
+            return ClearheadConfig.from_dict(self._plain(before))
+        return outlined
 
     def _plain(self, before: ClearheadConfig) -> dict[str, Any]:
         alike = all(options == self.own for options in self.options.values())

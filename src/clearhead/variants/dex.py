@@ -25,8 +25,8 @@ class DexSubtraction(nn.Module):
 
     def factor(self) -> Tensor:
         """λ(t), (1,), in float32 at least."""
-        learned = self.lambda_learn
-        learned = learned if learned.dtype == torch.float64 else learned.float()
+        wide = torch.promote_types(self.lambda_learn.dtype, torch.float32)
+        learned = self.lambda_learn.to(wide)
         alpha = self.schedule().to(learned.dtype)
         return (1.0 - alpha) * alpha * self.initial + alpha * learned
 

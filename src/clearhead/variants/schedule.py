@@ -39,3 +39,8 @@ def advance(model: nn.Module, step: int) -> bool:
     for module in found:
         module.progress.fill_(min(1.0, step / module.steps))
     return bool(found)
+
+
+def begins(model: nn.Module) -> bool:
+    """Whether a schedule in `model` is at its beginning; one that training has moved already stays where it is."""
+    return any(isinstance(module, Progress) and not bool(module.progress.any()) for module in model.modules())
