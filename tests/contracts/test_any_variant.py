@@ -33,7 +33,7 @@ OWN_WEIGHTS: dict[str, list[str]] = {
     "collinear": [],
     "differential_collinear": ["lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2", "head_norm.weight"],
     "differential_v2_collinear": ["lambda_proj.weight"],
-    "dex": ["dex.weight", "dex.lambda_learn", "dex.schedule.progress"],
+    "dex": ["dex.weight", "dex.factor.lambda_learn", "dex.factor.schedule.progress"],
     "diff_lora": [
         *("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"),
         *("query_up.weight", "key_up.weight"),

@@ -20,7 +20,7 @@ FLOAT32 = {
     name: VECTORS if name in ("differential", "differential_collinear", "diff_lora") else []
     for name in VARIANTS
 }
-FLOAT32["dex"] = ["dex.lambda_learn"]
+FLOAT32["dex"] = ["dex.factor.lambda_learn"]
 
 
 def make(name: str) -> ClearheadForCausalLM:

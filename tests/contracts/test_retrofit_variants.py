@@ -101,7 +101,7 @@ def test_progress_is_a_share_and_is_saved() -> None:
 def test_dex_lambda_goes_from_nothing_by_a_hump_to_what_is_learned() -> None:
     variant = resolve("variants", "dex")(HeadShape(16, 4, 4, 4, layer_idx=2), anneal=10)
     with torch.no_grad():
-        variant.dex.lambda_learn.fill_(0.25)
+        variant.dex.factor.lambda_learn.fill_(0.25)
     initial = 0.8 - 0.6 * math.exp(-0.6)
     for step in (0, 1, 5, 9, 10, 25):
         advance(variant, step)

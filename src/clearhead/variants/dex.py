@@ -9,26 +9,29 @@ from clearhead.variants.learned_lambda import LambdaInit, initial_lambda
 from clearhead.variants.schedule import Progress
 
 
-class DexSubtraction(nn.Module):
-    """O − λ(t) · O W_D for chosen heads, with what belongs to it.
+class DexFactor(nn.Module):
+    """λ(t) of equation 4, (1,), in float32 at least."""
 
-    weight (E, E) is W_D, one for all heads of the layer; lambda_learn is (1,).
-    """
+    def __init__(self, initial: float, anneal: int) -> None:
+        super().__init__()
+        self.initial = initial
+        self.lambda_learn = nn.Parameter(torch.zeros(1))
+        self.schedule = Progress(anneal)
+
+    def forward(self) -> Tensor:
+        learned = self.lambda_learn.to(torch.promote_types(self.lambda_learn.dtype, torch.float32))
+        alpha = self.schedule().to(learned.dtype)
+        return (1.0 - alpha) * alpha * self.initial + alpha * learned
+
+
+class DexSubtraction(nn.Module):
+    """O − λ(t) · O W_D for chosen heads. weight (E, E) is W_D, one for all heads of the layer."""
 
     def __init__(self, width: int, heads: tuple[int, ...] | None, initial: float, anneal: int) -> None:
         super().__init__()
         self.heads = heads
-        self.initial = initial
         self.weight = nn.Parameter(torch.empty(width, width))
-        self.lambda_learn = nn.Parameter(torch.zeros(1))
-        self.schedule = Progress(anneal)
-
-    def factor(self) -> Tensor:
-        """λ(t), (1,), in float32 at least."""
-        wide = torch.promote_types(self.lambda_learn.dtype, torch.float32)
-        learned = self.lambda_learn.to(wide)
-        alpha = self.schedule().to(learned.dtype)
-        return (1.0 - alpha) * alpha * self.initial + alpha * learned
+        self.factor = DexFactor(initial, anneal)
 
     def forward(self, o: Tensor) -> Tensor:
         """(B, H, L, E) -> the same."""
@@ -60,7 +63,7 @@ class Dex(Variant):
     There is no released code.
     """
 
-    float32_parameters = ("dex.lambda_learn",)
+    float32_parameters = ("dex.factor.lambda_learn",)
 
     def __init__(
         self,
@@ -92,7 +95,7 @@ class Dex(Variant):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.dex.weight, std=self.weight_std)
-        nn.init.zeros_(self.dex.lambda_learn)
+        nn.init.zeros_(self.dex.factor.lambda_learn)
 
     def mean_lambda(self) -> float:
         return float(self.dex.factor().detach())
