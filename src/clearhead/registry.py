@@ -66,6 +66,8 @@ EVALUATIONS = {
     "activation_outliers": "clearhead.evals.internals.activation_outliers:ActivationOutliers",
     "quantisation": "clearhead.evals.internals.quantisation:Quantisation",
     "ar_hit": "clearhead.evals.text.ar_hit:ArHit",
+    "generations": "clearhead.evals.text.generations:Generations",
+    "kept": "clearhead.evals.text.kept:Kept",
     "knowledge_conflicts": "clearhead.evals.faithfulness.knowledge_conflicts.evaluation:KnowledgeConflicts",
     "long_document_qa": "clearhead.evals.faithfulness.long_document_qa.evaluation:LongDocumentQa",
     "hallucination": "clearhead.evals.faithfulness.hallucination.evaluation:Hallucination",

@@ -4,9 +4,8 @@ Weights are (out, in) matrices by name: q_proj, k_proj, v_proj, o_proj, then V1'
 lambda_q2, lambda_k2 and head_norm, V2's lambda_proj (and lambda_proj.bias). Head counts are the Transformer twin's:
 with h heads of width d, V1 has h/2 heads whose values are 2d wide, V2 has h heads fed by 2h query heads, V1 with
 `values: "own"` has h heads with two queries and two keys each, the others have h. The collinear forms of V1 and V2
-have their weights. DEX adds dex (W_D) and dex.factor.lambda_learn; DiffLoRA query_up, key_up, first_query_up and
-first_key_up,
-and rows below its q_proj and k_proj. `progress` of the options is how far λ has risen.
+have their weights. DEX adds dex (W_D) and dex.factor.lambda_learn; DiffLoRA query_up, key_up, first_query_up,
+first_key_up, and rows below its q_proj and k_proj. `progress` of the options is how far λ has risen.
 """
 
 from dataclasses import dataclass, field
