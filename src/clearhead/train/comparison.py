@@ -148,6 +148,10 @@ def _begun(recipe: Recipe, arm: Arm, here: str) -> int:
     from clearhead.train.begun import begun_config
 
     seeds = [*recipe.seeds, *(recipe.sweep.seeds if recipe.sweep is not None else [])]
+    if recipe.for_arm(arm.name, seeds[0]).train.trainable == "lora":
+        from clearhead.train.lora import need_lora
+
+        need_lora()
     found = 0
     for seed in seeds if "{seed}" in str(recipe.model[FROM]) else seeds[:1]:
         try:

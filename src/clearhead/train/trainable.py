@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from clearhead.nn import ProjectedAttention
@@ -54,7 +52,9 @@ def choose_part(model: nn.Module, train: Train) -> TrainedPart:
     own = [parameter for layer in layers for parameter in layer.variant.parameters()]
     merge: Callable[[], None] = TrainedPart().merge
     if train.trainable == "lora":
-        merge = _add_lora(model, train)
+        from clearhead.train.lora import add_lora
+
+        merge = add_lora(model, train)
     elif not own:
         raise ValueError('train.trainable = "new": the model has nothing that a softmax model does not have')
     for parameter in own:
@@ -67,31 +67,6 @@ def choose_part(model: nn.Module, train: Train) -> TrainedPart:
 
 def _masked(mask: Tensor, gradient: Tensor) -> Tensor:
     return gradient * mask.to(gradient.device)
-
-
-def _add_lora(model: nn.Module, train: Train) -> Callable[[], None]:
-    from clearhead.extras import need
-
-    need('train.trainable = "lora"', "adapters")
-    from peft import LoraConfig
-    from peft.tuners.lora import LoraModel
-
-    found = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
-    if unknown := [name for name in train.lora_modules if name not in found]:
-        raise ValueError(f"train.lora_modules names {unknown[0]!r}; the model has {', '.join(sorted(found))}")
-    config = LoraConfig(
-        r=train.lora_rank,
-        lora_alpha=2 * train.lora_rank,
-        lora_dropout=0.0,
-        target_modules=list(train.lora_modules),
-    )
-    wrapped: Any = LoraModel(model, config, "default")
-
-    def merge() -> None:
-        with torch.no_grad():
-            wrapped.merge_and_unload()
-
-    return merge
 
 
 def trained_numbers(model: nn.Module, part: TrainedPart) -> int:
