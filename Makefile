@@ -5,6 +5,7 @@
 #   make test-processors   the numbers again as on other processors: older instruction sets and libraries, one and two threads
 #   make test-peers        the common model tests of transformers on every variant, LLaMA and DiffLlama beside them, and
 #                          TRL, PEFT, ONNX, torchao and Accelerate with saved models (downloads 60 MB, once)
+#   make test-retrofit     clearhead retrofit on SmolLM2-135M, every way to begin (downloads 93 MB, once)
 #   make fuzz              random calls against float64 oracles for SECONDS=600, then KILLS=40 comparisons killed on their way;
 #                          every finding with its seed (SEED=0)
 #   make test-wheel        the wheel in an environment with torch and NumPy alone
@@ -29,7 +30,7 @@ KERNEL_STAMP := $(VENV)/.kernel
 KERNEL_SUM := $(shell cat hatch_build.py $(KERNEL)/src/* | cksum | tr ' ' '-')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evaluate-smollm2 test test-processors test-peers test-wheel docs fuzz install lint types pytest format clean
+.PHONY: help demo evaluate-smollm2 test test-processors test-retrofit test-peers test-wheel docs fuzz install lint types pytest format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -82,6 +83,9 @@ test-processors: install
 	$(call AS_ON,1,ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE) portable
 	$(call AS_ON,2,ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2) avx2
 	$(call AS_ON,2,ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI) avx512
+
+test-retrofit: install $(SMOLLM2)
+	CLEARHEAD_SMOLLM2="$(SMOLLM2)" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -s tests/convert/test_retrofit_smollm2.py
 
 # Of the source distribution the tests alone are unpacked, as a package of another name; K=... takes some of them (pytest -k).
 # Clients that no installation needs (TRL, ONNX, torchao, ...) lie beside them in a folder of their own, for their tests alone.

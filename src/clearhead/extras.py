@@ -35,6 +35,7 @@ VERBS = {
     "chat": "hf",
     "doctor": "hf",
     "convert": "hf",
+    "retrofit": "hf",
 }
 
 

@@ -19,6 +19,8 @@ VARIANTS = {
     "collinear": "clearhead.variants.collinear:Collinear",
     "differential_collinear": "clearhead.variants.differential_collinear:DifferentialCollinear",
     "differential_v2_collinear": "clearhead.variants.differential_collinear:DifferentialV2Collinear",
+    "dex": "clearhead.variants.dex:Dex",
+    "diff_lora": "clearhead.variants.diff_lora:DiffLora",
 }
 POSITIONS = {
     "rope": "clearhead.positions.rope:Rope",
@@ -64,6 +66,8 @@ EVALUATIONS = {
     "activation_outliers": "clearhead.evals.internals.activation_outliers:ActivationOutliers",
     "quantisation": "clearhead.evals.internals.quantisation:Quantisation",
     "ar_hit": "clearhead.evals.text.ar_hit:ArHit",
+    "generations": "clearhead.evals.text.generations:Generations",
+    "kept": "clearhead.evals.text.kept:Kept",
     "knowledge_conflicts": "clearhead.evals.faithfulness.knowledge_conflicts.evaluation:KnowledgeConflicts",
     "long_document_qa": "clearhead.evals.faithfulness.long_document_qa.evaluation:LongDocumentQa",
     "hallucination": "clearhead.evals.faithfulness.hallucination.evaluation:Hallucination",

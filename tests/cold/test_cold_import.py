@@ -39,7 +39,19 @@ except SystemExit as end:
 
 @pytest.mark.parametrize(
     "verb",
-    ["", "compare", "train", "evaluate", "report", "generate", "explain", "bench", "convert", "card"],
+    [
+        "",
+        "compare",
+        "train",
+        "evaluate",
+        "report",
+        "generate",
+        "explain",
+        "bench",
+        "convert",
+        "retrofit",
+        "card",
+    ],
 )
 def test_help_is_light(verb: str) -> None:
     heavy = {*HEAVY, "torch", "numpy", "tokenizers"} - {"typer"}

@@ -33,12 +33,13 @@ NEEDS = {
     **dict.fromkeys(("data", "train", "cli", "lm_eval_tasks"), "train"),
     "kernels": "triton",
 }
-# Files of `evals` that need more than the rest of it.
+# Files of `evals` and `train` that need more than the rest of it.
 SPECIAL = {
     "judges/transport": "judges",
     "subjects/gguf": "gguf",
     "external": "lm-eval",
     "subjects/adapters": "adapters",
+    "train/lora": "adapters",
 }
 
 
@@ -56,7 +57,7 @@ def imported(path: Path) -> set[str]:
 def allowed(path: Path) -> set[str]:
     inside = path.relative_to(SOURCE).with_suffix("")
     extra = NEEDS.get(inside.parts[0], "train")
-    if inside.parts[0] == "evals":
+    if inside.parts[0] in ("evals", "train"):
         extra = next((own for room, own in SPECIAL.items() if room in inside.as_posix()), "train")
     names, more = set(BRINGS[""]), [extra] if extra else []
     while more:

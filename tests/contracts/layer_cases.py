@@ -9,11 +9,14 @@ from torch import Tensor
 from clearhead.nn import (
     Attention,
     CollinearAttention,
+    DexAttention,
     DifferentialAttention,
     DifferentialAttentionV2,
     DifferentialCollinearAttention,
     DifferentialCollinearAttentionV2,
+    DiffLoraAttention,
 )
+from clearhead.variants.schedule import Progress
 from tests.contracts.support import distances, rand
 from tests.oracles.layers import LayerSpec, layer
 
@@ -24,18 +27,21 @@ CLASSES = {
     "collinear": CollinearAttention,
     "differential_collinear": DifferentialCollinearAttention,
     "differential_v2_collinear": DifferentialCollinearAttentionV2,
+    "dex": DexAttention,
+    "diff_lora": DiffLoraAttention,
 }
 B, L, S, WIDTH, D = 2, 5, 7, 10, 4
 
 
 @dataclass(frozen=True)
 class Case:
-    """One layer and one way to call it; `call` has the arguments of `forward`, `oracle` those of the oracle."""
+    """One layer: its options, its place, and how far its training is where it has a schedule."""
 
     attention: str
     options: dict[str, Any] = field(default_factory=dict)
     layer_idx: int = 1
     position: str = "rope"
+    progress: float = 0.375
 
 
 CASES = {
@@ -47,8 +53,20 @@ CASES = {
     "differential_nope": Case("differential", position="nope"),
     "differential_constant": Case("differential", {"lambda_init": 0.5}),
     "differential_bare": Case("differential", {"head_norm": False}),
+    "differential_own": Case("differential", {"values": "own", "head_norm": False, "lambda_warmup": 10}),
+    "differential_own_norm": Case("differential", {"values": "own", "lambda_init": 0.3}),
+    "differential_risen": Case("differential", {"lambda_warmup": 10}, progress=1.0),
     "differential_v2": Case("differential_v2"),
+    "differential_v2_bias": Case("differential_v2", {"lambda_bias": -5.0}),
     "differential_v2_nope": Case("differential_v2", position="nope"),
+    "dex": Case("dex", {"heads": [0, 3]}),
+    "dex_all": Case("dex", {"anneal": 5}, progress=0.75),
+    "dex_annealed": Case("dex", {"heads": [1], "lambda_init": 0.5}, progress=1.0),
+    "diff_lora": Case("diff_lora", {"rank": 3, "alpha": 4.5, "lambda_warmup": 7}),
+    "diff_lora_both": Case("diff_lora", {"rank": 2, "alpha": 4.0, "both": True, "lambda_init": 0.1}),
+    "diff_lora_fixed": Case(
+        "diff_lora", {"rank": 2, "alpha": 4.0, "lambda_learned": False, "lambda_init": 0.1}
+    ),
     "collinear": Case("collinear"),
     "collinear_softplus": Case("collinear", {"activation": "softplus"}),
     "collinear_slack": Case("collinear", {"mode": "slack"}),
@@ -66,7 +84,7 @@ CASES = {
     ),
 }
 MAIN = ("softmax", "differential", "differential_v2", "collinear", "collinear_slack", "collinear_strict")
-MAIN += ("differential_collinear", "differential_v2_collinear")
+MAIN += ("differential_collinear", "differential_v2_collinear", "differential_own")
 # V1 needs pairs, so two key-value heads of the twin are its multi-query form.
 LAYOUTS = {"mha": (8, 8), "gqa": (8, 4), "mqa": (4, 2), "one": (4, 1)}
 
@@ -98,12 +116,18 @@ def make(
             # Away from the initial values, so that no term hides behind a one or a zero, and with logits that matter.
             scale = 0.3 if "lambda_q" in name or "lambda_k" in name else spread
             parameter.copy_(scale * torch.randn_like(parameter) + (1.0 if "norm" in name else 0.0))
+    for part in module.modules():
+        if isinstance(part, Progress):
+            part.progress.fill_(case.progress)
     return module.to(dtype)
 
 
 def spec_of(case: Case, layout: str) -> LayerSpec:
     heads, kv_heads = LAYOUTS[layout]
-    return LayerSpec(case.attention, heads, kv_heads, D, case.layer_idx, case.position, options=case.options)
+    # Without a schedule λ has risen; DEX always has one.
+    scheduled = case.attention == "dex" or "lambda_warmup" in case.options
+    options = {**case.options, "progress": case.progress if scheduled else 1.0}
+    return LayerSpec(case.attention, heads, kv_heads, D, case.layer_idx, case.position, options=options)
 
 
 def weights_digest(module: Attention) -> dict[str, Tensor]:

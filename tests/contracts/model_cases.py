@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
+from clearhead.variants.schedule import advance
 from tests.oracles.layers import LayerSpec
 from tests.oracles.models import decoder
 from tests.oracles.rotary import Turning
@@ -21,6 +22,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "differential_collinear": ("differential_collinear", {"mode": "exact"}),
     "differential_collinear_slack": ("differential_collinear", {"mode": "slack", "lambda_init": 0.5}),
     "differential_v2_collinear": ("differential_v2_collinear", {"mode": "exact"}),
+    "dex": ("dex", {"heads": [0, 2], "weight_std": 0.3, "anneal": 8}),
+    "diff_lora": ("diff_lora", {"rank": 3, "alpha": 6.0, "lambda_warmup": 8}),
 }
 # Heads and key-value heads of the twin; V1 pairs them, so its multi-query form has two.
 LAYOUTS = {"mha": (4, 4), "gqa": (8, 4), "mqa": (4, 1)}
@@ -60,6 +63,8 @@ def make_model(
 ) -> ClearheadForCausalLM:
     torch.manual_seed(11)
     model = ClearheadForCausalLM(make_config(name, layout, **changes)).to(dtype).eval()
+    # Of those with a schedule.
+    advance(model, 3)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "norm" in key:
@@ -112,7 +117,10 @@ def oracle_of(
             "down": block["mlp.down_proj.weight"],
         }
         blocks.append(attention_part | rest)
-    spec = LayerSpec(attention, heads, kv_heads, HEAD, base=base, options=options)
+    shares = {float(value) for key, value in state.items() if key.endswith("progress")} or {1.0}
+    (progress,) = shares
+    told = {**options, "progress": progress}
+    spec = LayerSpec(attention, heads, kv_heads, HEAD, base=base, options=told)
     embedding, norm, head = (
         state[key] for key in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
     )

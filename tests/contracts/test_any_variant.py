@@ -22,6 +22,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "collinear": {"mode": "slack", "activation": "softplus"},
     "differential_collinear": {"mode": "strict", "lambda_init": 0.3},
     "differential_v2_collinear": {"mode": "slack"},
+    "dex": {"heads": [2], "anneal": 4},
+    "diff_lora": {"rank": 3, "both": True, "lambda_warmup": 5},
 }
 # What a checkpoint of each layer holds beside the four projections.
 OWN_WEIGHTS: dict[str, list[str]] = {
@@ -31,6 +33,11 @@ OWN_WEIGHTS: dict[str, list[str]] = {
     "collinear": [],
     "differential_collinear": ["lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2", "head_norm.weight"],
     "differential_v2_collinear": ["lambda_proj.weight"],
+    "dex": ["dex.weight", "dex.factor.lambda_learn", "dex.factor.schedule.progress"],
+    "diff_lora": [
+        *("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"),
+        *("query_up.weight", "key_up.weight"),
+    ],
 }
 
 

@@ -16,6 +16,7 @@ from clearhead.positions.base import PlaneRotation
 from clearhead.positions.rope import Rope
 from clearhead.registry import names, resolve
 from clearhead.testing import check_engine, check_kernel, check_position, check_variant
+from clearhead.testing.variants import PROGRESS
 from clearhead.variants.differential import Differential
 from clearhead.variants.softmax import Softmax
 from tests.oracles.layers import LayerSpec, layer
@@ -24,8 +25,9 @@ from tests.oracles.rotary import rotate
 
 def oracle_of(name: str) -> Callable[..., Tensor]:
     def oracle(x: Tensor, weights: dict[str, Tensor], see: Tensor) -> Tensor:
-        groups = weights["k_proj"].shape[0] // 8
-        spec = LayerSpec(name, heads=4, kv_heads=groups, head_dim=8, layer=1)
+        groups = weights["v_proj"].shape[0] // 8
+        told = {"progress": PROGRESS} if name == "dex" else {}
+        spec = LayerSpec(name, heads=4, kv_heads=groups, head_dim=8, layer=1, options=told)
         return layer(spec, weights, x, allowed=see)[0]
 
     return oracle
@@ -47,13 +49,13 @@ FEW = ("causal", "blind_rows")
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
 def test_engines(name: str) -> None:
-    assert len(check_engine(load_backend(name), masks=FEW).ran) == 2 * 3 * 3 * 3 * 2  # type: ignore[arg-type]
+    assert len(check_engine(load_backend(name), masks=FEW).ran) == 2 * 4 * 3 * 3 * 2  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 def test_kernels() -> None:
     checked = check_kernel(load_backend("cpu"), masks=FEW)  # type: ignore[arg-type]
-    assert len(checked.ran) == 3 * 3 * 2 * 2
+    assert len(checked.ran) == 4 * 3 * 2 * 2
     assert "it computes in bfloat16, float32, not in float64" in checked.refused
 
 

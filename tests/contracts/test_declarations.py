@@ -12,10 +12,15 @@ from clearhead.models import ClearheadConfig, ClearheadForCausalLM
 from clearhead.registry import VARIANTS, resolve
 from clearhead.report.training import diagnostics as sections
 from clearhead.runs.results import ArmResults, RunResults, SeedResults
-from clearhead.variants.differential import Differential
+from clearhead.variants.dex import Dex
+from clearhead.variants.learned_lambda import LearnedLambda
 
 VECTORS = ["lambda_k1", "lambda_k2", "lambda_q1", "lambda_q2"]
-FLOAT32 = {name: VECTORS if name in ("differential", "differential_collinear") else [] for name in VARIANTS}
+FLOAT32 = {
+    name: VECTORS if name in ("differential", "differential_collinear", "diff_lora") else []
+    for name in VARIANTS
+}
+FLOAT32["dex"] = ["dex.factor.lambda_learn"]
 
 
 def make(name: str) -> ClearheadForCausalLM:
@@ -28,7 +33,7 @@ def make(name: str) -> ClearheadForCausalLM:
 def test_float32_parameters(name: str, tmp_path: Path) -> None:
     make(name).save_pretrained(tmp_path)
     model = ClearheadForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    kept = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.dtype == torch.float32}
+    kept = {n.rpartition("variant.")[2] for n, p in model.named_parameters() if p.dtype == torch.float32}
     assert sorted(kept) == FLOAT32[name]
     assert sorted(resolve("variants", name).float32_parameters) == FLOAT32[name]
 
@@ -38,14 +43,17 @@ def test_float32_parameters(name: str, tmp_path: Path) -> None:
 def test_diagnostics(name: str) -> None:
     model, ids = make(name), torch.arange(1, 8)[None]
     found, without = model.diagnostics(ids), model.diagnostics()
-    if "differential" not in name:
+    if name in ("softmax", "collinear"):
         assert found == without == {}
         return
     assert list(found) == ["lambda"] and sorted(found["lambda"]) == [0, 1]
     states = model.model(ids, output_hidden_states=True, use_cache=False).hidden_states
     for index, layer in enumerate(model.model.layers):
         variant = layer.self_attn.variant
-        if isinstance(variant, Differential):
+        if isinstance(variant, Dex):
+            expected = 0.0
+            assert without == found
+        elif isinstance(variant, LearnedLambda):
             q1, k1, q2, k2 = (getattr(variant, f"lambda_{n}").double() for n in ("q1", "k1", "q2", "k2"))
             expected = torch.exp(q1 @ k1) - torch.exp(q2 @ k2) + variant.lambda_init
             assert without == found
@@ -59,9 +67,10 @@ def test_diagnostics(name: str) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_flops_of_its_own(name: str) -> None:
-    """Two for each weight of V2's λ projection, 16 wide, one number for each of 4 heads; nothing for the others."""
+    """Two for each weight of V2's λ projection, of W_D for each head, of both B; nothing for the others."""
     variant = resolve("variants", name)(HeadShape(16, 4, 4, 4))
-    assert variant.flops_per_token(50.5) == (2 * 16 * 4 if "v2" in name else 0)
+    own = {"dex": 2 * 4 * (4 * 4), "diff_lora": 2 * 64 * (16 + 16)}
+    assert variant.flops_per_token(50.5) == own.get(name, 2 * 16 * 4 if "v2" in name else 0)
 
 
 def run_with(records: list[dict[str, Any]]) -> RunResults:

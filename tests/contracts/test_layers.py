@@ -55,7 +55,7 @@ def test_every_option_is_exact_in_float64(name: str) -> None:
 @pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_every_head_layout_is_exact_in_float64(backend: str, name: str, layout: str) -> None:
-    if layout == "one" and CASES[name].attention in ("differential", "differential_collinear"):
+    if layout == "one" and name in ("differential", "differential_collinear"):
         with pytest.raises(ValueError, match="num_kv_heads must be even"):
             make(CASES[name], layout)
         return
@@ -148,6 +148,11 @@ def test_parameters_equal_the_twin_s(layout: str) -> None:
     assert count("differential") - twin == 6 * D
     assert count("differential_bare") - twin == 4 * D
     assert count("differential_v2") - twin == heads * D * WIDTH + heads * WIDTH
+    assert count("differential_own") - twin == (heads + LAYOUTS[layout][1]) * D * WIDTH + 4 * D
+    assert count("differential_v2_bias") - count("differential_v2") == heads
+    assert count("dex") - twin == D * D + 1
+    # A and B of rank 3 for queries and keys, and the vectors of λ.
+    assert count("diff_lora") - twin == 3 * (2 * WIDTH + (heads + LAYOUTS[layout][1]) * D) + 4 * D
     assert count("softmax_head_norm") - twin == D
     assert count("collinear") == count("collinear_slack") == count("collinear_strict") == twin
     for parent in ("differential", "differential_v2"):

@@ -267,7 +267,7 @@ def test_flash_attention_2_reaches_the_kernel_as_it_must(name: str) -> None:
     assert distance(found[0], expected[0]) < 1e-10
     assert distance(found[1] * mask[..., None], expected[1] * mask[..., None]) < 1e-10
     assert distance(found[2], expected[2]) < 1e-10
-    calls = {"differential": 4, "differential_collinear": 4}.get(VARIANTS[name][0], 1)
+    calls = {"differential": 4, "differential_collinear": 4, "diff_lora": 2}.get(VARIANTS[name][0], 1)
     assert len(recorder.calls) == len(ways) * LAYERS * calls
 
 

@@ -37,6 +37,11 @@ CASES: dict[str, Case] = {
     for layout, (heads, groups) in HEADS.items()
 }
 CASES |= {f"v1-narrow-{w}": replace(V1, value_width=w) for w in (1, 8, 16)}
+OWN = replace(V1, value_width=V1.width)
+CASES |= {
+    f"own width-{layout}": replace(OWN, heads=heads, groups=groups, causal=True)
+    for layout, (heads, groups) in HEADS.items()
+}
 CASES |= {f"lambda {lam}": replace(V2, lam=lam) for lam in (-0.3, 0.0, 0.8, 1.7, "call", "head", "token")}
 
 MASKS: dict[str, dict[str, object]] = {
@@ -65,6 +70,9 @@ CASES |= {
 }
 
 DECODING = Case(heads=8, groups=2, keys=150, causal=True, width=32, value_width=32)
+CASES |= {
+    f"own width, {n} new tokens": replace(DECODING, streams=2, own_keys=True, queries=n) for n in (1, 5)
+}
 CASES |= {f"{n} new tokens": replace(DECODING, queries=n) for n in range(1, 9)}
 CASES |= {
     "decoding, many keys": replace(DECODING, queries=1, keys=700, groups=1),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import clearhead.engines.eager as eager
-import clearhead.variants.differential as v1
+import clearhead.variants.learned_lambda as learned_lambda
 from clearhead.core.attend import Mix
 from clearhead.core.masks import MaskSpec
 from clearhead.core.streams import split_heads
@@ -105,7 +105,9 @@ def other_epsilon(patch: Patch) -> None:
 
 def layers_counted_from_one(patch: Patch) -> None:
     patch.setattr(
-        v1, "depth_lambda_init", lambda layer: 0.8 - 0.6 * torch.exp(torch.tensor(-0.3 * (layer + 1))).item()
+        learned_lambda,
+        "depth_lambda_init",
+        lambda layer: 0.8 - 0.6 * torch.exp(torch.tensor(-0.3 * (layer + 1))).item(),
     )
 
 

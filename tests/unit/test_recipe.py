@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clearhead.runs.recipe import (
+    FROM,
     Arm,
+    ArmRetrofit,
     CorpusOptions,
     Data,
     Evaluate,
@@ -256,15 +258,29 @@ def test_any_table_is_a_recipe_or_a_sentence(raw: Any) -> None:
         assert str(error).startswith("any")
 
 
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
 @pytest.mark.parametrize(
-    "shipped", sorted((Path(__file__).parents[2] / "recipes").glob("*.toml")), ids=lambda p: p.stem
+    "shipped",
+    sorted([*RECIPES.glob("*.toml"), *RECIPES.glob("retrofit/*.toml")]),
+    ids=lambda p: p.relative_to(RECIPES).with_suffix("").as_posix().replace("/", "-"),
 )
-def test_shipped_recipes_are_valid(shipped: Path) -> None:
+def test_shipped_recipes_are_valid(shipped: Path, tmp_path: Path) -> None:
+    from clearhead.models import ClearheadConfig, ClearheadForCausalLM
     from clearhead.train.comparison import check_models
 
     recipe = load_recipe(shipped)
-    assert recipe.name == shipped.stem
+    assert recipe.name == "-".join(shipped.relative_to(RECIPES).with_suffix("").parts)
     assert recipe.description
+    if FROM in recipe.model:
+        # What another recipe makes, untrained.
+        base = load_recipe(RECIPES / "retrofit" / "base.toml")
+        assert recipe.model[FROM] == f"runs/{base.name}/arms/plain/seed-{{seed}}/model"
+        assert {*recipe.seeds, *(recipe.sweep.seeds if recipe.sweep else [])} <= {*base.seeds}
+        config = ClearheadConfig(vocab_size=base.tokenizer.vocab_size, **base.model_of(base.arms[0]))
+        ClearheadForCausalLM(config).save_pretrained(tmp_path)
+        recipe = load_recipe(shipped, [f"model.from={tmp_path}"])
     assert all(count > 0 for count in check_models(recipe).values())
 
 
@@ -279,14 +295,23 @@ def test_the_documented_recipe_is_complete_and_true() -> None:
         ("data", Data),
         ("train", Train),
     ):
-        assert set(raw[table]) == set(model.model_fields)
+        assert set(raw[table]) == set(model.model_fields) - {"instructions"}
         expected = model().model_copy(update={"max_bytes": 4_000_000}) if model is CorpusOptions else model()
         assert getattr(shown, table) == expected
     assert set(raw["data"]["needles"]) == set(NeedleRows.model_fields)
     assert set(raw["sweep"]) == set(Sweep.model_fields)
-    assert set(raw["arms"][0]) == set(Arm.model_fields)
+    assert set(raw["arms"][0]) == set(Arm.model_fields) - {"retrofit"}
     assert set(raw) == set(Recipe.model_fields)
     assert shown.evaluate.suites == Evaluate().suites
+
+
+def test_the_documented_retrofit_is_complete() -> None:
+    """What the page of recipes leaves out, because it needs a checkpoint, the page of retrofits shows."""
+    text = (Path(__file__).parents[2] / "docs" / "retrofit.md").read_text(encoding="utf-8")
+    raw = tomllib.loads(text.partition("```toml")[2].partition("```")[0])
+    shown = parse_recipe(raw, source="docs/retrofit.md")
+    assert set(raw["arms"][1]["retrofit"]) == set(ArmRetrofit.model_fields)
+    assert shown.data.instructions is not None and shown.start_of(0) == raw["model"]["from"]
 
 
 def test_differences_name_the_key() -> None:

@@ -148,12 +148,19 @@ def _models(subject: Path, overrides: list[str], arm: str | None) -> "tuple[dict
     if subject.suffix == ".toml":
         from clearhead.models import ClearheadConfig
         from clearhead.models.start import with_defaults
+        from clearhead.runs.recipe import FROM
         from clearhead.runs.recipe_io import load_recipe
         from clearhead.train.comparison import check_models
 
         recipe = load_recipe(subject, overrides)
         check_models(recipe)
         arms = recipe.arms if arm is None else [recipe.arm(arm)]
+        if FROM in recipe.model:
+            from clearhead.train.begun import begun_config
+
+            return {
+                found.name: begun_config(recipe, found, recipe.seeds[0]) for found in arms
+            }, recipe.data.length
         vocabulary = recipe.tokenizer.vocab_size
         return {
             found.name: ClearheadConfig(

@@ -18,6 +18,7 @@ from clearhead.cli import (
     generate,
     look,
     report,
+    retrofit,
     train,
 )
 from clearhead.cli.console import Interrupted, fail, interruptible
@@ -29,7 +30,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (compare, train, evaluate, report, look, generate, explain, bench, convert, card, chat, doctor):
+for verb in (
+    compare,
+    train,
+    evaluate,
+    report,
+    look,
+    generate,
+    explain,
+    bench,
+    convert,
+    retrofit,
+    card,
+    chat,
+    doctor,
+):
     app.command(verb.__name__.rpartition(".")[2])(verb.command)
 
 

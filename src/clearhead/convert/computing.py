@@ -97,42 +97,65 @@ class ModelComputation:
 
     def hidden(self, embedded: Tensor, read: WeightReader) -> Tensor:
         """The decoder's last states, after its norm."""
+        with self._filled(read):
+            found = self.decoder(inputs_embeds=embedded, use_cache=False, **self.arguments)
+            states: Tensor = found.last_hidden_state
+            return states
+
+    def maps(self, embedded: Tensor, read: WeightReader) -> tuple[Tensor, ...]:
+        """The attention maps (B, H, L, S) of every layer."""
+        with self._filled(read):
+            found: tuple[Tensor, ...] = self.decoder(
+                inputs_embeds=embedded, use_cache=False, output_attentions=True
+            ).attentions
+            return found
+
+    @contextmanager
+    def _filled(self, read: WeightReader) -> Iterator[None]:
+        """The decoder's layers find their weights when they run."""
         blocks = {f"model.layers.{index}": layer for index, layer in enumerate(self.decoder.layers)}
         blocks["model.norm"] = self.decoder.norm
         hooks = []
         for prefix, block in blocks.items():
-            matrices = {name: unit for name, unit in block.named_modules() if isinstance(unit, nn.Linear)}
+            matrices = {
+                name: unit
+                for name, unit in block.named_modules()
+                if isinstance(unit, nn.Linear) and unit.bias is None
+            }
             for path, unit in matrices.items():
                 unit.forward = partial(read.linear, name=f"{prefix}.{path}.weight")  # type: ignore[method-assign]
-            rest = [name for name, _ in block.named_parameters() if name.rpartition(".")[0] not in matrices]
+            rest = [name for name in block.state_dict() if name.rpartition(".")[0] not in matrices]
             hooks += _held(block, {name: f"{prefix}.{name}" for name in rest}, read)
         try:
             with torch.no_grad(), self.mode():
-                found = self.decoder(inputs_embeds=embedded, use_cache=False, **self.arguments)
-                states: Tensor = found.last_hidden_state
-                return states
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
 
 
 def _held(unit: nn.Module, names: Mapping[str, str], read: WeightReader) -> list[RemovableHandle]:
-    """Hooks that give a module the parameters `names` (its own name of each: ours) for as long as it runs."""
+    """Hooks that give a module the weights `names` (its own name of each: ours) for as long as it runs."""
 
     def fill(module: nn.Module, inputs: Any) -> None:
         for name, stored in names.items():
             _place(module, name, read(stored))
 
     def drop(module: nn.Module, inputs: Any, output: Any) -> None:
-        for name in names:
-            _place(module, name, module.get_parameter(name).to("meta"))
+        for name, value in module.state_dict().items():
+            if name in names:
+                _place(module, name, value.to("meta"))
 
     return [unit.register_forward_pre_hook(fill), unit.register_forward_hook(drop)]
 
 
 def _place(module: nn.Module, name: str, value: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
-    module.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    owner = module.get_submodule(path)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = value
+    else:
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
 class PlainDecoder:

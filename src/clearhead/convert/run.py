@@ -23,7 +23,7 @@ import torch
 from clearhead.convert.base import INVALID, Converter, Source
 from clearhead.convert.check import EXACT, ROUNDED, Agreement, compare, precision, token_ids
 from clearhead.convert.source import find_converter, open_source, read_config
-from clearhead.convert.start import SAME_FUNCTION, restart, restarted
+from clearhead.convert.start import OtherAttention, Start
 from clearhead.convert.weights import (
     FLOATS,
     ConversionError,
@@ -73,15 +73,12 @@ class ConversionPlan:
     weights: Weights
     sheets: tuple[Sheet, ...]
     rounded: bool
+    start: Start | None = None
 
     @property
     def same_function(self) -> bool:
         """Whether the result computes what the source does, and is not merely a start for training."""
-        return self.before.attention in (self.ours.attention, *self._exact_before)
-
-    @property
-    def _exact_before(self) -> tuple[str, ...]:
-        return ("softmax",) if self.ours.attention in SAME_FUNCTION else ()
+        return self.start is None or self.start.same_function(self.before)
 
 
 def export_names() -> tuple[str, ...]:
@@ -95,6 +92,7 @@ def convert(
     *,
     to: str = "clearhead",
     attention: str | None = None,
+    start: Start | None = None,
     say: Say = lambda text: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Agreement:
@@ -102,6 +100,7 @@ def convert(
 
     to:        "clearhead" or another format that can be written, with the same function.
     attention: another attention for a softmax model; the function stays the same for differential_v2 alone.
+    start:     another attention in some layers, begun in some way; see `clearhead.convert.retrofit`.
     Raises ConversionError (a ValueError), in one sentence, for everything that cannot be converted, for a full disk and
     for logits that do not agree; then there is no `out`.
     """
@@ -111,10 +110,11 @@ def convert(
         raise ConversionError(f"--to {to!r} is no format that can be written: {detail}")
     if attention is not None:
         resolve("variants", attention)
+        start = OtherAttention(attention)
     if out.exists():
         raise ConversionError(f"{str(out)!r} exists already; choose another --out or remove it")
     source = open_source(named)
-    plan = make_plan(source, to, attention)
+    plan = make_plan(source, to, start)
     size = sum(sheet.size for sheet in plan.sheets)
     say(
         f"{named}: {plan.format}, {plan.before.attention}, {len(plan.sheets)} tensors, {size / 1e6:,.0f} MB to write"
@@ -135,22 +135,21 @@ def convert(
     return agreement
 
 
-def make_plan(source: Source, to: str, attention: str | None) -> ConversionPlan:
+def make_plan(source: Source, to: str, start: Start | None) -> ConversionPlan:
     """Everything but the writing: configurations, tensors and their sizes, checked against each other."""
     name, reader = find_converter(source)
-    try:
-        before = reader.configuration(source)
-        ours = before if attention is None else restarted(before, attention)
-    except ConversionError as error:
-        raise ConversionError(f"{source.name!r} cannot be converted: {error}") from None
-    except INVALID as error:
-        raise ConversionError(f"{source.name!r} cannot be converted: {reason(error)}") from None
+    before = _possible(source, lambda: reader.configuration(source))
     incoming = reader.incoming(before, source)
     _complete(source, reader, incoming)
     weights: Weights = MadeWeights(source.weights, incoming)
+    ours = before
+    if start is not None:
+        begun, had = start, weights
+        ours = _possible(source, lambda: begun.config(before, had, source))
     rounded = any(recipe.rounded for recipe in incoming.values())
-    if ours is not before:
-        weights = restart(weights, before, ours)
+    if start is not None and ours is not before:
+        made_anew = start.weights(weights, before, ours)
+        weights, rounded = made_anew, rounded or made_anew.rounded
     writer: Converter = resolve("converters", to)()
     try:
         written = dict(writer.written(ours))
@@ -161,8 +160,17 @@ def make_plan(source: Source, to: str, attention: str | None) -> ConversionPlan:
     sheets = tuple(Sheet(name, made.dtype(name), shape) for name, shape in shapes.items())
     written["dtype"] = _dtype_name(sheets)
     return ConversionPlan(
-        source, reader, name, to, writer, before, ours, written, made, sheets, rounded or made.rounded
+        source, reader, name, to, writer, before, ours, written, made, sheets, rounded or made.rounded, start
     )
+
+
+def _possible(source: Source, make: Callable[[], ClearheadConfig]) -> ClearheadConfig:
+    try:
+        return make()
+    except ConversionError as error:
+        raise ConversionError(f"{source.name!r} cannot be converted: {error}") from None
+    except INVALID as error:
+        raise ConversionError(f"{source.name!r} cannot be converted: {reason(error)}") from None
 
 
 def sentence(plan: ConversionPlan, agreement: Agreement) -> str:
@@ -174,8 +182,9 @@ def sentence(plan: ConversionPlan, agreement: Agreement) -> str:
     )
     if plan.same_function:
         return f"the same function: {found}"
+    names = ", ".join(dict.fromkeys(kind.attention for kind in plan.ours.layer_kinds))
     return (
-        f"a start for training, not the same function: {plan.before.attention} weights under {plan.ours.attention}; "
+        f"a start for training, not the same function: {plan.before.attention} weights under {names}; "
         f"largest difference of logits {agreement.difference:.2g}"
     )
 
@@ -308,6 +317,7 @@ def _record(part: Path, plan: ConversionPlan, agreement: Agreement, sums: Mappin
         },
         "result": {"format": plan.target, "attention": plan.ours.attention, "files": dict(sums)},
         "same_function": plan.same_function,
+        **({} if plan.start is None else plan.start.record()),
         "check": agreement.record(),
         "versions": {
             "python": platform.python_version(),

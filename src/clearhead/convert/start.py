@@ -5,16 +5,58 @@ and the output projection is doubled. Every other variant is another function, a
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from clearhead.convert.base import refuse
+from clearhead.convert.base import Source, refuse
 from clearhead.convert.weights import MadeWeights, TensorRecipe, Weights, same
 from clearhead.models.config import ClearheadConfig
 from clearhead.registry import resolve
 
 SAME_FUNCTION = ("differential_v2",)
+
+
+class Start(Protocol):
+    """What becomes of a checkpoint's weights that are put under another attention."""
+
+    def config(self, before: ClearheadConfig, weights: Weights, source: Source) -> ClearheadConfig:
+        """The configuration with the other attention; ValueError where the model cannot have it."""
+        ...
+
+    def weights(self, weights: Weights, before: ClearheadConfig, after: ClearheadConfig) -> MadeWeights:
+        """The weights of `before` for `after`."""
+        ...
+
+    def same_function(self, before: ClearheadConfig) -> bool:
+        """Whether the result computes what `before` does, and is not merely a start for training."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """What conversion.json says of it, as plain values."""
+        ...
+
+
+@dataclass(frozen=True)
+class OtherAttention:
+    """`clearhead convert --attention`: every layer gets `attention`, new parameters begin as their paper says."""
+
+    attention: str
+
+    def config(self, before: ClearheadConfig, weights: Weights, source: Source) -> ClearheadConfig:
+        return restarted(before, self.attention)
+
+    def weights(self, weights: Weights, before: ClearheadConfig, after: ClearheadConfig) -> MadeWeights:
+        return restart(weights, before, after)
+
+    def same_function(self, before: ClearheadConfig) -> bool:
+        exact = ("softmax",) if self.attention in SAME_FUNCTION else ()
+        return before.attention in (self.attention, *exact)
+
+    def record(self) -> dict[str, Any]:
+        return {}
 
 
 def restarted(config: ClearheadConfig, attention: str) -> ClearheadConfig:
@@ -47,7 +89,7 @@ def restart(weights: Weights, before: ClearheadConfig, after: ClearheadConfig, s
             assert width is not None
             recipes[query] = TensorRecipe((query,), lambda rows: twice(rows, width))
             recipes[output] = TensorRecipe((output,), lambda matrix: matrix * 2)
-        for name, value in _new(after, layer, seed).items():
+        for name, value in new_values(after, layer, seed).items():
             if f"{prefix}.variant.{name}" in wanted:
                 held = value if name in float32 else value.to(weights.dtype(query))
                 recipes[f"{prefix}.variant.{name}"] = TensorRecipe((), lambda held=held: held, held.dtype)
@@ -59,7 +101,8 @@ def twice(rows: Tensor, width: int) -> Tensor:
     return rows.unflatten(0, (-1, 1, width)).expand(-1, 2, -1, -1).flatten(0, 2)
 
 
-def _new(config: ClearheadConfig, layer: int, seed: int) -> Mapping[str, Tensor]:
+def new_values(config: ClearheadConfig, layer: int, seed: int) -> Mapping[str, Tensor]:
+    """The variant's own parameters and buffers of a layer, drawn with `seed`; V2's W_λ is 0."""
     with torch.random.fork_rng():
         torch.manual_seed(seed + layer)
         variant = config.make_variant(layer)

@@ -38,7 +38,7 @@ class ClearheadConfig(PreTrainedConfig):
     makes of them: two configurations that differ in `attention` alone are twins.
 
     attention:          a registered variant: softmax, differential, differential_v2, collinear,
-        differential_collinear, differential_v2_collinear.
+        differential_collinear, differential_v2_collinear, dex, diff_lora.
     attention_options:  its keyword arguments, for example {"mode": "slack"} for collinear.
     position:           a registered position: rope, xpos, alibi, nope.
     rope_parameters:    {"rope_type": "default", "rope_theta": 10000.0} as in transformers, or a scaling: rope_type

@@ -24,10 +24,10 @@ class Attention(ProjectedAttention):
     """Self- or cross-attention of any registered variant, by default softmax's, in place of a Transformer's layer.
 
     variant:      a registered variant, a third party's too: "softmax", "differential", "differential_v2", "collinear",
-        "differential_collinear", "differential_v2_collinear". Softmax is softmax(q kᵀ / √D) v with `num_heads` query
-        heads of width `head_dim` over `num_kv_heads` key-value heads (grouped-query; Vaswani et al. 2017, Ainslie et
-        al. 2023). `num_heads`, `num_kv_heads` and `head_dim` count as for the Transformer that the layer replaces,
-        whatever the variant makes of them.
+        "differential_collinear", "differential_v2_collinear", "dex", "diff_lora". Softmax is softmax(q kᵀ / √D) v with
+        `num_heads` query heads of width `head_dim` over `num_kv_heads` key-value heads (grouped-query; Vaswani et al.
+        2017, Ainslie et al. 2023). `num_heads`, `num_kv_heads` and `head_dim` count as for the Transformer that the
+        layer replaces, whatever the variant makes of them.
     options:      the variant's own, for example lambda_init=0.8 for "differential", mode="slack" for "collinear", or
         head_norm=True for "softmax" (RMSNorm on each head's output, a control); see the classes in `variants`.
     embed_dim:    width of x and of the output.        context_dim: width of `context`, by default embed_dim.

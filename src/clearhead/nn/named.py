@@ -55,3 +55,24 @@ class DifferentialCollinearAttentionV2(Attention):
     """
 
     variant_name = "differential_v2_collinear"
+
+
+class DexAttention(Attention):
+    """DEX: softmax attention whose chosen heads O become O − λ(t) · O W_D while λ is annealed.
+
+    For models that exist already; it starts as the Transformer's layer and keeps its projections. Options (heads,
+    anneal, lambda_init, weight_std), formula and source: `variants.dex.Dex`; the other arguments: `Attention`.
+    """
+
+    variant_name = "dex"
+
+
+class DiffLoraAttention(Attention):
+    """DiffLoRA: softmax(q1 k1ᵀ/√D) v − λ softmax(q2 k2ᵀ/√D) v with q2 and k2 of low rank.
+
+    For models that exist already; values and output projection are the Transformer's. Options (rank, alpha, both,
+    lambda_init, lambda_learned, lambda_std, lambda_warmup), formula and source: `variants.diff_lora.DiffLora`; the
+    other arguments: `Attention`.
+    """
+
+    variant_name = "diff_lora"

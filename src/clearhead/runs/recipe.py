@@ -34,7 +34,14 @@ ARM_TRAIN_KEYS = (
     "weight_decay",
     "betas",
     "grad_clip",
+    "trainable",
+    "lora_rank",
+    "lora_modules",
 )
+# The key of [model] that names a checkpoint to begin with; then it is the only one.
+FROM = "from"
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+Trainable = Literal["everything", "attention", "new", "lora"]
 # Keys of [model] that are decided elsewhere in the recipe.
 RESERVED_MODEL_KEYS = {
     "attention": "set it in [[arms]]",
@@ -143,9 +150,13 @@ class Data(RecipeTable):
     # Share of the rows, at the beginning, that are pairs alone; after them the shares above hold.
     pairs_first: Annotated[float, Field(ge=0, lt=1)] = 0.0
     needles: NeedleRows = NeedleRows()
+    # JSON lines with messages, or prompt and completion, instead of all of that; the corpus is then for evaluations.
+    instructions: Written | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.instructions is not None and self.needle_share + self.pair_share + self.pairs_first > 0:
+            raise ValueError("instructions take all rows: leave out needle_share, pair_share and pairs_first")
         if self.needle_share + self.pair_share > 1:
             raise ValueError(
                 f"needle_share + pair_share is {self.needle_share + self.pair_share:g}; they are shares of the rows "
@@ -177,6 +188,10 @@ class Train(RecipeTable):
     probe_every: Annotated[int, Field(ge=0, le=10**9)] = 0
     mastery: Annotated[float, Field(gt=0, le=1)] = 0.9  # the probe accuracy that counts as mastered
     stop_at_mastery: bool = False
+    # Of a model that begins with a checkpoint: all of it, its attention, what a retrofit added, or that and LoRA.
+    trainable: Trainable = "everything"
+    lora_rank: Annotated[int, Field(ge=1, le=2**14)] = 8
+    lora_modules: tuple[Written, ...] = LINEAR
     threads: Processes = 1  # per job; 0 = cores // workers
     workers: Processes = 0  # jobs side by side; 0 = number of cores
     # Where a run is logged beside metrics.jsonl: "tensorboard" (in the job's directory) and whatever Hugging Face's
@@ -225,6 +240,16 @@ class Sweep(RecipeTable):
         return self
 
 
+class ArmRetrofit(RecipeTable):
+    """Differential attention in the checkpoint that `model.from` names; see `clearhead.convert.retrofit`."""
+
+    attention: Written
+    init: Written | None = None
+    layers: Literal["all", "upper", "alternate"] | list[int] = "all"
+    options: dict[str, Any] = {}
+    heads: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+
 class Arm(RecipeTable):
     """One side of the comparison: an attention variant and what differs with it."""
 
@@ -233,6 +258,7 @@ class Arm(RecipeTable):
     attention_options: dict[str, Any] = {}
     model: dict[str, Any] = {}  # overrides of [model]
     train: dict[str, Any] = {}  # overrides of [train], only the keys in ARM_TRAIN_KEYS
+    retrofit: ArmRetrofit | None = None  # with model.from alone
 
     @property
     def slug(self) -> str:
@@ -253,6 +279,8 @@ class Job(RecipeTable):
     model: dict[str, Any]  # keyword arguments of ClearheadConfig, all but vocab_size
     train: Train
     evaluate: Evaluate
+    start: str | None = None  # the checkpoint that training begins with
+    retrofit: ArmRetrofit | None = None
 
     @property
     def attention(self) -> str:
@@ -285,13 +313,16 @@ class Recipe(RecipeTable):
         )
 
     def model_of(self, arm: Arm) -> dict[str, Any]:
-        """Keyword arguments of ClearheadConfig for `arm`, all but vocab_size."""
-        return {
-            **self.model,
-            **arm.model,
-            "attention": arm.attention,
-            "attention_options": arm.attention_options,
-        }
+        """Keyword arguments of ClearheadConfig for `arm`, all but vocab_size; with model.from, its attention alone."""
+        if arm.retrofit is not None:
+            return {"attention": arm.retrofit.attention, "attention_options": arm.retrofit.options}
+        own = {"attention": arm.attention, "attention_options": arm.attention_options}
+        return own if FROM in self.model else {**self.model, **arm.model, **own}
+
+    def start_of(self, seed: int) -> str | None:
+        """The checkpoint that training with `seed` begins with: model.from, in which {seed} stands for the seed."""
+        found = self.model.get(FROM)
+        return None if found is None else str(found).replace("{seed}", str(seed))
 
     def for_arm(
         self, name: str, seed: int, *, learning_rate: float | None = None, tokens: int | None = None
@@ -314,6 +345,8 @@ class Recipe(RecipeTable):
             model=self.model_of(arm),
             train=Train.model_validate(train),
             evaluate=self.evaluate,
+            start=self.start_of(seed),
+            retrofit=arm.retrofit,
         )
 
 

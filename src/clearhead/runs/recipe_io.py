@@ -13,6 +13,7 @@ from clearhead.registry import did_you_mean, names, resolve
 from clearhead.runs.files import read_object
 from clearhead.runs.recipe import (
     ARM_TRAIN_KEYS,
+    FROM,
     RESERVED_MODEL_KEYS,
     Arm,
     Evaluate,
@@ -95,6 +96,16 @@ def _short(value: Any) -> str:
         return "not set"
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def option_values(given: Sequence[str]) -> dict[str, Any]:
+    """`name=value` as typed: the value is TOML; what is not TOML is taken as a string."""
+    found: dict[str, Any] = {}
+    for text in given:
+        location, _ = _override(found, text)
+        if len(location) > 1:
+            raise RecipeError(f"the option {text!r} is not of the form name=value")
+    return found
 
 
 def _override(raw: dict[str, Any], override: str) -> tuple[Location, str]:
@@ -211,6 +222,8 @@ def _cross_check(recipe: Recipe, source: str, origins: Mapping[Location, str]) -
     _distinct(source, "evaluate.suites", recipe.evaluate.suites)
     _distinct(source, "arms name", [arm.name for arm in recipe.arms])
     _distinct(source, "arms directory", [arm.slug for arm in recipe.arms])
+    if FROM in recipe.model:
+        _check_from(recipe, source)
     for index, arm in enumerate(recipe.arms):
         _check_arm(recipe, arm, index, source, origins)
     if recipe.sweep is not None:
@@ -220,6 +233,21 @@ def _cross_check(recipe: Recipe, source: str, origins: Mapping[Location, str]) -
                 f"{source}: sweep.seeds and seeds share {shared}; a learning rate chosen on a compared seed flatters it"
             )
     check_evaluate(recipe.evaluate, source, origins)
+
+
+def _check_from(recipe: Recipe, source: str) -> None:
+    """What a recipe that begins with a checkpoint may say of its model."""
+    named = recipe.model[FROM]
+    if not isinstance(named, str) or not named.strip():
+        raise RecipeError(f"{source}: model.from must name a checkpoint, got {_short(named)}")
+    if others := [key for key in recipe.model if key != FROM]:
+        raise RecipeError(
+            f"{source}: model.{others[0]} cannot be set beside model.from: the model is the checkpoint's"
+        )
+    if recipe.tokenizer.source == "bpe":
+        raise RecipeError(
+            f"{source}: model.from needs the checkpoint's own tokenizer: set tokenizer.source to its directory"
+        )
 
 
 def check_evaluate(evaluate: Evaluate, source: str, origins: Mapping[Location, str]) -> None:
@@ -250,6 +278,19 @@ def _check_arm(recipe: Recipe, arm: Arm, index: int, source: str, origins: Mappi
     if not arm.slug:
         raise RecipeError(f"{here}: the name needs at least one letter or digit")
     known = names("variants")
+    begun = FROM in recipe.model
+    if arm.retrofit is not None and not begun:
+        raise RecipeError(f"{here}: retrofit needs a checkpoint to begin with: set model.from")
+    if begun and (arm.attention != "softmax" or arm.attention_options or arm.model):
+        raise RecipeError(
+            f"{here}: beside model.from an arm differs in retrofit and train alone: leave out attention, "
+            "attention_options and model"
+        )
+    if arm.retrofit is not None and arm.retrofit.attention not in known:
+        raise RecipeError(
+            f"{here}: retrofit.attention: unknown attention {arm.retrofit.attention!r}; "
+            f"{did_you_mean(arm.retrofit.attention, known)}"
+        )
     if arm.attention not in known:
         raise RecipeError(
             f"{here}: unknown attention {arm.attention!r}; {did_you_mean(arm.attention, known)}"
@@ -261,7 +302,11 @@ def _check_arm(recipe: Recipe, arm: Arm, index: int, source: str, origins: Mappi
                 f"an arm may set {', '.join(ARM_TRAIN_KEYS)}"
             )
     merged = {**recipe.train.model_dump(mode="json"), **arm.train}
-    validate(Train, merged, source, ("arms", index, "train"), origins)
+    train = validate(Train, merged, source, ("arms", index, "train"), origins)
+    if not begun and train.trainable != "everything":
+        raise RecipeError(f"{here}: train.trainable = {train.trainable!r} needs model.from")
+    if train.trainable == "new" and arm.retrofit is None:
+        raise RecipeError(f'{here}: train.trainable = "new" needs a retrofit: a plain model has nothing new')
     for table, keys in (("model", recipe.model), (f"arms.{index}.model", arm.model)):
         for key, reason in RESERVED_MODEL_KEYS.items():
             if key in keys:

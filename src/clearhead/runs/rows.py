@@ -1,5 +1,8 @@
 """What a job trains on: the same rows in the same order for every arm with the same seed."""
 
+from pathlib import Path
+
+from clearhead.data.instructions import InstructionRows, read_conversations
 from clearhead.data.needles import Split, needle_document, sentences, vocabulary
 from clearhead.data.packing import pack_text
 from clearhead.data.prepare import DataSpec, PreparedData
@@ -27,9 +30,13 @@ def data_spec(source: Recipe | Job) -> DataSpec:
     )
 
 
-def training_rows(job: Job, data: PreparedData) -> Mixture:
+def training_rows(job: Job, data: PreparedData) -> Mixture | InstructionRows:
     """The rows of the whole budget; row i is a pure function of the job's seed and i."""
     length = job.data.length
+    if job.data.instructions is not None:
+        rows = job.train.steps * (job.train.batch_tokens // length)
+        conversations = read_conversations(Path(job.data.instructions), data.tokenizer)
+        return InstructionRows(conversations, length, rows, job.seed, int(data.tokenizer.pad_token_id))
     return Mixture(
         text=pack_text(data.train, length, job.seed, document_masks=job.data.document_masks),
         haystack=data.train,
@@ -86,6 +93,8 @@ def needle_range(job: Job) -> NeedleRange:
 def check_rows(job: Job, data: PreparedData) -> None:
     """Raise ValueError, which names the key, for what would end a training at some row or an evaluation after it."""
     rows = training_rows(job, data)
+    if isinstance(rows, InstructionRows):
+        return
     mixed = job.data.needle_share + job.data.pair_share + job.data.pairs_first > 0
     if not (mixed or job.train.probe_every or set(job.evaluate.suites) & NEED_WORDS):
         return

@@ -23,7 +23,7 @@ B, L, D = 2, 5, 8
 # Query heads of the output and key-value heads.
 LAYOUTS = {"mha": (2, 2), "gqa": (4, 2), "mqa": (2, 1)}
 # Streams, whether each has keys of its own, and how many times as wide as keys the values are.
-FORMS = {"softmax": (1, True, 1), "v1": (2, True, 2), "v2": (2, False, 1)}
+FORMS = {"softmax": (1, True, 1), "v1": (2, True, 2), "v2": (2, False, 1), "own width": (2, True, 1)}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 NAMES = ("output", "gradient of q", "gradient of k", "gradient of v", "gradient of λ")
 

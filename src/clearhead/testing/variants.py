@@ -20,9 +20,12 @@ from clearhead.testing.backends import relative_error
 from clearhead.testing.masks import rand
 from clearhead.testing.oracles.softmax import apply_map, attention_map, visible
 from clearhead.variants.base import Variant
+from clearhead.variants.schedule import Progress
 
 B, L, HEADS, WIDTH = 2, 7, 4, 8
 EXACT = 1e-9
+# How far the training of layers with a schedule is: neither its beginning nor its end.
+PROGRESS = 0.375
 Oracle = Callable[[Tensor, dict[str, Tensor], Tensor], Tensor]
 
 
@@ -57,6 +60,9 @@ def make_layer(variant: Variant, backend: str = "auto") -> Attention:
         for parameter in layer.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(0.3 * noise + (1.0 if parameter.ndim == 1 else 0.0))
+        for part in layer.modules():
+            if isinstance(part, Progress):
+                part.progress.fill_(PROGRESS)
     return layer
 
 

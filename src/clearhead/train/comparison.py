@@ -17,13 +17,14 @@ from clearhead.runs.directory import (
     open_run,
     set_aside,
 )
-from clearhead.runs.recipe import RESERVED_MODEL_KEYS, Evaluate, Recipe, RecipeError
+from clearhead.runs.recipe import FROM, RESERVED_MODEL_KEYS, Arm, Evaluate, Recipe, RecipeError
 from clearhead.train.model_table import model_fault, option_fault
 from clearhead.train.pool import ProgressRow, TrainingTask, Watcher, is_trained, parallelism, run_tasks
 
 FLOAT_BYTES = 4
-# Weights and two Adam moments in each checkpoint of a running job: two kept and the one being written.
-NUMBERS_PER_PARAMETER = 3 * 3
+# Weights and two Adam moments in each checkpoint of a running job: two kept and the one being written; and what it
+# began with, where that was a checkpoint.
+NUMBERS_PER_PARAMETER = 3 * 3 + 1
 # Logs, TensorBoard events and results of one job, and the tokenizer.
 BYTES_PER_JOB = 10_000_000
 
@@ -91,7 +92,7 @@ def prepare_rows(recipe: Recipe, run_dir: Path, say: Say) -> dict[str, Any]:
     if before is None:
         # A run that has begun is not refused for what it began with.
         check_validation(job, data)
-    keep_data(run_dir, data.identity, evaluation_sets(recipe.evaluate))
+    keep_data(run_dir, data.identity, evaluation_sets(recipe.evaluate) | _begun_with(recipe))
     check_rows(job, data)
     say(describe_text(job, data))
     return kept_data(run_dir) or {}
@@ -122,6 +123,16 @@ def evaluation_sets(evaluate: Evaluate) -> dict[str, str]:
     found: dict[str, str] = {}
     for suite in evaluate.suites:
         found |= set_stamps(evaluate.options(suite))
+    return found
+
+
+def _begun_with(recipe: Recipe) -> dict[str, str]:
+    """The same of the files that training reads beside the corpus: instructions and checkpoints."""
+    found = set_stamps({"data": recipe.data.instructions})
+    if FROM in recipe.model:
+        from clearhead.train.begun import start_files
+
+        found |= start_files(recipe)
     return found
 
 
@@ -158,6 +169,25 @@ def _sweep_tasks(recipe: Recipe, run_dir: Path) -> list[TrainingTask]:
     return sweep_tasks(recipe, run_dir)
 
 
+def _begun(recipe: Recipe, arm: Arm, here: str) -> int:
+    """The parameters of an arm that begins with a checkpoint; RecipeError where one of its seeds cannot begin."""
+    from clearhead.models.cost import parameters
+    from clearhead.train.begun import begun_config
+
+    seeds = [*recipe.seeds, *(recipe.sweep.seeds if recipe.sweep is not None else [])]
+    if recipe.for_arm(arm.name, seeds[0]).train.trainable == "lora":
+        from clearhead.train.lora import need_lora
+
+        need_lora()
+    found = 0
+    for seed in seeds if "{seed}" in str(recipe.model[FROM]) else seeds[:1]:
+        try:
+            found = parameters(begun_config(recipe, arm, seed))
+        except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:
+            raise RecipeError(f"{here}: {' '.join(str(error).split())}") from error
+    return found
+
+
 def check_models(recipe: Recipe) -> dict[str, int]:
     """Build every arm's model without memory, so that a wrong key or option is found before anything runs.
 
@@ -173,6 +203,9 @@ def check_models(recipe: Recipe) -> dict[str, int]:
     counts = {}
     for index, arm in enumerate(recipe.arms):
         here = f"recipe {recipe.name!r}: arms.{index} ({arm.name})"
+        if FROM in recipe.model:
+            counts[arm.name] = _begun(recipe, arm, here)
+            continue
         for key in (*recipe.model, *arm.model):
             if key not in known:
                 raise RecipeError(f"{here}: unknown key 'model.{key}'; {did_you_mean(key, known)}")

@@ -1,7 +1,7 @@
 """What the recipe says of the optimiser: AdamW and the course of its learning rate."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -9,13 +9,18 @@ from torch import nn
 from clearhead.runs.recipe import Train
 
 
-def adamw(model: nn.Module, train: Train) -> torch.optim.AdamW:
-    """AdamW whose weight decay falls on matrices only: norms and the λ vectors are left out."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+def adamw(model: nn.Module, train: Train, partial: Sequence[nn.Parameter] = ()) -> torch.optim.AdamW:
+    """AdamW whose weight decay falls on matrices only: norms and the λ vectors are left out.
+
+    partial: matrices of which some rows alone are trained; they have none, as it would move the others.
+    """
+    whole = {id(parameter) for parameter in partial}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim >= 2 and id(p) not in whole]
+    rest = [p for p in trained if p.ndim < 2 or id(p) in whole]
     groups = [
         {"params": matrices, "weight_decay": train.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": rest, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=True)
 

@@ -2,7 +2,6 @@
 
 import math
 import os
-import resource
 import shutil
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
 from clearhead.data.cache import digest_json
+from clearhead.data.instructions import InstructionRows
 from clearhead.data.prepare import PreparedData, prepare
 from clearhead.data.retrieval import Mixture
 from clearhead.data.writing import writing
@@ -35,6 +35,7 @@ from clearhead.runs.recipe import Job, Train
 from clearhead.runs.rows import data_spec, training_rows
 from clearhead.runs.status import read_status, write_status
 from clearhead.train import diagnostics
+from clearhead.train.begun import Schedules, begun_model, forget_start
 from clearhead.train.callbacks import Journal, Probe, Progress, TrainingError
 from clearhead.train.checkpoint import (
     drop_old,
@@ -45,8 +46,11 @@ from clearhead.train.checkpoint import (
     save_optimizer,
     save_random,
 )
+from clearhead.train.memory import peak_memory
 from clearhead.train.optimiser import adamw, course
 from clearhead.train.probe import make_probe
+from clearhead.train.trainable import TrainedPart, choose_part, trained_numbers
+from clearhead.variants.schedule import begins
 
 IGNORE = -100
 KEEP_CHECKPOINTS = 2
@@ -65,6 +69,7 @@ def train_job(job: Job, job_dir: Path) -> None:
         if first:
             # Killed while it removed them.
             shutil.rmtree(job_dir / "checkpoints", ignore_errors=True)
+            forget_start(job_dir)
         return
     rows_per_step = job.train.batch_tokens // job.data.length
     if rows_per_step % world:
@@ -76,7 +81,8 @@ def train_job(job: Job, job_dir: Path) -> None:
     # Progress is told through status.json; the bars of saving and loading would only break its display.
     disable_progress_bar()
     set_seed(job.seed)
-    model = build_model(job, data)
+    model = build_model(job, data) if job.start is None else begun_model(job, job_dir, data)
+    part = choose_part(model, job.train)
     resume = newest_complete(job_dir / "checkpoints", partial(_note, job_dir, first), first=first)
     resumed_step = 0 if resume is None else int(resume.name.rpartition("-")[2])
     journal = Journal(job_dir / "metrics.jsonl", resumed_step) if first else None
@@ -90,10 +96,13 @@ def train_job(job: Job, job_dir: Path) -> None:
         diagnosed_tokens=torch.from_numpy(data.validation.tokens[: job.data.length].astype("int64"))[None],
         journal=journal,
         train=job.train,
+        part=part,
     )
     _check_shared(trainer, data)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(progress)
+    if begins(model):
+        trainer.add_callback(Schedules())
     if first and "tensorboard" in job.train.report_to:
         trainer.add_callback(TensorBoardCallback(_writer(job_dir / "tensorboard", resumed_step)))
     if job.train.probe_every:
@@ -111,7 +120,7 @@ def train_job(job: Job, job_dir: Path) -> None:
     with writing(job_dir):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if first and journal is not None:
-        _finish(job, job_dir, model, data, journal, trainer.state.global_step)
+        _finish(job, job_dir, model, part, data, journal, trainer.state.global_step)
 
 
 def _note(job_dir: Path, first: bool, text: str) -> None:
@@ -157,15 +166,16 @@ class ComparisonTrainer(Trainer):
         self,
         model: ClearheadForCausalLM,
         arguments: TrainingArguments,
-        rows: Mixture,
+        rows: Mixture | InstructionRows,
         *,
         bytes_per_token: float,
         diagnosed_tokens: Tensor,
         journal: Journal | None,
         train: Train,
+        part: TrainedPart | None = None,
     ) -> None:
         self.rows = _Rows(rows)
-        optimizer = adamw(model, train)
+        optimizer = adamw(model, train, () if part is None else part.partial)
         super().__init__(
             model=model,
             args=arguments,
@@ -289,7 +299,7 @@ class ComparisonTrainer(Trainer):
 class _Rows(Dataset[dict[str, Any]]):
     """The mixture with a flag that says which rows are text."""
 
-    def __init__(self, rows: Mixture) -> None:
+    def __init__(self, rows: Mixture | InstructionRows) -> None:
         self.rows = rows
 
     def __len__(self) -> int:
@@ -356,19 +366,28 @@ def _writer(folder: Path, resumed_step: int) -> Any:
 
 
 def _finish(
-    job: Job, job_dir: Path, model: ClearheadForCausalLM, data: PreparedData, journal: Journal, steps: int
+    job: Job,
+    job_dir: Path,
+    model: ClearheadForCausalLM,
+    trained: TrainedPart,
+    data: PreparedData,
+    journal: Journal,
+    steps: int,
 ) -> None:
     """Write the cost and, last and in one step, the model; then the checkpoints are not needed any more."""
     tokens = steps * job.train.batch_tokens
+    count = trained_numbers(model, trained)
+    trained.merge()
     write_json(
         job_dir / "cost.json",
         {
+            "trained_parameters": count,
             "parameters": sum(p.numel() for p in model.parameters()),
             "flops_per_token": 3 * forward_flops_per_token(model.config, job.data.length),
             "kv_bytes_per_token": kv_bytes_per_token(model.config, torch.float32),
             "tokens": tokens,
             "tokens_per_second": tokens / journal.seconds,
-            "peak_memory_bytes": _peak_memory(),
+            "peak_memory_bytes": peak_memory(),
             "seconds": journal.seconds,
         },
     )
@@ -381,11 +400,4 @@ def _finish(
         part.replace(job_dir / "model")
         sync(job_dir)
     shutil.rmtree(job_dir / "checkpoints", ignore_errors=True)
-
-
-def _peak_memory() -> int:
-    """Bytes: the GPU's peak allocation, or this process's peak resident set, libraries and data included."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
+    forget_start(job_dir)

@@ -136,6 +136,14 @@ class Variant(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Initialise the variant's own parameters as its paper says."""
 
+    def new_rows(self) -> dict[str, Tensor]:
+        """Rows of the projections that the softmax twin does not have, (rows,) bool by the projection's name.
+
+        With the variant's own parameters they are all that a twin's weights do not give it. Empty where the projections
+        are the twin's, or have nothing in common with them.
+        """
+        return {}
+
     def mean_lambda(self) -> float | None:
         """The mean of the gate where it does not depend on the input, for logs; None where there is none or it does."""
         return None

@@ -1,23 +1,23 @@
 """Differential attention, V1."""
 
-import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from dataclasses import replace
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from clearhead.core.norm import RMSNorm
-from clearhead.core.streams import HeadShape, Widths, check_flag, split_heads
-from clearhead.variants.base import SUMMED, Variant
+from clearhead.core.streams import HeadShape, Widths, check_flag, split_heads, twin_widths
+from clearhead.variants.base import SUMMED
+from clearhead.variants.learned_lambda import LambdaInit, LearnedLambda, depth_lambda_init
+
+__all__ = ["Differential", "depth_lambda_init", "own_width"]
+
+Values = Literal["paired", "own"]
 
 
-def depth_lambda_init(layer_idx: int) -> float:
-    """λ_init = 0.8 − 0.6 · exp(−0.3 · layer), the layer counted from 0 (the paper's l − 1): 0.2, 0.3555, 0.4707, ..."""
-    return 0.8 - 0.6 * math.exp(-0.3 * layer_idx)
-
-
-class Differential(Variant):
+class Differential(LearnedLambda):
     """Differential attention (Ye et al., arXiv 2410.05258, equations 1-3).
 
         head_i  = (softmax(q1 k1ᵀ / √d) − λ softmax(q2 k2ᵀ / √d)) v_i,        v_i of width 2d
@@ -29,15 +29,19 @@ class Differential(Variant):
     head i reads key-value head i // (H // G) with both its streams (`flash_1` semantics; the released naive file
     pairs keys wrongly under GQA).
 
+    values:      "paired" is the paper's. "own" keeps the twin's heads and values: h heads of value width d, two queries
+        and two keys each, so queries, keys and their cache double while v_proj and o_proj are the twin's, and any
+        head counts will do (axolotl's diff-transformer plugin and DiffLoRA, arXiv 2507.23588, put the difference into
+        a pretrained model so; both leave the norm out).
     lambda_init: "depth" for `depth_lambda_init`, or a constant (0.8 and 0.5 are the paper's ablations).
     head_norm:   False leaves out the norm and its factor, the paper's ablation (it reports instability).
+    lambda_warmup: optimiser steps over which λ rises linearly from 0 to what equation 2 says; 0 for none. Whoever
+        trains says how far training is (`clearhead.variants.schedule.advance`; recipes do).
 
     Differs from the released code: rotary pairs (j, j + d/2); λ vectors are computed in float32 and take no weight
         decay.
     """
 
-    mixing = "difference"
-    float32_parameters = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
     # λ is one number for all heads, and the norm's weight is theirs together.
     tensor_parallel: ClassVar[Mapping[str, str] | None] = {"": SUMMED, "head_norm": SUMMED}
 
@@ -45,28 +49,24 @@ class Differential(Variant):
         self,
         shape: HeadShape,
         *,
-        lambda_init: Literal["depth"] | float = "depth",
+        values: Values = "paired",
+        lambda_init: LambdaInit = "depth",
         head_norm: bool = True,
         norm_eps: float = 1e-5,
         lambda_std: float = 0.1,
+        lambda_warmup: int = 0,
     ) -> None:
-        super().__init__(shape)
+        if values not in get_args(Values):
+            raise ValueError(f"values must be one of {', '.join(get_args(Values))}, not {values!r}")
         check_flag("head_norm", head_norm)
-        known = (
-            lambda_init == "depth" if isinstance(lambda_init, str) else isinstance(lambda_init, int | float)
+        self.own = values == "own"
+        super().__init__(
+            shape,
+            own_width(shape) if self.own else None,
+            lambda_init=lambda_init,
+            lambda_std=lambda_std,
+            warmup=lambda_warmup,
         )
-        if not known or isinstance(lambda_init, bool):
-            raise ValueError(f'lambda_init must be "depth" or a number, not {lambda_init!r}')
-        if not isinstance(lambda_init, str) and not 0.0 <= lambda_init < 1.0:
-            raise ValueError(f"lambda_init must be at least 0 and below 1, not {lambda_init}")
-        self.lambda_init = (
-            depth_lambda_init(shape.layer_idx) if isinstance(lambda_init, str) else float(lambda_init)
-        )
-        self.lambda_std = lambda_std
-        self.lambda_q1 = nn.Parameter(torch.empty(shape.head_dim))
-        self.lambda_k1 = nn.Parameter(torch.empty(shape.head_dim))
-        self.lambda_q2 = nn.Parameter(torch.empty(shape.head_dim))
-        self.lambda_k2 = nn.Parameter(torch.empty(shape.head_dim))
         self.head_norm = RMSNorm(self.sizes.value_width, norm_eps) if head_norm else None
         self.reset_parameters()
 
@@ -98,31 +98,34 @@ class Differential(Variant):
     def split_keys(self, k: Tensor) -> tuple[Tensor, ...]:
         return _pairs(k, self.sizes.kv_heads)
 
-    def lambda_full(self) -> Tensor:
-        """λ of equation 2, a scalar in float32 (float64 for float64 parameters)."""
-        q1, k1, q2, k2 = (
-            p if p.dtype == torch.float64 else p.float()
-            for p in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2)
-        )
-        learned = (q1 * k1).sum().exp() - (q2 * k2).sum().exp()
-        # As a vector of one: PyTorch makes the forward-mode derivative of a scalar and a number float64.
-        return (learned.view(1) + self.lambda_init).view(())
-
-    def gate(self, x: Tensor | None) -> Tensor:
-        return self.lambda_full().view(1, 1, 1, 1)
-
     def finish(self, o: Tensor) -> Tensor:
         # The constant λ_init, not the learned λ: it matches the gradient scale of a Transformer layer (appendix G).
         return o if self.head_norm is None else self.head_norm(o) * (1.0 - self.lambda_init)
 
     def reset_parameters(self) -> None:
-        for vector in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2):
-            nn.init.normal_(vector, std=self.lambda_std)
+        super().reset_parameters()
         if self.head_norm is not None:
             nn.init.ones_(self.head_norm.weight)
 
-    def mean_lambda(self) -> float:
-        return float(self(None).detach())
+    def new_rows(self) -> dict[str, Tensor]:
+        if not self.own:
+            return {}
+        width = self.shape.head_dim
+        return {
+            "q_proj": every_second(self.sizes.q, width),
+            "k_proj": every_second(self.sizes.k, width),
+        }
+
+
+def own_width(shape: HeadShape) -> Widths:
+    """The twin's heads and values with two queries and two keys a head."""
+    twin = twin_widths(shape)
+    return replace(twin, q=2 * twin.q, k=2 * twin.k, query_streams=2, key_streams=2)
+
+
+def every_second(rows: int, width: int) -> Tensor:
+    """(rows,) bool: rows of the heads 1, 3, 5, ..., the second streams' where streams lie side by side."""
+    return torch.arange(rows) // width % 2 == 1
 
 
 def _pairs(x: Tensor, heads: int) -> tuple[Tensor, ...]:

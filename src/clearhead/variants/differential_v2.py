@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from clearhead.core.streams import HeadShape, Widths, split_heads, twin_widths
 from clearhead.variants.base import Variant
+from clearhead.variants.differential import every_second
 
 
 class DifferentialV2(Variant):
@@ -21,16 +22,26 @@ class DifferentialV2(Variant):
     The layer gains h·d·d_model (queries) and h·d_model (λ) parameters; keys, values, cache and output projection are
     the twin's.
 
-    Differs from the released code: rotary pairs (j, j + d/2); sigmoid in float32.
+    lambda_bias: λ(x) = x W_λ + b with one learned b a head that starts at this number; by default there is no b. A low
+        one (−5: sigmoid 0.0067) starts with a second stream that is hardly heard.
+
+    Differs from the released code: rotary pairs (j, j + d/2); sigmoid in float32; lambda_bias.
     """
 
     mixing = "difference"
     tensor_parallel: ClassVar[Mapping[str, str] | None] = {"lambda_proj": "colwise"}
     diagnostics_need_input = True
 
-    def __init__(self, shape: HeadShape) -> None:
+    def __init__(self, shape: HeadShape, *, lambda_bias: float | None = None) -> None:
         super().__init__(shape)
-        self.lambda_proj = nn.Linear(shape.embed_dim, shape.num_heads, bias=False)
+        known = lambda_bias is None or (
+            isinstance(lambda_bias, int | float) and not isinstance(lambda_bias, bool)
+        )
+        if not known:
+            raise ValueError(f"lambda_bias must be a number or None, not {lambda_bias!r}")
+        self.lambda_bias = lambda_bias
+        self.lambda_proj = nn.Linear(shape.embed_dim, shape.num_heads, bias=lambda_bias is not None)
+        self.reset_parameters()
 
     @classmethod
     def widths(cls, shape: HeadShape) -> Widths:
@@ -45,3 +56,10 @@ class DifferentialV2(Variant):
         raw = self.lambda_proj(x)
         wide = raw if raw.dtype == torch.float64 else raw.float()
         return wide.sigmoid().transpose(1, 2)[..., None]
+
+    def reset_parameters(self) -> None:
+        if self.lambda_bias is not None:
+            nn.init.constant_(self.lambda_proj.bias, self.lambda_bias)
+
+    def new_rows(self) -> dict[str, Tensor]:
+        return {"q_proj": every_second(self.sizes.q, self.shape.head_dim)}

@@ -23,6 +23,7 @@ FORMS = {"v1": V1, "v2": V2, "softmax": SOFTMAX}
 FEATURES = {
     "open": V1,
     "causal": replace(V1, causal=True),
+    "values of the keys' width": replace(V1, causal=True, value_width=V1.width),
     "causal, square": replace(V1, causal=True, queries=34),
     "window": replace(V2, causal=True, queries=34, window=7),
     "wide window": replace(SOFTMAX, causal=True, queries=40, keys=40, window=21),

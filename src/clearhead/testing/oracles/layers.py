@@ -1,9 +1,11 @@
 """A whole attention layer: project, split into heads, attend, finish, project back.
 
 Weights are (out, in) matrices by name: q_proj, k_proj, v_proj, o_proj, then V1's lambda_q1, lambda_k1,
-lambda_q2, lambda_k2 and head_norm, V2's lambda_proj. Head counts are the Transformer twin's: with h heads of
-width d, V1 has h/2 heads whose values are 2d wide, V2 has h heads fed by 2h query heads, the others have h. The
-collinear forms of V1 and V2 have their weights.
+lambda_q2, lambda_k2 and head_norm, V2's lambda_proj (and lambda_proj.bias). Head counts are the Transformer twin's:
+with h heads of width d, V1 has h/2 heads whose values are 2d wide, V2 has h heads fed by 2h query heads, V1 with
+`values: "own"` has h heads with two queries and two keys each, the others have h. The collinear forms of V1 and V2
+have their weights. DEX adds dex (W_D) and dex.factor.lambda_learn; DiffLoRA query_up, key_up, first_query_up,
+first_key_up, and rows below its q_proj and k_proj. `progress` of the options is how far λ has risen.
 """
 
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from torch import Tensor
 from .collinear import collinear_map, collinear_t
 from .differential import differential_map, finish, lambda_init, lambda_value
 from .differential_collinear import differential_collinear_map
+from .retrofits import dex_lambda, dex_output, diff_lora_lambda, diff_lora_parts, risen
 from .rotary import Turning, rotate
 from .softmax import apply_map, attention_map, rms_norm, visible
 
@@ -36,6 +39,32 @@ def heads_of(x: Tensor, weight: Tensor, width: int) -> Tensor:
     """x Wᵀ cut into heads of `width`: (B, L, d_model) -> (B, heads, L, width)."""
     y = torch.einsum("bli,oi->blo", x, weight)
     return torch.stack(y.split(width, dim=-1), dim=1)
+
+
+def cut(y: Tensor, width: int) -> Tensor:
+    """(B, L, heads·width) -> (B, heads, L, width)."""
+    return torch.stack(y.split(width, dim=-1), dim=1)
+
+
+def side_by_side(first: Tensor, second: Tensor) -> Tensor:
+    """Heads of two streams, (B, H, L, D) each, as (B, 2H, L, D): first, second, first, second, ..."""
+    return torch.stack((first, second), dim=2).flatten(1, 2)
+
+
+def diff_lora_heads(x: Tensor, weights: dict[str, Tensor], spec: LayerSpec, name: str, heads: int) -> Tensor:
+    """(B, 2·heads, L, D): both streams of a DiffLoRA's queries (name "q") or keys ("k")."""
+    which = {"q": "query_up", "k": "key_up"}[name]
+    rank, alpha = spec.options.get("rank", 64), spec.options.get("alpha", 128.0)
+    parts = diff_lora_parts(
+        x,
+        weights[f"{name}_proj"],
+        heads * spec.head_dim,
+        rank,
+        alpha,
+        weights[which],
+        weights.get(f"first_{which}"),
+    )
+    return side_by_side(*(cut(part, spec.head_dim) for part in parts))
 
 
 def merge(heads: Tensor) -> Tensor:
@@ -78,10 +107,16 @@ def layer(
     if allowed is not None:
         see = see & (allowed if allowed.dim() != 3 else allowed[:, None])
 
-    q = heads_of(x, weights["q_proj"], d)
-    k = heads_of(source, weights["k_proj"], d)
+    if spec.attention == "diff_lora":
+        q = diff_lora_heads(x, weights, spec, "q", spec.heads)
+        k = diff_lora_heads(source, weights, spec, "k", spec.kv_heads)
+    else:
+        q = heads_of(x, weights["q_proj"], d)
+        k = heads_of(source, weights["k_proj"], d)
     v1 = spec.attention in ("differential", "differential_collinear")
-    v = heads_of(source, weights["v_proj"], 2 * d if v1 else d)
+    paired = v1 and spec.options.get("values", "paired") == "paired"
+    progress = spec.options.get("progress", 1.0)
+    v = heads_of(source, weights["v_proj"], 2 * d if paired else d)
     if spec.position == "rope":
         if "collinear" not in spec.attention:
             q, k = rotate(q, positions, spec.base), rotate(k, context_positions, spec.base)
@@ -93,11 +128,16 @@ def layer(
     mode = spec.options.get("mode", "exact")
     if v1:
         q1, k1, q2, k2 = (weights[f"lambda_{name}"] for name in ("q1", "k1", "q2", "k2"))
-        lam = lambda_value(q1, k1, q2, k2, initial_lambda(spec))
+        lam = risen(lambda_value(q1, k1, q2, k2, initial_lambda(spec)), progress)
     elif spec.attention in ("differential_v2", "differential_v2_collinear"):
-        lam = 1 / (1 + torch.exp(-torch.einsum("bli,hi->bhl", x, weights["lambda_proj"])))[..., None]
+        raw = torch.einsum("bli,hi->bhl", x, weights["lambda_proj"])
+        if "lambda_proj.bias" in weights:
+            raw = raw + weights["lambda_proj.bias"][:, None]
+        lam = 1 / (1 + torch.exp(-raw))[..., None]
+    elif spec.attention == "diff_lora":
+        lam = diff_lora_lambda(weights, initial_lambda(spec), progress)
 
-    if spec.attention == "softmax":
+    if spec.attention in ("softmax", "dex"):
         weights_map = attention_map(q, k, allowed=see.expand(B, spec.heads, L, S))
     elif spec.attention == "collinear":
         weights_map = collinear_map(
@@ -108,7 +148,7 @@ def layer(
             q, t, v.shape[1], lam, mode, positions, context_positions, allowed=see, base=spec.base
         )
     else:
-        assert spec.attention in ("differential", "differential_v2")
+        assert spec.attention in ("differential", "differential_v2", "diff_lora")
         weights_map = differential_map(q, k, v.shape[1], lam, allowed=see)
 
     out = apply_map(weights_map, v)
@@ -116,4 +156,8 @@ def layer(
         out = finish(out, weights["head_norm"], initial_lambda(spec), spec.eps)
     elif spec.attention == "softmax" and spec.options.get("head_norm", False):
         out = rms_norm(out, weights["head_norm"], spec.eps)
+    elif spec.attention == "dex":
+        chosen = spec.options.get("heads") or list(range(spec.heads))
+        lam = dex_lambda(progress, initial_lambda(spec), weights["dex.factor.lambda_learn"])
+        out = dex_output(out, weights["dex"], lam, chosen)
     return torch.einsum("bli,oi->blo", merge(out), weights["o_proj"]), weights_map
