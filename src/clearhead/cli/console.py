@@ -65,7 +65,7 @@ def seconds_left(rows: "Sequence[ProgressRow]") -> float | None:
     """Training time left over all jobs at the present speed of those that run; None when none has a speed yet."""
     speed = sum(row.status.tokens_per_second or 0.0 for row in rows if row.running)
     left = sum(
-        max(0, row.task.job.train.tokens - row.status.tokens)
+        max(0, row.status.steps * row.task.job.train.batch_tokens - row.status.tokens)
         for row in rows
         if row.status.state in ("queued", "training")
     )

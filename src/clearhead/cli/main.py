@@ -17,6 +17,7 @@ from clearhead.cli import (
     generate,
     look,
     report,
+    scale,
     train,
 )
 from clearhead.cli.console import Interrupted, fail, interruptible
@@ -29,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (compare, train, evaluate, report, look, generate, explain, bench, convert, card, doctor):
+for verb in (compare, scale, train, evaluate, report, look, generate, explain, bench, convert, card, doctor):
     app.command(verb.__name__.rpartition(".")[2])(verb.command)
 
 

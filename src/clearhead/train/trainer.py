@@ -30,11 +30,12 @@ from clearhead.models.cost import forward_flops_per_token, kv_bytes_per_token
 from clearhead.runs.checksums import CHECKSUMS, seal, sync
 from clearhead.runs.directory import kept_data
 from clearhead.runs.files import write_json
+from clearhead.runs.grid import branching_steps
 from clearhead.runs.recipe import Job, Train
 from clearhead.runs.rows import data_spec, training_rows
 from clearhead.runs.status import read_status, write_status
 from clearhead.train import diagnostics
-from clearhead.train.callbacks import Journal, Probe, Progress, TrainingError
+from clearhead.train.callbacks import Journal, Probe, Progress, SaveAt, TrainingError
 from clearhead.train.checkpoint import (
     drop_old,
     load_optimizer,
@@ -63,7 +64,7 @@ def train_job(job: Job, job_dir: Path) -> None:
     if (job_dir / "model" / "config.json").exists():
         if first:
             # Killed while it removed them.
-            shutil.rmtree(job_dir / "checkpoints", ignore_errors=True)
+            _drop_checkpoints(job, job_dir)
         return
     rows_per_step = job.train.batch_tokens // job.data.length
     if rows_per_step % world:
@@ -91,6 +92,8 @@ def train_job(job: Job, job_dir: Path) -> None:
         train=job.train,
     )
     _check_shared(trainer, data)
+    trainer.kept = branching_steps(job)
+    trainer.add_callback(SaveAt(trainer.kept))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(progress)
     if first:
@@ -175,6 +178,7 @@ class ComparisonTrainer(Trainer):
         self.diagnosed_tokens = diagnosed_tokens
         self.journal = journal
         self.plan = train
+        self.kept: tuple[int, ...] = ()
         # What the next record sums up since the last one; a checkpoint between two records keeps it.
         self._loss = torch.zeros(2)
         self._text = torch.zeros(2, dtype=torch.float64)
@@ -252,7 +256,7 @@ class ComparisonTrainer(Trainer):
                 if self.journal is not None and self.journal.path.exists():
                     sync(self.journal.path)
                 mark_complete(folder)
-                drop_old(self.folder, KEEP_CHECKPOINTS)
+                drop_old(self.folder, KEEP_CHECKPOINTS, self.kept)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save and isinstance(self.model, PreTrainedModel):
@@ -375,7 +379,15 @@ def _finish(
         seal(part, CHECKSUMS)
         part.replace(job_dir / "model")
         sync(job_dir)
-    shutil.rmtree(job_dir / "checkpoints", ignore_errors=True)
+    _drop_checkpoints(job, job_dir)
+
+
+def _drop_checkpoints(job: Job, job_dir: Path) -> None:
+    """Nothing goes on from them any more, but for the branches of a trunk."""
+    if job.branches:
+        drop_old(job_dir / "checkpoints", 0, branching_steps(job))
+    else:
+        shutil.rmtree(job_dir / "checkpoints", ignore_errors=True)
 
 
 def _peak_memory() -> int:
