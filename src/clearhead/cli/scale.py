@@ -89,7 +89,9 @@ def print_plan(recipe: "Recipe") -> None:
             found = measures(job)
             seen = job.steps * job.train.batch_tokens
             tokens, flops = tokens + seen, flops + seen * found["flops_per_token"]
-            shape = (job.model[key] for key in ("num_hidden_layers", "num_attention_heads", "intermediate_size"))
+            shape = (
+                job.model[key] for key in ("num_hidden_layers", "num_attention_heads", "intermediate_size")
+            )
             table.add_row(
                 size.name,
                 escape(arm.name),

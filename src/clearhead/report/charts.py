@@ -22,7 +22,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from clearhead.analysis.sections import (
     BarChart,
@@ -35,6 +34,7 @@ from clearhead.analysis.sections import (
     Values,
 )
 from clearhead.data.writing import writing
+from clearhead.report.axes import FEW_TICKS, log_axis, log_values
 from clearhead.report.palette import ARMS, HEAT, MARKERS, MUTED, PAPER, PARTS, RULE, TEXT, Ink, all_inks
 
 WIDTH = 4.7
@@ -45,8 +45,6 @@ WHITE = "#fffffe"
 LEGEND_CHARACTERS = 54
 LEGEND_ROW = 0.18
 """Inches."""
-FEW_TICKS = 6
-"""Up to so many distinct x values are ticks themselves."""
 
 STYLE: dict[Any, Any] = {
     "font.size": 9.0,
@@ -228,7 +226,7 @@ def _draw_lines(chart: LineChart, arms: Arms) -> Figure:
     for index, series in enumerate(chart.series):
         color = _ink(series.arm, arms, index).light
         place = _place(series.arm, arms, index)
-        marker = MARKERS[place % len(MARKERS)] if chart.markers else None
+        marker = MARKERS[place % len(MARKERS)] if chart.markers and series.drawn != "line" else None
         x, y = np.asarray(series.x, dtype=float), np.asarray(_floats(series.y))
         style = "steps-post" if chart.step else "default"
         if series.low is not None and series.high is not None and not chart.bands_left_out:
@@ -242,37 +240,31 @@ def _draw_lines(chart: LineChart, arms: Arms) -> Figure:
             color=color,
             drawstyle=style,
             # The colours begin anew with the ninth arm.
-            linestyle="solid" if place < len(ARMS) else (0, (2.2, 1.6)),
+            linestyle="none"
+            if series.drawn == "points"
+            else "solid"
+            if place < len(ARMS)
+            else (0, (2.2, 1.6)),
             marker=marker,
             markersize=4.5,
             markeredgewidth=0,
             label=series.name,
         )
-        handles.append(line)
+        if series.drawn != "line":
+            handles.append(line)
     _y_axis(axes, chart.y_label, chart.y_range)
     axes.set_xlabel(chart.x_label)
     axes.margins(x=0.02)
     values = sorted({float(x) for series in chart.series for x in series.x})
     if chart.log_x:
-        _log_axis(axes, values)
+        log_axis(axes, values)
     elif chart.markers and len(values) <= FEW_TICKS:
         axes.set_xticks(values)
+    if chart.log_y:
+        log_values(axes)
     _references(axes, chart.references)
     _legend(figure, handles)
     return figure
-
-
-def _log_axis(axes: Axes, values: list[float]) -> None:
-    """Logarithmic in x with plain numbers: the values themselves if they are few, else powers of two."""
-    axes.set_xscale("log", base=2)
-    ticks: Sequence[float] = values
-    if len(values) > FEW_TICKS:
-        low, high = np.ceil(np.log2(values[0])), np.floor(np.log2(values[-1]))
-        ticks = [2.0**power for power in np.arange(low, high + 1, max(1, (high - low) // 5))]
-    axes.set_xticks(ticks)
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _error(values: Sequence[float], series: BarSeries) -> list[list[float]] | None:

@@ -46,9 +46,13 @@ def check_grid(recipe: Recipe) -> None:
     scaling, here = table_of(recipe), f"recipe {recipe.name!r}"
     for arm in recipe.arms:
         if found := [key for key in OWN_SHAPE_KEYS if key in arm.model]:
-            raise RecipeError(f"{here}: arms ({arm.name}): model.{found[0]} is set by [scaling]; leave it out")
+            raise RecipeError(
+                f"{here}: arms ({arm.name}): model.{found[0]} is set by [scaling]; leave it out"
+            )
         if found := [key for key in ("schedule", "decay", "warmup") if key in arm.train]:
-            raise RecipeError(f"{here}: arms ({arm.name}): train.{found[0]} is the trunk's; set it in [train]")
+            raise RecipeError(
+                f"{here}: arms ({arm.name}): train.{found[0]} is the trunk's; set it in [train]"
+            )
     if recipe.train.schedule != "wsd":
         raise RecipeError(
             f'{here}: train.schedule must be "wsd", a constant rate with a decay at the end, so that the budgets share '
@@ -63,8 +67,8 @@ def check_grid(recipe: Recipe) -> None:
     smallest = _with(recipe.train, tokens=scaling.budgets[0])
     if smallest.decay_start <= _warmup_steps(recipe):
         raise RecipeError(
-            f"{here}: scaling.budgets starts at {scaling.budgets[0]} tokens, {smallest.steps} steps, whose decay begins "
-            f"at step {smallest.decay_start}, inside the warm-up of {_warmup_steps(recipe)}; make it larger"
+            f"{here}: scaling.budgets starts at {scaling.budgets[0]} tokens, {smallest.steps} steps, whose decay "
+            f"begins at step {smallest.decay_start}, inside the warm-up of {_warmup_steps(recipe)}; make it larger"
         )
 
 

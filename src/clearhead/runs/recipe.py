@@ -167,7 +167,9 @@ class Train(RecipeTable):
     learning_rate: Rate = 1e-3
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup: Share = 0.05  # share of the steps
-    decay: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of "wsd": the share of the steps, at the end, in which it falls
+    decay: Annotated[float, Field(gt=0, lt=1)] = (
+        0.2  # of "wsd": the share of the steps, at the end, in which it falls
+    )
     min_lr_ratio: Share = 0.1  # the schedule ends at this share of learning_rate
     weight_decay: NotNegative = 0.1
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)

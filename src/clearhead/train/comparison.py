@@ -63,7 +63,13 @@ class Grid:
 
 
 def run_comparison(
-    recipe: Recipe, run_dir: Path, *, watcher: Watcher, say: Say, fresh: bool = False, grid: Grid | None = None
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    watcher: Watcher,
+    say: Say,
+    fresh: bool = False,
+    grid: Grid | None = None,
 ) -> ComparisonOutcome:
     """Bring the run directory to completion: whatever is finished there stays, everything else is run.
 

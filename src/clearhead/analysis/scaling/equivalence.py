@@ -78,7 +78,9 @@ def equivalence(
                 continue
             low, high = one.span(axis)  # type: ignore[arg-type]
             if not low * (1 - SLACK) <= value <= high * (1 + SLACK):
-                return Refused(f"{axis} of {value:.3g} lie outside {one.name}'s data ({low:.3g} to {high:.3g})")
+                return Refused(
+                    f"{axis} of {value:.3g} lie outside {one.name}'s data ({low:.3g} to {high:.3g})"
+                )
     answer, ratio = _ratio(arm, arm.law, baseline, baseline.law, currency, parameters, tokens)
     axis = "tokens" if currency == "tokens" else "parameters"
     low, high = baseline.span(axis)  # type: ignore[arg-type]

@@ -4,9 +4,9 @@
     joint        L(N, D) = E + A / N^α + B / D^β
 
 The fit minimises Σ huber_δ(log L̂ − log L) with L-BFGS from many starts, as Hoffmann et al. (arXiv 2203.15556, section
-3.3) do; no parabolas through points of equal compute, whose minima are biased even without noise. Difference from Hoffmann
-et al.: δ is not always 10⁻³ but at least 1.345 times the seeds' deviation (Huber's 95 % efficiency), and the amplitudes
-are taken at the geometric centre of the data, which conditions the fit.
+3.3) do; no parabolas through points of equal compute, whose minima are biased even without noise. Difference from
+Hoffmann et al.: δ is not always 10⁻³ but at least 1.345 times the seeds' deviation (Huber's 95 % efficiency), and the
+amplitudes are taken at the geometric centre of the data, which conditions the fit.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ScalingLaw:
 
     def log_loss(self, logs: Array) -> Array:
         """log L̂ at log x, shape (points, axes)."""
-        return np.logaddexp.reduce(_terms(self.theta, logs - self.centre), axis=1)
+        return shares_of(self.theta, logs - self.centre)[0]
 
     def loss(self, **values: float) -> float:
         """L̂ in nats at one value for each axis, by its name."""
@@ -75,7 +75,7 @@ class ScalingLaw:
 
     def gradient(self, logs: Array) -> Array:
         """∂ log L̂ / ∂ theta, shape (points, constants)."""
-        return _shares(self.theta, logs - self.centre)[1]
+        return shares_of(self.theta, logs - self.centre)[1]
 
 
 def logs_of(points: Sequence[ScalingPoint], axes: Sequence[Axis]) -> Array:
@@ -116,13 +116,11 @@ def fit_law(
 
 def descend(start: Array, shifts: Array, losses: Array, delta: float) -> tuple[Array, float] | None:
     """(theta, robust error) at the minimum that L-BFGS reaches from `start`; None if it diverges."""
-    low, high = float(losses.min()), float(losses.max())
-    axes = shifts.shape[1]
-    bounds = [(low - 5.0, low), *[(low - 9.0, high + 1.0), EXPONENTS] * axes]
+    bounds = bounds_of(losses, shifts.shape[1])
     scale = 1.0 / (delta * delta * len(losses))
 
     def objective(theta: Array) -> tuple[float, Array]:
-        predicted, gradient = _shares(theta, shifts)
+        predicted, gradient = shares_of(theta, shifts)
         residual = predicted - losses
         inside = np.clip(residual, -delta, delta)
         value = float((inside * (residual - inside / 2)).sum())
@@ -137,6 +135,12 @@ def descend(start: Array, shifts: Array, losses: Array, delta: float) -> tuple[A
         options={"maxiter": 2000, "maxfun": 4000, "ftol": 1e-10, "gtol": 1e-7, "maxcor": 20},
     )
     return (result.x, float(result.fun)) if np.isfinite(result.fun) else None
+
+
+def bounds_of(losses: Array, axes: int) -> list[tuple[float, float]]:
+    """Lowest and highest of each constant: E from e⁻⁵ of the lowest loss to that loss, exponents 0.02 to 3."""
+    low, high = float(losses.min()), float(losses.max())
+    return [(low - 5.0, low), *[(low - 9.0, high + 1.0), EXPONENTS] * axes]
 
 
 def _starts(losses: Array, axes: int) -> list[Array]:
@@ -154,19 +158,23 @@ def _starts(losses: Array, axes: int) -> list[Array]:
 
 
 def _terms(theta: Array, shifts: Array) -> Array:
-    falling = theta[1::2] - theta[2::2] * shifts
-    return np.concatenate([np.full((len(shifts), 1), theta[0]), falling], axis=1)
+    falling = theta[..., None, 1::2] - theta[..., None, 2::2] * shifts
+    irreducible = np.broadcast_to(theta[..., None, :1], (*falling.shape[:-1], 1))
+    return np.concatenate([irreducible, falling], axis=-1)
 
 
-def _shares(theta: Array, shifts: Array) -> tuple[Array, Array]:
-    """log L̂ and its derivatives: each term's share of the loss, times what the constant does to the term."""
+def shares_of(theta: Array, shifts: Array) -> tuple[Array, Array]:
+    """log L̂ (..., points) and its derivatives (..., points, constants) for theta (..., constants).
+
+    A derivative is its term's share of the loss, times what the constant does to the term.
+    """
     terms = _terms(theta, shifts)
-    top = terms.max(axis=1, keepdims=True)
+    top = terms.max(axis=-1, keepdims=True)
     powers = np.exp(terms - top)
-    total = powers.sum(axis=1, keepdims=True)
+    total = powers.sum(axis=-1, keepdims=True)
     shares = powers / total
-    gradient = np.empty((len(shifts), len(theta)))
-    gradient[:, 0] = shares[:, 0]
-    gradient[:, 1::2] = shares[:, 1:]
-    gradient[:, 2::2] = -shares[:, 1:] * shifts
-    return (top + np.log(total))[:, 0], gradient
+    gradient = np.empty((*terms.shape[:-1], theta.shape[-1]))
+    gradient[..., 0] = shares[..., 0]
+    gradient[..., 1::2] = shares[..., 1:]
+    gradient[..., 2::2] = -shares[..., 1:] * shifts
+    return (top + np.log(total))[..., 0], gradient

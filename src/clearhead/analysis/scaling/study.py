@@ -1,4 +1,4 @@
-"""The whole analysis of a scaling study: for each arm its laws, how far to trust them, and its ratios to the first arm."""
+"""The analysis of a scaling study: for each arm its laws, how far to trust them, and its ratios to the first arm."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def analyse(points: Sequence[ScalingPoint], draws: int = DRAWS, seed: int = 0) -
         nothing: dict[Axis, FittedLaw | Refused] = dict.fromkeys(("parameters", "tokens", "flops"), noise)
         curves: dict[Currency, list[Equivalence | Refused]] = {name: [noise] for name in CURRENCIES}
         return ScalingAnalysis(
-            noise, [ArmScaling(name, noise, nothing, noise, curves if name != names[0] else {}) for name in names]
+            noise,
+            [ArmScaling(name, noise, nothing, noise, curves if name != names[0] else {}) for name in names],
         )
     factors = draw_factors([point.cluster for point in points], draws, seed)
     budgets = sorted({point.tokens for point in points})
@@ -113,7 +114,10 @@ def _curve(
     """By the joint laws; where one of them does not fit, by L(N) at the largest budget, which knows no tokens."""
     tokens = budgets[-2] if currency == "tokens" and len(budgets) > 1 else budgets[-1]
     reason = Refused("")
-    for own, other in ((arm.joint, baseline.joint), (arm.single["parameters"], baseline.single["parameters"])):
+    for own, other in (
+        (arm.joint, baseline.joint),
+        (arm.single["parameters"], baseline.single["parameters"]),
+    ):
         if isinstance(own, FittedLaw) and isinstance(other, FittedLaw):
             return curve(_named(arm.name, own), _named(baseline.name, other), currency, tokens)
         if not reason.reason:
