@@ -68,7 +68,7 @@ def load(text: str) -> dict[str, Any]:
 
 def test_budgets_are_one_course_until_they_decay() -> None:
     made = recipe(
-        train={"batch_tokens": 64, "schedule": "wsd", "warmup": 0.1, "decay": 0.25, "min_lr_ratio": 0.1}
+        train={"batch_tokens": 64, "schedule": "wsd", "warmup": 0.2, "decay": 0.25, "min_lr_ratio": 0.1}
     )
     job = family_job(made, made.arms[0], sizes(made)[0], 0)
     assert job.branches == (1280, 2560) and job.train.tokens == 2560
@@ -76,7 +76,7 @@ def test_budgets_are_one_course_until_they_decay() -> None:
     assert branching_steps(job) == (15, 30) and trunk.train.steps == 30
     assert job.steps == 30 + 5 + 10
     shared = [course(trunk.train)(step) for step in range(30)]
-    assert shared[:3] == [0.5, 1.0, 1.0] and set(shared[1:]) == {1.0}
+    assert shared[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and set(shared[3:]) == {1.0}
     for tokens, start, steps in ((1280, 15, 20), (2560, 30, 40)):
         branch = branch_job(job, tokens)
         assert branch.branches == () and (branch.train.decay_start, branch.train.steps) == (start, steps)

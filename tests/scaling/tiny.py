@@ -15,6 +15,7 @@ def raw_recipe(corpus: str, **changes: Any) -> dict[str, Any]:
             "batch_tokens": 64,
             "learning_rate": 4e-3,
             "schedule": "wsd",
+            "warmup": 0.2,
             "save_every": 7,
             "log_every": 4,
         },
