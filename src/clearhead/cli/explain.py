@@ -28,8 +28,19 @@ def command(
         str, typer.Option(help="cpu, cuda, ... A GPU that is not here by its capability: cuda:sm_90.")
     ] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    on: Annotated[
+        str | None,
+        typer.Option(help="Devices to train on, such as 8xh100: memory of each and least time, by a model."),
+    ] = None,
+    sharding: Annotated[
+        str, typer.Option(help="With --on: fsdp, or none for all of the model on every device.")
+    ] = "fsdp",
+    rows: Annotated[int, typer.Option(min=1, help="With --on: rows that a device takes at a time.")] = 1,
 ) -> None:
-    """Print parameters, FLOPs and cache bytes per token, and how each engine would run the attention, or why not."""
+    """Print parameters, FLOPs and cache bytes per token, and how each engine would run the attention, or why not.
+
+    With --on, what a training takes of each of those devices instead of the engines.
+    """
     from dataclasses import replace
 
     import torch
@@ -48,7 +59,15 @@ def command(
     models, length = _models(subject, overrides or [], arm)
     length = context or length
     console = Console(highlight=False, soft_wrap=True)
+    if on is not None and subject.suffix != ".toml":
+        raise ValueError(f"--on is for recipes, which say how a model is trained; {str(subject)!r} is none")
     console.print(_costs(models, length, floats[dtype]))
+    if on is not None:
+        from clearhead.cli.footprint import print_footprint
+        from clearhead.runs.recipe_io import load_recipe
+
+        print_footprint(models, load_recipe(subject, overrides or []), on, sharding, rows, length)
+        return
     console.print(
         '\n"<- auto" marks what models take by themselves: attn_implementation="clearhead", the default.'
     )

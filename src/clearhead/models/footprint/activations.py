@@ -1,7 +1,7 @@
 """What a forward pass keeps for its backward pass: a real layer, run on the meta device, and what autograd saves of it.
 
-So it is the layer's own code that is counted, whatever the variant; only the softmax attention itself stands in: a fused
-kernel, which keeps queries, keys, values, its output and one float32 number a query and head.
+So it is the layer's own code that is counted, whatever the variant; only the softmax attention itself is a stand-in: a
+fused kernel, which keeps queries, keys, values, its output and one float32 number a query and head.
 
 Legend: B rows, L tokens of a row, V vocabulary.
 """
@@ -27,8 +27,8 @@ class Activations:
     """Bytes on one device for its rows, kept from the forward pass until the backward pass.
 
     layers:  of each layer.         inputs: of what a layer is given, which is all that checkpointing keeps of it.
-    head:    of the last norm.      loss:   what the logits and their loss take at their largest, which is when the backward
-        pass begins: their log-softmax and two gradients of its size, in float32.
+    head:    of the last norm.      loss:   what the logits and their loss take at their largest, which is when the
+        backward pass begins: their log-softmax and two gradients of its size, in float32.
     mask:    of one dense mask for all layers, where packed documents need it.
     """
 
@@ -105,9 +105,7 @@ def _layer(
     return kept.bytes
 
 
-def _lowering(
-    config: ClearheadConfig, layer: int, length: int, dtype: torch.dtype, device: str
-) -> Lowering:
+def _lowering(config: ClearheadConfig, layer: int, length: int, dtype: torch.dtype, device: str) -> Lowering:
     """As SDPA runs it on that kind of device."""
     variant = config.make_variant(layer)
     problem = AttentionProblem.of_widths(
