@@ -23,7 +23,7 @@ from clearhead.models.config import ClearheadConfig
 
 
 @dataclass(frozen=True)
-class Activations:
+class KeptActivations:
     """Bytes on one device for its rows, kept from the forward pass until the backward pass.
 
     layers:  of each layer.         inputs: of what a layer is given, which is all that checkpointing keeps of it.
@@ -57,7 +57,7 @@ def activations(
     device: str = "cuda",
     *,
     documents: bool = False,
-) -> Activations:
+) -> KeptActivations:
     """The activations of `rows` rows of `length` tokens in a model that computes in `dtype` on a kind of device.
 
     documents: whether rows are packed, whose mask SDPA takes as a dense one.
@@ -74,7 +74,7 @@ def activations(
         head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
     with _Kept(norm, head) as kept:
         head(norm(x))
-    return Activations(
+    return KeptActivations(
         layers=tuple(measured[kind] for kind in kinds),
         inputs=tokens * config.hidden_size * dtype.itemsize,
         head=kept.bytes,

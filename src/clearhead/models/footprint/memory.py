@@ -7,7 +7,7 @@ import torch
 
 from clearhead.models.config import ClearheadConfig
 from clearhead.models.cost import forward_flops_per_token
-from clearhead.models.footprint.activations import Activations, activations
+from clearhead.models.footprint.activations import KeptActivations, activations
 from clearhead.models.footprint.devices import Fleet
 
 Sharding = Literal["none", "fsdp"]
@@ -58,7 +58,7 @@ class TrainingMemory:
 
 def training_memory(
     size: ModelSize,
-    kept: Activations,
+    kept: KeptActivations,
     devices: int,
     sharding: Sharding,
     dtype: torch.dtype,
@@ -119,7 +119,7 @@ class Roofline:
 def roofline(
     config: ClearheadConfig,
     size: ModelSize,
-    kept: Activations,
+    kept: KeptActivations,
     fleet: Fleet,
     sharding: Sharding,
     *,
