@@ -24,6 +24,7 @@ INCLUDES = {
 # Verb of the command line -> the extra it needs.
 VERBS = {
     "compare": "train",
+    "scale": "train",
     "train": "train",
     "evaluate": "train",
     "explain": "train",

@@ -20,6 +20,7 @@ from clearhead.runs.recipe import (
     NeedleRows,
     Recipe,
     RecipeError,
+    Scaling,
     Sweep,
     TokenizerOptions,
     Train,
@@ -300,6 +301,7 @@ def test_the_documented_recipe_is_complete_and_true() -> None:
         assert getattr(shown, table) == expected
     assert set(raw["data"]["needles"]) == set(NeedleRows.model_fields)
     assert set(raw["sweep"]) == set(Sweep.model_fields)
+    assert set(raw["scaling"]) == set(Scaling.model_fields)
     assert set(raw["arms"][0]) == set(Arm.model_fields) - {"retrofit"}
     assert set(raw) == set(Recipe.model_fields)
     assert shown.evaluate.suites == Evaluate().suites

@@ -21,7 +21,7 @@ MOST_BANDS = 6
 
 @dataclass(frozen=True)
 class Series:
-    """One curve; `low` and `high` span a band around it."""
+    """One curve; `low` and `high` span a band around it. A "line" alone has no markers and no place in the legend."""
 
     name: str
     x: Sequence[float]
@@ -29,6 +29,7 @@ class Series:
     low: Values | None = None
     high: Values | None = None
     arm: str | None = None
+    drawn: Literal["both", "points", "line"] = "both"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class LineChart:
     series: Sequence[Series]
     caption: str = ""
     log_x: bool = False
+    log_y: bool = False
     step: bool = False
     markers: bool = False
     y_range: tuple[float, float] | None = None

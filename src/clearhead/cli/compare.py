@@ -37,9 +37,12 @@ def compare(
     """The command without its interruption."""
     from clearhead.cli.progress import watcher
     from clearhead.cli.results import print_results
+    from clearhead.runs.recipe import RecipeError
     from clearhead.runs.recipe_io import load_recipe
 
     loaded = load_recipe(recipe, overrides)
+    if loaded.scaling is not None:
+        raise RecipeError(f"{recipe} has a table [scaling]: clearhead scale runs it")
     run_dir = out or Path("runs") / loaded.name
     from clearhead.train.comparison import run_comparison
 

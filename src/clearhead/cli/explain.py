@@ -40,8 +40,19 @@ def command(
     ] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     as_json: AsJson = False,
+    on: Annotated[
+        str | None,
+        typer.Option(help="Devices to train on, such as 8xh100: memory of each and least time, by a model."),
+    ] = None,
+    sharding: Annotated[
+        str, typer.Option(help="With --on: fsdp, or none for all of the model on every device.")
+    ] = "fsdp",
+    rows: Annotated[int, typer.Option(min=1, help="With --on: rows that a device takes at a time.")] = 1,
 ) -> None:
-    """Print parameters, FLOPs and cache bytes per token, and how each engine would run the attention, or why not."""
+    """Print parameters, FLOPs and cache bytes per token, and how each engine would run the attention, or why not.
+
+    With --on, what a training takes of each of those devices instead of the engines.
+    """
     from dataclasses import replace
 
     import torch
@@ -55,9 +66,14 @@ def command(
         place, capability = parse_device(device)
     except ValueError as error:
         raise ValueError(f"--device {error}") from None
+    if as_json and on is not None:
+        raise ValueError("--json has no form for --on yet; leave out one of the two")
     models, length = _models(subject, overrides or [], arm)
     length = context or length
     costs = {name: _costs(config, length, floats[dtype]) for name, config in models.items()}
+    if on is not None:
+        _explain_devices(subject, overrides or [], models, costs, on, sharding, rows, length)
+        return
     plans = {
         name: {
             title: {
@@ -75,6 +91,28 @@ def command(
                     "costs": costs, "cautions": cautioned, "attention": plans})  # fmt: skip
         return
     _print(costs, cautioned, plans, f"{dtype} on {device}", length, kernel)
+
+
+def _explain_devices(
+    subject: Path,
+    overrides: list[str],
+    models: "dict[str, ClearheadConfig]",
+    costs: Costs,
+    on: str,
+    sharding: str,
+    rows: int,
+    length: int,
+) -> None:
+    """What a training takes of each device, for `--on`."""
+    from rich.console import Console
+
+    from clearhead.cli.footprint import print_footprint
+    from clearhead.runs.recipe_io import load_recipe
+
+    if subject.suffix != ".toml":
+        raise ValueError(f"--on is for recipes, which say how a model is trained; {str(subject)!r} is none")
+    Console(highlight=False, soft_wrap=True).print(_cost_table(costs, length))
+    print_footprint(models, load_recipe(subject, overrides), on, sharding, rows, length)
 
 
 def _print(

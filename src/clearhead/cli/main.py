@@ -19,6 +19,7 @@ from clearhead.cli import (
     look,
     report,
     retrofit,
+    scale,
     train,
 )
 from clearhead.cli.console import Interrupted, fail, interruptible
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 for verb in (
     compare,
+    scale,
     train,
     evaluate,
     report,

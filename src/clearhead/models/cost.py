@@ -6,6 +6,7 @@ Legend: H heads of one stream, G key-value heads, D key width, E value width, K 
 import torch
 
 from clearhead.models.config import ClearheadConfig
+from clearhead.models.kinds import LayerKind
 from clearhead.variants.base import Variant
 
 
@@ -28,8 +29,8 @@ def forward_flops_per_token(config: ClearheadConfig, context: int) -> int:
     """
     assert config.intermediate_size is not None
     total = 2.0 * config.hidden_size * config.vocab_size
-    for layer, kind in enumerate(config.layer_kinds):
-        variant, mean_keys = _variant(config, layer), mean_visible(context, kind.window)
+    for kind, variant in _by_layer(config):
+        mean_keys = mean_visible(context, kind.window)
         sizes = variant.sizes
         projections = config.hidden_size * (sizes.q + sizes.k + sizes.v + sizes.o)
         gated = 3 * config.hidden_size * config.intermediate_size
@@ -55,15 +56,20 @@ def kv_bytes_per_token(config: ClearheadConfig, dtype: torch.dtype) -> int:
 def kv_bytes(config: ClearheadConfig, context: int, dtype: torch.dtype) -> int:
     """Bytes of a key-value cache of `context` tokens, one row; a layer with a window w keeps w − 1 of them at most."""
     numbers = 0
-    for layer, kind in enumerate(config.layer_kinds):
-        sizes = _variant(config, layer).sizes
+    for kind, variant in _by_layer(config):
+        sizes = variant.sizes
         keys = sizes.key_streams * sizes.key_width // (2 if config.compact_cache else 1)
         kept = context if kind.window is None else min(context, kind.window - 1)
         numbers += kept * sizes.kv_heads * (keys + sizes.value_width)
     return numbers * dtype.itemsize
 
 
-def _variant(config: ClearheadConfig, layer: int) -> Variant:
-    """For its sizes: without memory."""
-    with torch.device("meta"):
-        return config.make_variant(layer)
+def _by_layer(config: ClearheadConfig) -> list[tuple[LayerKind, Variant]]:
+    """The kind of each layer and a variant of that kind, for its sizes: made once a kind, without memory."""
+    made: dict[LayerKind, Variant] = {}
+    kinds = config.layer_kinds
+    for layer, kind in enumerate(kinds):
+        if kind not in made:
+            with torch.device("meta"):
+                made[kind] = config.make_variant(layer)
+    return [(kind, made[kind]) for kind in kinds]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from clearhead.analysis.statistics import count, decimal
 from clearhead.registry import names, resolve
 from clearhead.report.charts import render
 from clearhead.report.palette import all_inks, arm_inks
+from clearhead.report.scaling import scaling_sections
 from clearhead.report.training import cost, diagnostics, lambdas, learning_curves
 from clearhead.runs.directory import LOOK_PAGE
 from clearhead.runs.files import write_json, write_text
 from clearhead.runs.results import RunResults, load_run
+from clearhead.runs.study import is_study, load_study
 
 MISSING = "–"
 # Evaluations that ask for facts in the form of the training's own retrieval rows.
@@ -34,11 +36,74 @@ def build_report(run_dir: str | Path, *, reload_every: float | None = None) -> P
     ValueError that names the file when one of its files is broken.
     """
     root = Path(run_dir)
+    if is_study(root):
+        return _study_report(root, reload_every)
     run = load_run(root)
     questions = evaluation_sections(run)
     logged = (lambdas(run), *diagnostics(run))
     sections = [section for section in (learning_curves(run), *questions, *logged, cost(run)) if section]
-    inks = arm_inks([arm.name for arm in run.arms])
+    target = _write(
+        root,
+        _Page(run.name, run.recipe, run.env, setting(run), state(run), arms_of(run)),
+        questions,
+        sections,
+        reload_every,
+    )
+    write_json(root / "summary.json", summary(run, sections))
+    return target
+
+
+def arms_of(run: RunResults) -> list[str]:
+    """The names of the arms, in the recipe's order."""
+    return [arm.name for arm in run.arms]
+
+
+@dataclass(frozen=True)
+class _Page:
+    """What a page says beside its sections."""
+
+    name: str
+    recipe: dict[str, Any]
+    env: dict[str, Any]
+    setting: str
+    state: str
+    arms: list[str]
+
+
+def _study_report(root: Path, reload_every: float | None) -> Path:
+    """The report of a scaling study."""
+    from clearhead.analysis.scaling.study import analyse
+
+    study = load_study(root)
+    sections = scaling_sections(study, analyse(study.points))
+    recipe = study.recipe
+    widths, budgets = len(recipe.scaling.widths), len(recipe.scaling.budgets)  # type: ignore[union-attr]
+    parts = (count(len(recipe.arms), "arm"), count(widths, "size"), count(budgets, "budget"))
+    where = f"corpus {recipe.corpus.source}"
+    done, total = study.states["evaluated"], study.states.total()
+    page = _Page(
+        recipe.name,
+        {"description": recipe.description},
+        study.env,
+        " · ".join((*parts, count(len(recipe.seeds), "seed"), where)),
+        "All families trained and evaluated."
+        if done == total
+        else f"{done} of {total} families evaluated. What is missing is shown as missing.",
+        [arm.name for arm in recipe.arms],
+    )
+    # The ratios and whether the laws hold are the answers; the laws themselves are a detail.
+    questions = [section for section in sections if section.slug != "scaling-laws"]
+    target = _write(root, page, questions, sections, reload_every)
+    table = _table(page.arms, page.name, page.state, [section for section in sections if section.headlines])
+    write_json(root / "summary.json", _summary(page.name, page.state, sections, table))
+    return target
+
+
+def _write(
+    root: Path, page: _Page, questions: list[Section], sections: list[Section], reload_every: float | None
+) -> Path:
+    """The page and its charts; returns the page's path."""
+    inks = arm_inks(page.arms)
     drawn = {
         chart.slug: Markup(render(chart, inks, root / "charts"))
         for section in sections
@@ -52,11 +117,11 @@ def build_report(run_dir: str | Path, *, reload_every: float | None = None) -> P
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html").render(
-        name=run.name,
-        description=run.recipe.get("description", ""),
-        state=state(run),
-        setting=setting(run),
+    text = environment.get_template("report.html").render(
+        name=page.name,
+        description=page.recipe.get("description", ""),
+        state=page.state,
+        setting=page.setting,
         questions=questions,
         sections=sections,
         charts=drawn,
@@ -64,14 +129,13 @@ def build_report(run_dir: str | Path, *, reload_every: float | None = None) -> P
         inks=all_inks(),
         number=headline_number,
         recipe=(root / "recipe.toml").read_text(encoding="utf-8"),
-        environment=dict(_flat(run.env)),
+        environment=dict(_flat(page.env)),
         missing=MISSING,
         look=LOOK_PAGE if (root / LOOK_PAGE).exists() else None,
         reload_every=reload_every,
     )
     target = root / "report.html"
-    write_text(target, page)
-    write_json(root / "summary.json", summary(run, sections))
+    write_text(target, text)
     return target
 
 
@@ -99,16 +163,16 @@ def untaught(section: Section) -> Section:
     return replace(section, answer=f"{said} {section.answer}", measure="", headlines=())
 
 
-def _table(run: RunResults, questions: list[Section]) -> SectionTable:
+def _table(arms: list[str], name: str, state: str, questions: list[Section]) -> SectionTable:
     measured = [section for section in questions if section.measure]
     rows: list[list[str | None]] = []
-    for arm in run.arms:
-        row: list[str | None] = [arm.name]
+    for arm in arms:
+        row: list[str | None] = [arm]
         for section in measured:
-            found = [headline for headline in section.headlines if headline.arm == arm.name]
+            found = [headline for headline in section.headlines if headline.arm == arm]
             row.append(cell(found[0], section.digits) if found else None)
         rows.append(row)
-    return SectionTable(run.name, ["arm", *(section.measure for section in measured)], rows, state(run))
+    return SectionTable(name, ["arm", *(section.measure for section in measured)], rows, state)
 
 
 def headline_number(headline: Headline, digits: int) -> str:
@@ -130,10 +194,14 @@ def cell(headline: Headline, digits: int) -> str:
 
 def summary(run: RunResults, sections: list[Section]) -> dict[str, Any]:
     """`summary.json`: every answer with its numbers, for programs."""
-    table = _table(run, [section for section in sections if section.headlines])
+    asked = [section for section in sections if section.headlines]
+    return _summary(run.name, state(run), sections, _table(arms_of(run), run.name, state(run), asked))
+
+
+def _summary(name: str, state: str, sections: list[Section], table: SectionTable) -> dict[str, Any]:
     return {
-        "name": run.name,
-        "state": state(run),
+        "name": name,
+        "state": state,
         "answers": [
             {
                 "section": section.slug,

@@ -30,6 +30,7 @@ ARM_TRAIN_KEYS = (
     "learning_rate",
     "schedule",
     "warmup",
+    "decay",
     "min_lr_ratio",
     "weight_decay",
     "betas",
@@ -175,8 +176,11 @@ class Train(RecipeTable):
     tokens: Tokens = 5_000_000
     batch_tokens: Annotated[int, Field(ge=1, le=2**31)] = 4096
     learning_rate: Rate = 1e-3
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup: Share = 0.05  # share of the steps
+    decay: Annotated[float, Field(gt=0, lt=1)] = (
+        0.2  # of "wsd": the share of the steps, at the end, in which it falls
+    )
     min_lr_ratio: Share = 0.1  # the schedule ends at this share of learning_rate
     weight_decay: NotNegative = 0.1
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
@@ -208,6 +212,11 @@ class Train(RecipeTable):
     def steps(self) -> int:
         """Optimiser steps of the whole budget; the last one completes it."""
         return math.ceil(self.tokens / self.batch_tokens)
+
+    @property
+    def decay_start(self) -> int:
+        """The step from which "wsd" falls; up to it a training with a larger budget is the same."""
+        return self.steps - max(1, round(self.decay * self.steps))
 
 
 class Evaluate(BaseModel):
@@ -250,6 +259,28 @@ class ArmRetrofit(RecipeTable):
     heads: Annotated[float, Field(gt=0, le=1)] = 0.5
 
 
+class Scaling(RecipeTable):
+    """The grid of `clearhead scale` around the base shape, which is [model]; its rules: `clearhead.runs.grid`."""
+
+    widths: Annotated[list[Count], Field(min_length=1)]
+    budgets: Annotated[list[Tokens], Field(min_length=1)]  # all of them decay off one trunk
+    depth_power: Annotated[float, Field(ge=0, le=4)] = 1.0
+    rate_power: Annotated[float, Field(ge=0, le=4)] = 1.0
+    learning_rate: list[Rate] | None = None  # tuned, one a width; left out: transferred by rate_power
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("widths", "budgets"):
+            values = getattr(self, name)
+            if values != sorted(set(values)):
+                raise ValueError(f"{name} must rise from one to the next, got {values}")
+        if self.learning_rate is not None and len(self.learning_rate) != len(self.widths):
+            raise ValueError(
+                f"learning_rate has {len(self.learning_rate)} values; expected {len(self.widths)}, one a width"
+            )
+        return self
+
+
 class Arm(RecipeTable):
     """One side of the comparison: an attention variant and what differs with it."""
 
@@ -281,11 +312,20 @@ class Job(RecipeTable):
     evaluate: Evaluate
     start: str | None = None  # the checkpoint that training begins with
     retrofit: ArmRetrofit | None = None
+    branches: tuple[int, ...] = ()  # budgets that decay off this training (`clearhead.train.branching`)
 
     @property
     def attention(self) -> str:
         """Name of the attention variant."""
         return str(self.model["attention"])
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps to take; with branches, those of the trunk once and every branch's decay."""
+        if not self.branches or self.train.schedule != "wsd":
+            return self.train.steps
+        budgets = [self.train.model_copy(update={"tokens": tokens}) for tokens in self.branches]
+        return self.train.decay_start + sum(budget.steps - budget.decay_start for budget in budgets)
 
 
 class Recipe(RecipeTable):
@@ -301,6 +341,7 @@ class Recipe(RecipeTable):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     sweep: Sweep | None = None
+    scaling: Scaling | None = None
     arms: Annotated[list[Arm], Field(min_length=1)]
 
     def arm(self, name: str) -> Arm:

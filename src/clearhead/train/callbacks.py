@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,19 @@ class Progress(TrainerCallback):
                 error=None,
             ),
         )
+
+
+class SaveAt(TrainerCallback):
+    """A checkpoint at each of `steps`, beside the regular ones."""
+
+    def __init__(self, steps: Collection[int]) -> None:
+        self.steps = frozenset(steps)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step in self.steps:
+            control.should_save = True
 
 
 class Probe(TrainerCallback):

@@ -7,7 +7,7 @@ would be resumed from. The marker holds a checksum of every file, and what does 
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,10 @@ def mark_complete(folder: Path) -> None:
     seal(folder, MARKER)
 
 
-def drop_old(folder: Path, keep: int) -> None:
-    """Remove all but the `keep` latest checkpoints: by their numbers, for a clock may go back."""
+def drop_old(folder: Path, keep: int, kept: Collection[int] = ()) -> None:
+    """Remove all but the `keep` latest checkpoints, by their numbers, for a clock may go back, and those of `kept`."""
     numbered = _numbered(folder)
-    for number in sorted(numbered)[:-keep]:
+    for number in sorted(set(numbered) - set(kept))[: -keep or None]:
         # Without its marker first: stopped half way, what is left is not taken for a checkpoint.
         (numbered[number] / MARKER).unlink(missing_ok=True)
         shutil.rmtree(numbered[number])

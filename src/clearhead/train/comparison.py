@@ -19,7 +19,15 @@ from clearhead.runs.directory import (
 )
 from clearhead.runs.recipe import FROM, RESERVED_MODEL_KEYS, Arm, Evaluate, Recipe, RecipeError
 from clearhead.train.model_table import model_fault, option_fault
-from clearhead.train.pool import ProgressRow, TrainingTask, Watcher, is_trained, parallelism, run_tasks
+from clearhead.train.pool import (
+    WORKER,
+    ProgressRow,
+    TrainingTask,
+    Watcher,
+    is_trained,
+    parallelism,
+    run_tasks,
+)
 
 FLOAT_BYTES = 4
 # Weights and two Adam moments in each checkpoint of a running job: two kept and the one being written; and what it
@@ -42,24 +50,45 @@ class ComparisonOutcome:
         return [row for row in self.rows if row.status.state != "evaluated"]
 
 
+@dataclass(frozen=True)
+class Grid:
+    """What a run does instead of every arm with every seed.
+
+    tasks(recipe, run_dir, rates) makes the tasks, rates being those of a sweep by arm, or None; `worker` is the module
+    that runs one; parameters: what `bytes_needed` counts for an arm.
+    """
+
+    tasks: Callable[[Recipe, Path, Mapping[str, float] | None], list[TrainingTask]]
+    worker: str
+    parameters: Mapping[str, int]
+
+
 def run_comparison(
-    recipe: Recipe, run_dir: Path, *, watcher: Watcher, say: Say, fresh: bool = False
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    watcher: Watcher,
+    say: Say,
+    fresh: bool = False,
+    grid: Grid | None = None,
 ) -> ComparisonOutcome:
     """Bring the run directory to completion: whatever is finished there stays, everything else is run.
 
     fresh: set an existing run directory aside first and begin again.
+    grid:  run its tasks in place of every arm with every seed.
 
     Raises RunError or RecipeError before anything is trained; a job that fails later is in the outcome.
     """
     # A recipe that cannot be run leaves everything as it was.
-    parameters = check_models(recipe)
+    parameters = check_models(recipe) if grid is None else grid.parameters
     check_loggers(recipe)
+    make, worker = (arm_tasks, WORKER) if grid is None else (grid.tasks, grid.worker)
     if fresh:
         set_aside(run_dir, say)
     check_writable(run_dir)
     with exclusive(run_dir, f"the run {str(run_dir)!r}"):
         open_run(run_dir, recipe)
-        tasks = arm_tasks(recipe, run_dir)
+        tasks = make(recipe, run_dir, None)
         sweep = _sweep_tasks(recipe, run_dir)
         check_space(run_dir, bytes_needed([*sweep, *tasks], parameters))
         began = prepare_rows(recipe, run_dir, say)
@@ -72,8 +101,8 @@ def run_comparison(
 
             rates = choose(recipe, sweep, run_dir)
             say("chosen: " + ", ".join(f"{arm} {rate:g}" for arm, rate in rates.items()))
-            tasks = arm_tasks(recipe, run_dir, rates)
-        return ComparisonOutcome(run_tasks(tasks, watcher, began=began))
+            tasks = make(recipe, run_dir, rates)
+        return ComparisonOutcome(run_tasks(tasks, watcher, worker=worker, began=began))
 
 
 def prepare_rows(recipe: Recipe, run_dir: Path, say: Say) -> dict[str, Any]:

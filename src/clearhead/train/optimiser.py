@@ -34,6 +34,9 @@ def course(train: Train) -> Callable[[int], float]:
             return (step + 1) / warmup
         if train.schedule == "constant":
             return 1.0
+        if train.schedule == "wsd":
+            fallen = max(0, step - train.decay_start) / (train.steps - train.decay_start)
+            return 1.0 - (1.0 - train.min_lr_ratio) * min(1.0, fallen)
         done = min(1.0, (step - warmup) / max(1, train.steps - warmup))
         shape = 1.0 - done if train.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
         return train.min_lr_ratio + (1.0 - train.min_lr_ratio) * shape

@@ -83,7 +83,7 @@ def place(task: TrainingTask, began: Mapping[str, Any] | None = None) -> None:
         # Not done yet: it goes on from its last checkpoint, or with its evaluation.
         status = replace(status, state="trained" if is_trained(task.directory) else "queued", error=None)
     write_text(path, task.job.model_dump_json(indent=2) + "\n")
-    write_status(task.directory, replace(status, steps=task.job.train.steps, note=None))
+    write_status(task.directory, replace(status, steps=task.job.steps, note=None))
 
 
 def _training(job: Job) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,17 +25,16 @@ from clearhead.data.retrieval import Mixture
 from clearhead.data.writing import writing
 from clearhead.models.causal import ClearheadForCausalLM
 from clearhead.models.config import ClearheadConfig
-from clearhead.models.cost import forward_flops_per_token, kv_bytes_per_token
 from clearhead.models.start import with_defaults
-from clearhead.runs.checksums import CHECKSUMS, seal, sync
+from clearhead.runs.checksums import sync
 from clearhead.runs.directory import kept_data
-from clearhead.runs.files import write_json
+from clearhead.runs.grid import branching_steps
 from clearhead.runs.recipe import Job, Train
 from clearhead.runs.rows import data_spec, training_rows
 from clearhead.runs.status import read_status, write_status
 from clearhead.train import diagnostics
 from clearhead.train.begun import Schedules, begun_model, forget_start
-from clearhead.train.callbacks import Journal, Probe, Progress, TrainingError
+from clearhead.train.callbacks import Journal, Probe, Progress, SaveAt, TrainingError
 from clearhead.train.checkpoint import (
     drop_old,
     load_optimizer,
@@ -46,10 +44,10 @@ from clearhead.train.checkpoint import (
     save_optimizer,
     save_random,
 )
-from clearhead.train.memory import peak_memory
+from clearhead.train.finishing import drop_checkpoints, finish
 from clearhead.train.optimiser import adamw, course
 from clearhead.train.probe import make_probe
-from clearhead.train.trainable import TrainedPart, choose_part, trained_numbers
+from clearhead.train.trainable import TrainedPart, choose_part
 from clearhead.variants.schedule import begins
 
 IGNORE = -100
@@ -68,7 +66,7 @@ def train_job(job: Job, job_dir: Path) -> None:
     if (job_dir / "model" / "config.json").exists():
         if first:
             # Killed while it removed them.
-            shutil.rmtree(job_dir / "checkpoints", ignore_errors=True)
+            drop_checkpoints(job, job_dir)
             forget_start(job_dir)
         return
     rows_per_step = job.train.batch_tokens // job.data.length
@@ -99,6 +97,8 @@ def train_job(job: Job, job_dir: Path) -> None:
         part=part,
     )
     _check_shared(trainer, data)
+    trainer.kept = branching_steps(job)
+    trainer.add_callback(SaveAt(trainer.kept))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(progress)
     if begins(model):
@@ -120,7 +120,7 @@ def train_job(job: Job, job_dir: Path) -> None:
     with writing(job_dir):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if first and journal is not None:
-        _finish(job, job_dir, model, part, data, journal, trainer.state.global_step)
+        finish(job, job_dir, model, part, data, journal, trainer.state.global_step)
 
 
 def _note(job_dir: Path, first: bool, text: str) -> None:
@@ -188,6 +188,7 @@ class ComparisonTrainer(Trainer):
         self.diagnosed_tokens = diagnosed_tokens
         self.journal = journal
         self.plan = train
+        self.kept: tuple[int, ...] = ()
         # What the next record sums up since the last one; a checkpoint between two records keeps it.
         self._loss = torch.zeros(2)
         self._text = torch.zeros(2, dtype=torch.float64)
@@ -265,7 +266,7 @@ class ComparisonTrainer(Trainer):
                 if self.journal is not None and self.journal.path.exists():
                     sync(self.journal.path)
                 mark_complete(folder)
-                drop_old(self.folder, KEEP_CHECKPOINTS)
+                drop_old(self.folder, KEEP_CHECKPOINTS, self.kept)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save and isinstance(self.model, PreTrainedModel):
@@ -363,41 +364,3 @@ def _writer(folder: Path, resumed_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=resumed_step if folder.exists() else None)
-
-
-def _finish(
-    job: Job,
-    job_dir: Path,
-    model: ClearheadForCausalLM,
-    trained: TrainedPart,
-    data: PreparedData,
-    journal: Journal,
-    steps: int,
-) -> None:
-    """Write the cost and, last and in one step, the model; then the checkpoints are not needed any more."""
-    tokens = steps * job.train.batch_tokens
-    count = trained_numbers(model, trained)
-    trained.merge()
-    write_json(
-        job_dir / "cost.json",
-        {
-            "trained_parameters": count,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "flops_per_token": 3 * forward_flops_per_token(model.config, job.data.length),
-            "kv_bytes_per_token": kv_bytes_per_token(model.config, torch.float32),
-            "tokens": tokens,
-            "tokens_per_second": tokens / journal.seconds,
-            "peak_memory_bytes": peak_memory(),
-            "seconds": journal.seconds,
-        },
-    )
-    part = job_dir / ".model.part"
-    shutil.rmtree(part, ignore_errors=True)
-    with writing(job_dir / "model"):
-        model.save_pretrained(part)
-        data.tokenizer.save_pretrained(part)
-        seal(part, CHECKSUMS)
-        part.replace(job_dir / "model")
-        sync(job_dir)
-    shutil.rmtree(job_dir / "checkpoints", ignore_errors=True)
-    forget_start(job_dir)

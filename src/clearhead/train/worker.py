@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,7 +59,8 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def main() -> int:
+def main(run: Callable[[Job, Path], None] = run_job) -> int:
+    """The process of one job: `run` brings it to completion."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("job_dir", type=Path)
     parser.add_argument("--threads", type=int, required=True)
@@ -73,7 +75,7 @@ def main() -> int:
             import torch
 
             torch.set_num_threads(arguments.threads)
-            run_job(load_job(job_dir / "job.json"), job_dir)
+            run(load_job(job_dir / "job.json"), job_dir)
     except Exception as error:
         # A full disk takes neither of them; the parent finds that out for itself.
         with contextlib.suppress(OSError):

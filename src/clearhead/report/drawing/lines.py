@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from clearhead.analysis.sections import LineChart
+from clearhead.report.drawing.axes import FEW_TICKS, log_axis, log_values
 from clearhead.report.drawing.frame import (
     Arms,
     floats,
@@ -22,9 +19,6 @@ from clearhead.report.drawing.frame import (
 )
 from clearhead.report.palette import ARMS, MARKERS
 
-FEW_TICKS = 6
-"""Up to so many distinct x values are ticks themselves."""
-
 
 def draw_lines(chart: LineChart, arms: Arms) -> Figure:
     figure = new_figure(3.05)
@@ -33,7 +27,7 @@ def draw_lines(chart: LineChart, arms: Arms) -> Figure:
     for index, series in enumerate(chart.series):
         color = ink(series.arm, arms, index).light
         place = place_of(series.arm, arms, index)
-        marker = MARKERS[place % len(MARKERS)] if chart.markers else None
+        marker = MARKERS[place % len(MARKERS)] if chart.markers and series.drawn != "line" else None
         x, y = np.asarray(series.x, dtype=float), np.asarray(floats(series.y))
         style = "steps-post" if chart.step else "default"
         if series.low is not None and series.high is not None and not chart.bands_left_out:
@@ -47,34 +41,28 @@ def draw_lines(chart: LineChart, arms: Arms) -> Figure:
             color=color,
             drawstyle=style,
             # The colours begin anew with the ninth arm.
-            linestyle="solid" if place < len(ARMS) else (0, (2.2, 1.6)),
+            linestyle="none"
+            if series.drawn == "points"
+            else "solid"
+            if place < len(ARMS)
+            else (0, (2.2, 1.6)),
             marker=marker,
             markersize=4.5,
             markeredgewidth=0,
             label=series.name,
         )
-        handles.append(line)
+        if series.drawn != "line":
+            handles.append(line)
     y_axis(axes, chart.y_label, chart.y_range)
     axes.set_xlabel(chart.x_label)
     axes.margins(x=0.02)
     values = sorted({float(x) for series in chart.series for x in series.x})
     if chart.log_x:
-        _log_axis(axes, values)
+        log_axis(axes, values)
     elif chart.markers and len(values) <= FEW_TICKS:
         axes.set_xticks(values)
+    if chart.log_y:
+        log_values(axes)
     reference_lines(axes, chart.references)
     legend(figure, handles)
     return figure
-
-
-def _log_axis(axes: Axes, values: list[float]) -> None:
-    """Logarithmic in x with plain numbers: the values themselves if they are few, else powers of two."""
-    axes.set_xscale("log", base=2)
-    ticks: Sequence[float] = values
-    if len(values) > FEW_TICKS:
-        low, high = np.ceil(np.log2(values[0])), np.floor(np.log2(values[-1]))
-        ticks = [2.0**power for power in np.arange(low, high + 1, max(1, (high - low) // 5))]
-    axes.set_xticks(ticks)
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,0 +1,1 @@
+"""Scaling laws: fits, their intervals, equivalence ratios between arms, and refusals with their reasons."""
