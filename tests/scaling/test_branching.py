@@ -86,6 +86,7 @@ def test_a_branch_is_the_training_of_its_budget(job: Job, family: Path, tmp_path
 
 def test_what_a_family_leaves(job: Job, family: Path) -> None:
     assert read_status(family).state == "evaluated" and read_status(family).step == job.steps
+    # The trunk's were kept for its branches, and went when all of them were done.
     assert not list(family.rglob("checkpoint-*"))
     for tokens in job.branches:
         assert (family / branch_directory(tokens) / "results" / "language_modelling.json").exists()

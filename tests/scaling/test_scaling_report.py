@@ -90,6 +90,11 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert text in page
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [row[0] for row in summary["table"]["rows"]] == ["Transformer", "DIFF V1"]
+    written = json.loads((tmp_path / "scaling.json").read_text())
+    assert [arm["arm"] for arm in written["arms"]] == ["Transformer", "DIFF V1"]
+    ratios = written["arms"][1]["ratios"]["parameters"]
+    assert 0.58 < ratios[0]["value"] < 0.72 and "outside its data" in ratios[-1]["refused"]
+    assert written["arms"][0]["joint"]["constants"].keys() == {"E", "A", "α", "B", "β"}
     assert summary["table"]["rows"][0][1] is None and "%" in summary["table"]["rows"][1][1]
 
 

@@ -63,8 +63,8 @@ def stopped(corpus: Path, environment: dict[str, str]) -> Path:
     run = corpus.parent / "stopped"
     drop = trainer.drop_old
 
-    def stop(folder: Path, keep: int) -> None:
-        drop(folder, keep)
+    def stop(folder: Path, keep: int, kept: tuple[int, ...]) -> None:
+        drop(folder, keep, kept)
         if (folder / f"checkpoint-{3 * SAVE_EVERY}").exists():
             raise Stopped
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clearhead.cli.console import fail, interruptible, say
+from clearhead.cli.console import AsJson, fail, interruptible, say
 
 if TYPE_CHECKING:
     from clearhead.runs.recipe import Recipe
@@ -30,6 +30,7 @@ def command(
     plan: Annotated[
         bool, typer.Option("--plan", help="Print sizes, rates and costs of the grid; train nothing.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train every arm of RECIPE at every size and budget with every seed, fit scaling laws, write the report.
 

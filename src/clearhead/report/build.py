@@ -11,6 +11,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from clearhead.analysis.scaling.record import record
+from clearhead.analysis.scaling.study import analyse
 from clearhead.analysis.sections import Headline, Section, SectionTable
 from clearhead.analysis.statistics import count, decimal
 from clearhead.registry import names, resolve
@@ -71,11 +73,10 @@ class _Page:
 
 
 def _study_report(root: Path, reload_every: float | None) -> Path:
-    """The report of a scaling study."""
-    from clearhead.analysis.scaling.study import analyse
-
+    """The report of a scaling study, and `scaling.json`, its laws and ratios for programs."""
     study = load_study(root)
-    sections = scaling_sections(study, analyse(study.points))
+    analysis = analyse(study.points)
+    sections = scaling_sections(study, analysis)
     recipe = study.recipe
     widths, budgets = len(recipe.scaling.widths), len(recipe.scaling.budgets)  # type: ignore[union-attr]
     parts = (count(len(recipe.arms), "arm"), count(widths, "size"), count(budgets, "budget"))
@@ -96,6 +97,7 @@ def _study_report(root: Path, reload_every: float | None) -> Path:
     target = _write(root, page, questions, sections, reload_every)
     table = _table(page.arms, page.name, page.state, [section for section in sections if section.headlines])
     write_json(root / "summary.json", _summary(page.name, page.state, sections, table))
+    write_json(root / "scaling.json", record(analysis))
     return target
 
 

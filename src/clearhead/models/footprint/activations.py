@@ -72,7 +72,8 @@ def activations(
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps).to(dtype)
         x = torch.empty(rows, length, config.hidden_size, dtype=dtype, requires_grad=True)
         head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
-    with _Kept(norm, head) as kept:
+    kept = _Kept(norm, head)
+    with kept.watch():
         head(norm(x))
     return KeptActivations(
         layers=tuple(measured[kind] for kind in kinds),
@@ -94,7 +95,8 @@ def _layer(
         rotation = position.rotation(positions)
     lowering = _lowering(config, layer, length, dtype, device)
     attention = block.self_attn
-    with _Kept(block) as kept:
+    kept = _Kept(block)
+    with kept.watch():
         normed = block.input_layernorm(x)
         heads = attention.project(normed, normed, rotation)
         outputs = [_Fused.apply(call.q, call.k, call.v) for call in lower(heads, lowering)]
@@ -124,14 +126,13 @@ def _lowering(config: ClearheadConfig, layer: int, length: int, dtype: torch.dty
     return found
 
 
-class _Kept(saved_tensors_hooks):
-    """Counts every storage that autograd saves inside the block once, parameters left out."""
+class _Kept:
+    """Counts every storage that autograd saves while it watches once, parameters left out."""
 
     def __init__(self, *modules: torch.nn.Module) -> None:
         self.weights = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
         # Held, so that no address is used twice.
         self.storages: dict[int, Any] = {}
-        super().__init__(self._pack, lambda packed: packed)
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -139,9 +140,9 @@ class _Kept(saved_tensors_hooks):
             self.storages[storage._cdata] = storage
         return tensor
 
-    def __enter__(self) -> "_Kept":
-        super().__enter__()
-        return self
+    def watch(self) -> saved_tensors_hooks:
+        """A context whose forward pass is counted."""
+        return saved_tensors_hooks(self._pack, lambda packed: packed)
 
     @property
     def bytes(self) -> int:
