@@ -43,6 +43,7 @@ ENGINES = {
 KERNELS = {
     "cpu": "clearhead.kernels.cpu.kernel:Cpu",
     "triton": "clearhead.kernels.triton.kernel:Triton",
+    "blocks": "clearhead.kernels.blocks:Blocks",
 }
 # Modules that make backends for names outside ENGINES and KERNELS, imported when such a name is asked for.
 BACKEND_FACTORIES = ("clearhead.engines.hf",)

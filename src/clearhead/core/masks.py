@@ -55,6 +55,18 @@ class MaskSpec:
         offset = (keys - queries if self.offset is None else self.offset) + first
         return replace(self, offset=offset, dense=dense, places=places)
 
+    def columns(self, first: int, count: int, queries: int, keys: int) -> "MaskSpec":
+        """The same for `count` of the keys from `first` on; not with documents, which queries have by their own key."""
+        assert self.documents is None
+        part = slice(first, first + count)
+        dense = self.dense
+        if dense is not None and dense.shape[-1] > 1:
+            dense = dense[..., part]
+        padding = None if self.key_padding is None else self.key_padding[:, part]
+        places = None if self.places is None else (self.places[0], self.places[1][:, part])
+        offset = (keys - queries if self.offset is None else self.offset) - first
+        return replace(self, offset=offset, key_padding=padding, dense=dense, places=places)
+
     @property
     def is_of_nothing(self) -> bool:
         """Whether a part says that the batch is empty."""

@@ -25,6 +25,7 @@ from clearhead.models.heads import (
     ClearheadForSequenceClassification,
     ClearheadForTokenClassification,
 )
+from clearhead.models.quantised_cache import QuantisedCache
 
 __all__ = [
     "ClearheadConfig",
@@ -33,6 +34,7 @@ __all__ = [
     "ClearheadForSequenceClassification",
     "ClearheadForTokenClassification",
     "ClearheadModel",
+    "QuantisedCache",
 ]
 
 _NAMES: dict[str, Any] = {

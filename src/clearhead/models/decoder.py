@@ -27,7 +27,7 @@ from clearhead.models.forward_inputs import (
     request_lengths,
     shortest_trained_length,
 )
-from clearhead.models.kinds import CacheSizes, Present, present
+from clearhead.models.kinds import CacheSizes, Present, held_bits, present
 from clearhead.models.pretrained import ClearheadPreTrainedModel, backends_for
 from clearhead.models.shared import Plans, Shared
 from clearhead.positions.base import Position, Rotation
@@ -184,7 +184,8 @@ class ClearheadModel(ClearheadPreTrainedModel):
                     mask = replace(mask, slopes=own, offset=placed.past, places=placed.places)
                 if kind.window is not None:
                     mask = seen.of(mask, 0 if placed.past is None else placed.past, kind.window)
-                plans[asked] = self._plan(inputs_embeds, layer, mask, seen.count, output_attentions)
+                bits = held_bits(given.cache, layer)
+                plans[asked] = self._plan(inputs_embeds, layer, mask, seen.count, output_attentions, bits)
             table = self._table(layer, rotations[turned], inputs_embeds) if compact else None
             shared[layer] = Shared(inputs_embeds.device, rotations[turned], plans[asked], table)
         return shared
@@ -201,7 +202,13 @@ class ClearheadModel(ClearheadPreTrainedModel):
         return {name: cast(Position, method) for name, method in self.positions.items()}
 
     def _plan(
-        self, inputs_embeds: Tensor, layer: int, mask: MaskSpec, keys: int, output_attentions: bool
+        self,
+        inputs_embeds: Tensor,
+        layer: int,
+        mask: MaskSpec,
+        keys: int,
+        output_attentions: bool,
+        bits: int | None,
     ) -> Plans:
         variant = self._variant(layer)
         problem = AttentionProblem.of_widths(
@@ -215,6 +222,7 @@ class ClearheadModel(ClearheadPreTrainedModel):
             needs_grad=torch.is_grad_enabled()
             and (inputs_embeds.requires_grad or any(p.requires_grad for p in self.parameters())),
             needs_maps=output_attentions,
+            held_bits=bits,
         )
         implementation = self.config._attn_implementation or AUTOMATIC
         return Plans.make(problem, mask, backends_for(implementation), implementation == AUTOMATIC)

@@ -80,6 +80,12 @@ def present(cache: Cache | None, queries: int, layer: int, keys: int) -> Present
     return Present(first, count)
 
 
+def held_bits(cache: Cache | None, layer: int) -> int | None:
+    """Of the codes that layer `layer` will see in a quantised cache; None where it sees numbers alone."""
+    asked = getattr(cache, "held_bits", None)
+    return None if asked is None else asked(layer)
+
+
 def check_layers(layers: Any, depth: int) -> None:
     """Raise ValueError unless `layers` is a pattern for `depth` layers: tables with keys of `KEYS`."""
     if not isinstance(layers, Sequence) or isinstance(layers, str) or not 1 <= len(layers) <= depth:

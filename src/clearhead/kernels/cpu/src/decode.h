@@ -14,18 +14,9 @@
 // multiply-adds at VL = 16. Each number of a key or value is therefore loaded once for up to MOST rows, VL sums across
 // a vector take VL − 1 additions, and every line is asked for AHEAD keys before it is needed.
 #pragma once
-#include "sizes.h"
+#include "held.h"
 
 namespace clearhead::CLEARHEAD_ISA {
-
-// Lane i becomes the sum of all lanes of x[i]: each step interleaves two vectors and adds their halves.
-CLEARHEAD_INLINE vf sums_across(vf x[VL]) {
-#pragma GCC unroll 4
-  for (int half = VL / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < half; i++) x[i] = interleave_low(x[i], x[i + half]) + interleave_high(x[i], x[i + half]);
-  return x[0];
-}
 
 template <class Unit, class Number, bool FACTORED = false>
 class Decode {
@@ -33,7 +24,7 @@ class Decode {
   Decode(const clearhead_problem& problem, const Ids& ids)
       : p(problem), ids(ids), z(problem, BLOCK), all_rows(z.streams * z.rows), row_stride(rounded_up(z.keys, VL) + VL),
         held(FACTORED ? z.d / 2 : z.d), held_wide(rounded_up(units<Unit>(held), VL)),
-        left_stride((FACTORED ? 2 : 1) * held_wide + VL) {
+        left_stride((FACTORED ? 2 : 1) * held_wide + VL), codes(problem, z.e) {
     static_assert(!FACTORED || Unit::PER_UNIT == 1, "a table is of floats");
   }
 
@@ -42,7 +33,10 @@ class Decode {
 
   int64_t weights_floats() const { return all_rows * row_stride; }                          // of a group
   int64_t state_floats() const { return rounded_up(2 * all_rows, VL) + z.rows * z.e_wide; }  // of a part of a group
-  int64_t scratch_floats() const { return rounded_up(all_rows * left_stride + z.rows * TILE, VL); }
+  int64_t scratch_floats() const {
+    const int64_t own = rounded_up(all_rows * left_stride + z.rows * TILE, VL);
+    return p.held ? own + rounded_up(all_rows * codes.left_stride() + codes.zeros_floats(), VL) : own;
+  }
 
   // Weights and statistics of one part of the keys of a group.
   void weigh(int64_t b, int64_t g, int64_t part, int64_t parts, float* scratch, float* weights, float* state) const {
@@ -56,10 +50,11 @@ class Decode {
     const int64_t each = all_rows / z.key_streams;
     for_each_block(b, part, parts, [&](const Rows& rows, View view, int64_t begin, int64_t count) {
       const int64_t columns = rounded_up(count, VL);
-      for (int s = 0; s < z.key_streams; s++)
+      if (begin < p.held) weigh_codes(b, g, begin, count, scratch, weights);
+      for (int s = 0; s < z.key_streams && begin >= p.held; s++)
         for (int64_t i = 0; i < each; i += MOST) {
           const int64_t row = s * each + i;
-          logits(each - i, scratch + row * left_stride, row_of<Number>(p.k[s], b, g, begin), p.k[s].token,
+          logits(each - i, scratch + row * left_stride, row_of<Number>(p.k[s], b, g, begin - p.held), p.k[s].token,
                  FACTORED ? row_of<float>(p.table, b, 0, begin) : nullptr, count, i ? 0 : AHEAD,
                  weights + row * row_stride + begin);
         }
@@ -105,7 +100,9 @@ class Decode {
             mixed = mixed - load(weights + (z.rows + i) * row_stride + begin + c) * all(factor[z.rows + i]);
           store(tile + i * TILE + c, mixed);
         }
-      const Number* from = row_of<Number>(p.v, b, g, begin);
+      // What is not seen weighs nothing, and codes are never NaN.
+      if (begin < p.held) return codes.add_values(z.rows, tile, b, g, begin, count, out, z.e_wide);
+      const Number* from = row_of<Number>(p.v, b, g, begin - p.held);
       if (view == View::ALL) {
         for (int64_t i = 0; i < z.rows; i += MOST)
           values(z.rows - i, tile + i * TILE, from, count, i ? 0 : AHEAD, out + i * z.e_wide);
@@ -141,6 +138,7 @@ class Decode {
   const Sizes<Unit> z;
   const int64_t all_rows, row_stride;
   const int64_t held, held_wide, left_stride;  // numbers of a key as it lies; vectors of a query that meet them
+  const HeldDecode<FACTORED> codes;
 
   // body(rows, view, first key, keys) for each block of the part that some row sees something of.
   template <class Body>
@@ -152,6 +150,26 @@ class Decode {
       const int64_t begin = (first + i) * z.block, count = z.keys_of(first + i);
       const View view = rows.view(begin, count);
       if (view != View::NONE) body(rows, view, begin, count);
+    }
+  }
+
+  // Logits of one block of codes: queries in floats, times the block's scales.
+  void weigh_codes(int64_t b, int64_t g, int64_t begin, int64_t count, float* scratch, float* weights) const {
+    float* scaled = scratch + rounded_up(all_rows * left_stride + z.rows * TILE, VL);
+    float* zeros = scaled + all_rows * codes.left_stride();
+    float shift[2 * FEW_ROWS];
+    const int64_t each = all_rows / z.key_streams, block = begin / CLEARHEAD_KEY_BLOCK;
+    for (int s = 0; s < z.key_streams; s++) {
+      for (int64_t i = 0; i < each; i++) {
+        const int64_t row = s * each + i, own = row % z.rows;
+        const Number* q = row_of<Number>(p.q[row / z.rows], b, z.head_of(g, own), z.token_of(own));
+        shift[row] = codes.scale_row(q, z.flip ? -1.0f : 1.0f, s, b, g, block, scaled + row * codes.left_stride());
+      }
+      if (FACTORED) codes.zeros_of(s, b, g, block, zeros);
+      codes.logits(each, scaled + s * each * codes.left_stride(), shift + s * each, zeros,
+                   row_of<uint8_t>(p.k_codes[s].codes, b, g, begin), p.k_codes[s].codes.token,
+                   FACTORED ? row_of<float>(p.table, b, 0, begin) : nullptr, p.table.token, count,
+                   weights + s * each * row_stride + begin, row_stride);
     }
   }
 

@@ -79,6 +79,14 @@ void work_off(int64_t, int64_t, void* context) {
 
 bool stands(const clearhead_tensor& tensor) { return tensor.data != nullptr; }
 
+bool codes_stand(const clearhead_problem& p) {
+  const auto whole = [](const clearhead_codes& x) { return stands(x.codes) && stands(x.scale) && stands(x.zero); };
+  if (p.held < 0 || p.held >= p.keys || p.held % CLEARHEAD_KEY_BLOCK || (p.bits != 8 && p.bits != 4)) return false;
+  for (int s = 0; s < p.key_streams; s++)
+    if (!whole(p.k_codes[s])) return false;
+  return whole(p.v_codes);
+}
+
 bool well_formed(const clearhead_problem& p, bool backward) {
   if (p.streams < 1 || p.streams > 2 || p.key_streams < 1 || p.key_streams > p.streams) return false;
   if (p.batch < 1 || p.heads < 1 || p.groups < 1 || p.heads % p.groups || p.queries < 1 || p.keys < 1) return false;
@@ -88,6 +96,7 @@ bool well_formed(const clearhead_problem& p, bool backward) {
   for (int s = 0; s < p.streams; s++)
     if (!stands(p.q[s]) || (s < p.key_streams && !stands(p.k[s]))) return false;
   if (stands(p.table) && (backward || p.key_width % 2)) return false;
+  if (p.held && (backward || p.statistics || !codes_stand(p))) return false;
   if (!backward) return true;
   if (!p.statistics || !stands(p.grad_out) || !stands(p.grad_v)) return false;
   if (p.streams == 2 && !p.grad_gate) return false;
