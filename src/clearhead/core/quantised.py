@@ -26,10 +26,12 @@ _LEAST_SCALE = 2.0**-120
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """Numbers (B, G, N, W) as codes.
+    """Numbers (B, G, N, W) as codes, N whole blocks of KEY_BLOCK tokens.
 
-    codes: uint8 (B, G, N, W), or with 4 bits (B, G, N, ⌈W/2⌉): byte i has number i in its lower half, i + ⌈W/2⌉ in its
-        upper.
+    codes: uint8 (B, G, N / KEY_BLOCK, quads, lanes, 4). Of keys the lanes are tokens and byte i of quad u is channel
+        4u + i, of values the lanes are channels and it is token 4u + i of the block: products with them add up along
+        the quads, so the CPU kernel adds nothing across a vector. With 4 bits there are half as many quads, and the
+        byte's upper half is channel or token 4 · quads + 4u + i.
     scale, zero: bfloat16 and int16, of keys (B, G, N / KEY_BLOCK, W), of values (B, G, ⌈W / VALUE_GROUP⌉, N).
     """
 
@@ -42,7 +44,7 @@ class Codes:
 
     @property
     def tokens(self) -> int:
-        return self.codes.shape[2]
+        return self.codes.shape[2] * KEY_BLOCK
 
     @property
     def nbytes(self) -> int:
@@ -54,21 +56,17 @@ class Codes:
         return Codes(*parts, self.bits, self.width, self.of_keys)
 
     def part(self, first: int, count: int) -> "Codes":
-        """The tokens from `first` on; of keys both numbers must be of whole blocks."""
+        """The tokens from `first` on; both numbers must be of whole blocks."""
+        blocks = slice(first // KEY_BLOCK, (first + count) // KEY_BLOCK)
         if self.of_keys:
-            blocks = slice(first // KEY_BLOCK, -(-(first + count) // KEY_BLOCK))
             scale, zero = self.scale[:, :, blocks], self.zero[:, :, blocks]
         else:
-            scale = self.scale[..., first : first + count]
-            zero = self.zero[..., first : first + count]
-        return Codes(
-            self.codes[:, :, first : first + count], scale, zero, self.bits, self.width, self.of_keys
-        )
+            tokens = slice(first, first + count)
+            scale, zero = self.scale[..., tokens], self.zero[..., tokens]
+        return Codes(self.codes[:, :, blocks], scale, zero, self.bits, self.width, self.of_keys)
 
-    def followed_by(self, other: "Codes | None") -> "Codes":
+    def followed_by(self, other: "Codes") -> "Codes":
         """These tokens, then those of `other`."""
-        if other is None:
-            return self
         along = 2 if self.of_keys else 3
         return Codes(
             torch.cat((self.codes, other.codes), 2),
@@ -83,14 +81,17 @@ class Codes:
         """(B, G, N, W): what the codes stand for."""
         codes = self.codes
         if self.bits == 4:
-            codes = torch.cat((codes & 15, codes >> 4), dim=-1)[..., : self.width]
+            codes = torch.cat((codes & 15, codes >> 4), dim=3)
+        # (B, G, blocks, quads, lanes, 4) -> (B, G, blocks, channels or tokens, lanes)
+        rows = codes.transpose(4, 5).flatten(3, 4)
+        tokens = (rows[:, :, :, : self.width].mT if self.of_keys else rows).flatten(2, 3)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         scale, zero = self.scale, self.zero
         if self.of_keys:
-            scale, zero = (x.repeat_interleave(KEY_BLOCK, 2)[:, :, : self.tokens] for x in (scale, zero))
+            scale, zero = (x.repeat_interleave(KEY_BLOCK, 2) for x in (scale, zero))
         else:
             scale, zero = (x.mT.repeat_interleave(VALUE_GROUP, 3)[..., : self.width] for x in (scale, zero))
-        return ((codes.to(wide) + zero.to(wide)) * scale.to(wide)).to(dtype)
+        return ((tokens.to(wide) + zero.to(wide)) * scale.to(wide)).to(dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +120,7 @@ class Held:
         """The tokens from `first` on, whole blocks."""
         return Held(tuple(x.part(first, count) for x in self.keys), self.values.part(first, count))
 
-    def followed_by(self, other: "Held | None") -> "Held":
-        if other is None:
-            return self
+    def followed_by(self, other: "Held") -> "Held":
         keys = zip(self.keys, other.keys, strict=True)
         return Held(tuple(a.followed_by(b) for a, b in keys), self.values.followed_by(other.values))
 
@@ -137,18 +136,20 @@ class Held:
 
 
 def hold(keys: tuple[Tensor, ...], values: Tensor, bits: int) -> Held:
-    """Codes of keys, one (B, G, N, W) a stream, and of values (B, G, N, E); N must be whole blocks."""
+    """Codes of keys, one (B, G, N, W) a stream, and of values (B, G, N, E); ValueError unless N is whole blocks."""
+    if values.shape[2] % KEY_BLOCK:
+        raise ValueError(
+            f"codes are made of blocks of {KEY_BLOCK} tokens, and {values.shape[2]} tokens are not whole ones"
+        )
     return Held(tuple(quantise_keys(k, bits) for k in keys), quantise_values(values, bits))
 
 
 def quantise_keys(x: Tensor, bits: int) -> Codes:
     """(B, G, N, W) in blocks of KEY_BLOCK tokens, each channel of a block with its own scale."""
-    if x.shape[2] % KEY_BLOCK:
-        raise ValueError(f"keys are held in blocks of {KEY_BLOCK} tokens, and {x.shape[2]} are not whole ones")
     blocks = _wide(x).unflatten(2, (-1, KEY_BLOCK))
     scale, zero = _affine(blocks.amin(3), blocks.amax(3), bits)
-    codes = _codes(blocks, scale[:, :, :, None], zero[:, :, :, None], bits).flatten(2, 3)
-    return Codes(_packed(codes, bits), scale, zero, bits, x.shape[3], True)
+    codes = _codes(blocks, scale[:, :, :, None], zero[:, :, :, None], bits)
+    return Codes(_packed(codes.mT, bits), scale, zero, bits, x.shape[3], True)
 
 
 def quantise_values(x: Tensor, bits: int) -> Codes:
@@ -157,7 +158,7 @@ def quantise_values(x: Tensor, bits: int) -> Codes:
     scale, zero = (torch.stack(parts, 2) for parts in zip(*found, strict=True))
     channels = torch.arange(x.shape[3], device=x.device) // VALUE_GROUP
     codes = _codes(_wide(x), scale[:, :, channels].mT, zero[:, :, channels].mT, bits)
-    return Codes(_packed(codes, bits), scale, zero, bits, x.shape[3], False)
+    return Codes(_packed(codes.unflatten(2, (-1, KEY_BLOCK)), bits), scale, zero, bits, x.shape[3], False)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -179,9 +180,12 @@ def _codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return ((x / scale.to(x.dtype)).round_() - zero.to(x.dtype)).clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
-def _packed(codes: Tensor, bits: int) -> Tensor:
-    if bits == 8:
-        return codes.contiguous()
-    half = -(-codes.shape[-1] // 2)
-    upper = torch.nn.functional.pad(codes[..., half:], (0, 2 * half - codes.shape[-1]))
-    return codes[..., :half] | upper << 4
+def _packed(rows: Tensor, bits: int) -> Tensor:
+    """(B, G, blocks, channels or tokens, lanes) -> (B, G, blocks, quads, lanes, 4), with codes of 0 where there are none."""
+    together = 8 if bits == 4 else 4
+    missing = -rows.shape[3] % together
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
+    if bits == 4:
+        lower, upper = rows.chunk(2, dim=3)
+        rows = lower | upper << 4
+    return rows.unflatten(3, (-1, 4)).transpose(4, 5).contiguous()

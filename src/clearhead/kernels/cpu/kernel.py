@@ -165,6 +165,11 @@ def _contiguous_width(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
+def _dense_rows(x: Tensor) -> Tensor:
+    """x, or a copy of it, whose dimensions behind the third lie as in a dense tensor."""
+    return x if x[0, 0, 0].is_contiguous() else x.contiguous()
+
+
 def _row_stride(x: Tensor) -> int:
     # One row may stand for the whole batch.
     return x.stride(0) if x.shape[0] > 1 else 0
@@ -255,11 +260,11 @@ def _held(
     call = _Call(ops.KernelInputs(q1, q2, k1, k2, v, gate, padding, None, *numbers))
     _check_devices(table, *parts)
     problem = call.problem
-    parts = [None if x is None else _contiguous_width(x) for x in parts]
+    parts = tuple(None if x is None else _dense_rows(x) for x in parts)
     for to, codes in zip((*problem.k_codes, problem.v_codes), (parts[:3], parts[3:6], parts[6:]), strict=True):
         if codes[0] is not None:
             to.codes, to.scale, to.zero = map(_tensor, codes)
-    problem.bits, problem.held = bits, parts[6].shape[2]
+    problem.bits, problem.held = bits, parts[8].shape[3]
     problem.keys += problem.held
     if table is not None:
         table = table.contiguous()

@@ -24,7 +24,7 @@ class Decode {
   Decode(const clearhead_problem& problem, const Ids& ids)
       : p(problem), ids(ids), z(problem, BLOCK), all_rows(z.streams * z.rows), row_stride(rounded_up(z.keys, VL) + VL),
         held(FACTORED ? z.d / 2 : z.d), held_wide(rounded_up(units<Unit>(held), VL)),
-        left_stride((FACTORED ? 2 : 1) * held_wide + VL), codes(problem, z.e) {
+        left_stride((FACTORED ? 2 : 1) * held_wide + VL), codes(problem) {
     static_assert(!FACTORED || Unit::PER_UNIT == 1, "a table is of floats");
   }
 
@@ -35,7 +35,7 @@ class Decode {
   int64_t state_floats() const { return rounded_up(2 * all_rows, VL) + z.rows * z.e_wide; }  // of a part of a group
   int64_t scratch_floats() const {
     const int64_t own = rounded_up(all_rows * left_stride + z.rows * TILE, VL);
-    return p.held ? own + rounded_up(all_rows * codes.left_stride() + codes.zeros_floats(), VL) : own;
+    return p.held ? own + codes_floats() : own;
   }
 
   // Weights and statistics of one part of the keys of a group.
@@ -101,7 +101,7 @@ class Decode {
           store(tile + i * TILE + c, mixed);
         }
       // What is not seen weighs nothing, and codes are never NaN.
-      if (begin < p.held) return codes.add_values(z.rows, tile, b, g, begin, count, out, z.e_wide);
+      if (begin < p.held) return codes.add_values(z.rows, tile, b, g, begin / KEY_BLOCK, out, z.e_wide);
       const Number* from = row_of<Number>(p.v, b, g, begin - p.held);
       if (view == View::ALL) {
         for (int64_t i = 0; i < z.rows; i += MOST)
@@ -138,7 +138,7 @@ class Decode {
   const Sizes<Unit> z;
   const int64_t all_rows, row_stride;
   const int64_t held, held_wide, left_stride;  // numbers of a key as it lies; vectors of a query that meet them
-  const HeldDecode<FACTORED> codes;
+  const HeldDecode codes;
 
   // body(rows, view, first key, keys) for each block of the part that some row sees something of.
   template <class Body>
@@ -153,23 +153,33 @@ class Decode {
     }
   }
 
-  // Logits of one block of codes: queries in floats, times the block's scales.
+  // Room beside the scratch for a block of codes: the rows as quads, or under a table one key stream as floats.
+  int64_t codes_floats() const {
+    if (FACTORED) return BLOCK * held_wide;
+    return rounded_up(all_rows * codes.row_quads() * static_cast<int64_t>(sizeof(Quad)) / 4, VL);
+  }
+
   void weigh_codes(int64_t b, int64_t g, int64_t begin, int64_t count, float* scratch, float* weights) const {
-    float* scaled = scratch + rounded_up(all_rows * left_stride + z.rows * TILE, VL);
-    float* zeros = scaled + all_rows * codes.left_stride();
-    float shift[2 * FEW_ROWS];
-    const int64_t each = all_rows / z.key_streams, block = begin / CLEARHEAD_KEY_BLOCK;
+    float* own = scratch + rounded_up(all_rows * left_stride + z.rows * TILE, VL);
+    const int64_t each = all_rows / z.key_streams, block = begin / KEY_BLOCK;
     for (int s = 0; s < z.key_streams; s++) {
-      for (int64_t i = 0; i < each; i++) {
-        const int64_t row = s * each + i, own = row % z.rows;
-        const Number* q = row_of<Number>(p.q[row / z.rows], b, z.head_of(g, own), z.token_of(own));
-        shift[row] = codes.scale_row(q, z.flip ? -1.0f : 1.0f, s, b, g, block, scaled + row * codes.left_stride());
+      float* to = weights + s * each * row_stride + begin;
+      if constexpr (FACTORED) {
+        const HeldRows<Number> made(p);
+        for (int64_t j = 0; j < count; j++) made.numbers_of_key(s, b, g, begin + j, held, own + j * held_wide);
+        for (int64_t i = 0; i < each; i += MOST)
+          logits(each - i, scratch + (s * each + i) * left_stride, own, held_wide, row_of<float>(p.table, b, 0, begin),
+                 count, 0, to + i * row_stride);
+        continue;
       }
-      if (FACTORED) codes.zeros_of(s, b, g, block, zeros);
-      codes.logits(each, scaled + s * each * codes.left_stride(), shift + s * each, zeros,
-                   row_of<uint8_t>(p.k_codes[s].codes, b, g, begin), p.k_codes[s].codes.token,
-                   FACTORED ? row_of<float>(p.table, b, 0, begin) : nullptr, p.table.token, count,
-                   weights + s * each * row_stride + begin, row_stride);
+      Quad* quads = reinterpret_cast<Quad*>(own) + s * each * codes.row_quads();
+      float step[2 * FEW_ROWS], shift[2 * FEW_ROWS];
+      for (int64_t i = 0; i < each; i++) {
+        const int64_t row = s * each + i, of = row % z.rows;
+        const Number* q = row_of<Number>(p.q[row / z.rows], b, z.head_of(g, of), z.token_of(of));
+        codes.scale_row(q, z.flip ? -1.0f : 1.0f, s, b, g, block, quads + i * codes.row_quads(), step + i, shift + i);
+      }
+      codes.logits(each, quads, step, shift, row_of<uint8_t>(p.k_codes[s].codes, b, g, block), to, row_stride);
     }
   }
 
@@ -187,13 +197,15 @@ class Decode {
     return reference == -__builtin_inff() ? 0.0f : exponential(all(reference - best), z.exponent)[0];
   }
 
-  static void ask_for(const Number* row, int64_t width) {
-    for (int64_t c = 0; c < width * static_cast<int64_t>(sizeof(Number)); c += 64)
+  template <class Key>
+  static void ask_for(const Key* row, int64_t width) {
+    for (int64_t c = 0; c < width * static_cast<int64_t>(sizeof(Key)); c += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(row) + c, 0, 2);
   }
 
   // Logits of `count` keys for the first MOST of `rows` rows; lines `ahead` keys on are asked for.
-  void logits(int64_t rows, const float* left, const Number* keys, int64_t stride, const float* table, int64_t count,
+  template <class Key>
+  void logits(int64_t rows, const float* left, const Key* keys, int64_t stride, const float* table, int64_t count,
               int64_t ahead, float* to) const {
     if (rows == 1)
       logits_of<1>(rows, left, keys, stride, table, count, ahead, to);
@@ -204,8 +216,8 @@ class Decode {
   }
 
   // Where there are fewer rows than R, the last one is done again: the same numbers end up in the same place.
-  template <int R>
-  void logits_of(int64_t rows, const float* left, const Number* keys, int64_t stride, const float* table, int64_t count,
+  template <int R, class Key>
+  void logits_of(int64_t rows, const float* left, const Key* keys, int64_t stride, const float* table, int64_t count,
                  int64_t ahead, float* to) const {
     constexpr int K = VL / R;  // keys at a time: VL sums in all
     const float* query[R];
@@ -216,7 +228,7 @@ class Decode {
     }
     const int64_t whole = held / (VL * Unit::PER_UNIT) * VL;
     for (int64_t j = 0; j < count; j += K) {
-      const Number* key[K];
+      const Key* key[K];
       const float* place[K];
       for (int k = 0; k < K; k++) {
         const int64_t number = j + k < count ? j + k : count - 1;

@@ -1,33 +1,167 @@
 // Keys and values that lie as codes of 8 or 4 bits: a number is scale · (code + zero), see problem.h.
 //
-//   logits    q · k_j = Σ_c (q_c s_c) code_jc + Σ_c (q_c s_c) zero_c      s and zero of the block's channels: into the queries
-//   values    Σ_j p_j v_jc = Σ_j (p_j s_j) code_jc + Σ_j (p_j s_j) zero_j  s and zero of the token's group: into the weights
+//   logits    q · k_j = Σ_c (q_c s_c) code_jc + Σ_c (q_c s_c) zero_c       s and zero of the block's channels: into the queries
+//   values    Σ_j p_j v_jc = Σ_j (p_j s_j) code_jc + Σ_j (p_j s_j) zero_j   s and zero of the token's group: into the weights
 //
-// so that a code costs a conversion and what a float costs, and is read where it lies. `HeldRows` gives single rows as numbers,
-// for what packs them anyway.
+// Both are products of a few rows of factors (q s; p s) with codes whose reduction runs over quads: four codes of a lane lie
+// side by side, for keys four channels of a token, for values four tokens of a channel. So lanes are tokens or channels, sums
+// need no additions across a vector, and one instruction multiplies and adds 4 · VL codes. Factors are integers of 16 bits
+// there, relative to the largest of a row in the block: what they are rounded by is at most a sixteenth of what the codes
+// were. A set without such instructions multiplies floats.
+//
+// `HeldRows` gives single rows as numbers, for what packs them anyway.
 #pragma once
 #include "sizes.h"
 
 namespace clearhead::CLEARHEAD_ISA {
 
-// How a row of `width` codes lies: `bytes` of them, each with `parts` numbers that are `bytes` apart.
-struct CodeRow {
-  int64_t width, bytes;
-  int parts;
-  CodeRow(int64_t width, int64_t bits) : width(width), bytes(bits == 4 ? (width + 1) / 2 : width), parts(bits == 4 ? 2 : 1) {}
-};
+constexpr int64_t KEY_BLOCK = CLEARHEAD_KEY_BLOCK, VALUE_GROUP = CLEARHEAD_VALUE_GROUP;
 
-template <int PARTS>
-CLEARHEAD_INLINE void split_codes(vi bytes, vf x[PARTS]) {
-  if constexpr (PARTS == 1) {
-    x[0] = as_floats(bytes);
-  } else {
-    x[0] = as_floats(bytes & all_ints(15));
-    x[1] = as_floats(bytes >> 4);
+// Four factors, as what multiplies a quad of codes.
+#if defined(__AVX512VNNI__)
+struct Quad {  // 256 · high + low, four signed bytes each
+  int32_t high, low;
+};
+struct QuadCodes {
+  vi all;
+  explicit CLEARHEAD_QUAD QuadCodes(vi x) : all(x) {}
+};
+struct QuadSum {
+  vi high = all_ints(0), low = all_ints(0);
+  CLEARHEAD_QUAD void add(const QuadCodes& codes, const Quad& by) {
+    high = (vi)_mm512_dpbusd_epi32((__m512i)high, (__m512i)codes.all, _mm512_set1_epi32(by.high));
+    low = (vi)_mm512_dpbusd_epi32((__m512i)low, (__m512i)codes.all, _mm512_set1_epi32(by.low));
   }
+  CLEARHEAD_QUAD vf value() const { return as_floats(high) * clearhead::CLEARHEAD_ISA::all(256.0f) + as_floats(low); }
+};
+#elif defined(__AVX2__)
+struct Quad {  // numbers 0 and 2, numbers 1 and 3, of 16 bits each
+  int32_t even, odd;
+};
+struct QuadCodes {
+  vi even, odd;
+  explicit CLEARHEAD_QUAD QuadCodes(vi x) : even(x & all_ints(0x00ff00ff)), odd((x >> 8) & all_ints(0x00ff00ff)) {}
+};
+struct QuadSum {
+  vi sum = all_ints(0);
+  CLEARHEAD_QUAD static vi product(vi codes, int32_t by) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_madd_epi16((__m512i)codes, _mm512_set1_epi32(by));
+#else
+    return (vi)_mm256_madd_epi16((__m256i)codes, _mm256_set1_epi32(by));
+#endif
+  }
+  CLEARHEAD_QUAD void add(const QuadCodes& codes, const Quad& by) {
+    sum = sum + product(codes.even, by.even);
+    sum = sum + product(codes.odd, by.odd);
+  }
+  CLEARHEAD_QUAD vf value() const { return as_floats(sum); }
+};
+#else
+struct Quad {
+  float number[4];
+};
+struct QuadCodes {
+  vf number[4];
+  explicit CLEARHEAD_QUAD QuadCodes(vi x) {
+    for (int i = 0; i < 4; i++) number[i] = as_floats((x >> (8 * i)) & all_ints(255));
+  }
+};
+struct QuadSum {
+  vf sum = all(0.0f);
+  CLEARHEAD_QUAD void add(const QuadCodes& codes, const Quad& by) {
+    for (int i = 0; i < 4; i++) sum = codes.number[i] * all(by.number[i]) + sum;
+  }
+  CLEARHEAD_QUAD vf value() const { return sum; }
+};
+#endif
+
+// `count` factors, a multiple of 4, as quads; returns what their products are to be multiplied with.
+static float to_quads(const float* x, int64_t count, Quad* to) {
+#if defined(__AVX2__)
+  vf most = all(0.0f);
+  int64_t i = 0;
+  for (; i + VL <= count; i += VL) most = greater(load(x + i) < all(0.0f) ? all(0.0f) - load(x + i) : load(x + i), most);
+  float largest = greatest_of(most);
+  for (; i < count; i++) largest = x[i] > largest ? x[i] : (-x[i] > largest ? -x[i] : largest);
+  // 127 · 256, so that both bytes have room; a factor that is not finite stays so through the step.
+  const float step = largest / 32512.0f, inverse = largest > 1e-30f ? 32512.0f / largest : 0.0f;
+  for (int64_t u = 0; u < count; u += 4) {
+    int32_t n[4];
+    for (int j = 0; j < 4; j++) n[j] = static_cast<int32_t>(__builtin_rintf(x[u + j] * inverse));
+#if defined(__AVX512VNNI__)
+    uint32_t high = 0, low = 0;
+    for (int j = 0; j < 4; j++) {
+      const int32_t up = (n[j] + 128) >> 8;
+      high |= static_cast<uint32_t>(up & 255) << (8 * j);
+      low |= static_cast<uint32_t>((n[j] - 256 * up) & 255) << (8 * j);
+    }
+    to[u / 4] = {static_cast<int32_t>(high), static_cast<int32_t>(low)};
+#else
+    const auto pair = [](int32_t a, int32_t b) {
+      return static_cast<int32_t>(static_cast<uint32_t>(a & 0xffff) | static_cast<uint32_t>(b) << 16);
+    };
+    to[u / 4] = {pair(n[0], n[2]), pair(n[1], n[3])};
+#endif
+  }
+  return step;
+#else
+  for (int64_t u = 0; u < count; u += 4) to[u / 4] = {{x[u], x[u + 1], x[u + 2], x[u + 3]}};
+  return 1.0f;
+#endif
 }
 
-CLEARHEAD_INLINE vf load_zeros(const int16_t* p, int64_t count) { return as_floats(load_some(p, count)); }
+// VL quads of codes, the first `lanes` of them where there are fewer.
+CLEARHEAD_INLINE vi load_quads(const uint8_t* p, int64_t lanes) {
+  if (lanes >= VL) return load_ints(p);
+  alignas(64) uint8_t some[4 * VL] = {};
+  memcpy(some, p, static_cast<size_t>(4 * lanes));
+  return load_ints(some);
+}
+
+// R rows of factors times COLUMNS · VL lanes of codes; with PARTS = 2 the upper halves of the bytes meet the second half of the
+// factors. `ahead`: bytes on to the same place of the next block, which is asked for.
+template <int R, int COLUMNS, int PARTS>
+CLEARHEAD_INLINE void times_quads(const Quad* const* factors, int64_t quads, const uint8_t* codes, int64_t stride,
+                                  int64_t lanes, int64_t ahead, vf out[R][COLUMNS]) {
+  QuadSum sums[R][COLUMNS];
+  for (int64_t u = 0; u < quads; u++) {
+    const uint8_t* row = codes + u * stride;
+#pragma GCC unroll 4
+    for (int c = 0; c < COLUMNS; c++) {
+      if (VL * 4 >= 64 || c % 2 == 0) __builtin_prefetch(row + ahead + c * VL * 4, 0, 2);
+      const vi bytes = COLUMNS == 1 ? load_quads(row, lanes) : load_ints(row + c * VL * 4);
+      if constexpr (PARTS == 1) {
+        const QuadCodes x(bytes);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) sums[r][c].add(x, factors[r][u]);
+      } else {
+        const QuadCodes lower(bytes & all_ints(0x0f0f0f0f)), upper((bytes >> 4) & all_ints(0x0f0f0f0f));
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+          sums[r][c].add(lower, factors[r][u]);
+          sums[r][c].add(upper, factors[r][quads + u]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int c = 0; c < COLUMNS; c++) out[r][c] = sums[r][c].value();
+}
+
+// How a reduction over `width` codes lies: `quads` quads of bytes, each byte of `parts` codes.
+struct CodeRows {
+  int64_t width, quads;
+  int parts;
+  CodeRows(int64_t width, int64_t bits)
+      : width(width), quads((width + (bits == 4 ? 8 : 4) - 1) / (bits == 4 ? 8 : 4)), parts(bits == 4 ? 2 : 1) {}
+  int64_t factors() const { return 4 * quads * parts; }
+  // Of code c: the quad that it lies in, and its bits there.
+  int64_t quad(int64_t c) const { return c / 4 % (quads > 0 ? quads : 1); }
+  int part(int64_t c) const { return c / 4 >= quads; }
+};
 
 // Rows of keys and values as numbers, from codes or as they lie, with or without a table.
 template <class Number>
@@ -35,340 +169,199 @@ class HeldRows {
  public:
   explicit HeldRows(const clearhead_problem& problem) : p(problem) {}
 
-  // Whether key `token` needs a buffer.
-  bool made(int64_t token) const { return token < p.held || p.table.data; }
-
   const Number* key(int s, int64_t b, int64_t g, int64_t token, Number* buffer) const {
-    if (!made(token)) return row_of<Number>(p.k[s], b, g, token - p.held);
-    const int64_t width = p.table.data ? p.key_width / 2 : p.key_width;
-    const float* table = p.table.data ? row_of<float>(p.table, b, 0, token) : nullptr;
-    const auto put = [&](int64_t c, vf x, int64_t count) {
-      if (!table) return store_some(buffer + c, x, count);
-      store_some(buffer + c, x * load_some(table + c, count), count);
-      store_some(buffer + width + c, x * load_some(table + width + c, count), count);
-    };
-    if (token >= p.held) {
-      const Number* from = row_of<Number>(p.k[s], b, g, token - p.held);
-      for (int64_t c = 0; c < width; c += VL) put(c, load_some(from + c, width - c), width - c);
+    if (token >= p.held && !p.table.data) return row_of<Number>(p.k[s], b, g, token - p.held);
+    if (!p.table.data) {
+      numbers_of_key(s, b, g, token, p.key_width, buffer);
       return buffer;
     }
-    const clearhead_codes& held = p.k_codes[s];
-    const int64_t block = token / CLEARHEAD_KEY_BLOCK;
-    const Half* scale = row_of<Half>(held.scale, b, g, block);
-    const int16_t* zero = row_of<int16_t>(held.zero, b, g, block);
-    each_of(row_of<uint8_t>(held.codes, b, g, token), width, [&](int64_t c, vf code, int64_t count) {
-      put(c, (code + load_zeros(zero + c, count)) * load_some(scale + c, count), count);
-    });
+    const int64_t width = p.key_width / 2;
+    Number own[CLEARHEAD_WIDEST / 2];
+    const Number* from = own;
+    if (token < p.held)
+      numbers_of_key(s, b, g, token, width, own);
+    else
+      from = row_of<Number>(p.k[s], b, g, token - p.held);
+    const float* table = row_of<float>(p.table, b, 0, token);
+    for (int64_t c = 0; c < width; c += VL)
+      for (int64_t half = 0; half < 2; half++)
+        store_some(buffer + half * width + c,
+                   load_some(from + c, width - c) * load_some(table + half * width + c, width - c), width - c);
     return buffer;
   }
 
   const Number* value(int64_t b, int64_t g, int64_t token, Number* buffer) const {
     if (token >= p.held) return row_of<Number>(p.v, b, g, token - p.held);
-    const clearhead_codes& held = p.v_codes;
-    each_of(row_of<uint8_t>(held.codes, b, g, token), p.value_width, [&](int64_t c, vf code, int64_t count) {
-      // A vector may reach over the end of a group: what lies behind it is written again.
-      for (int64_t at = 0; at < count && at < VL;) {
-        const int64_t group = (c + at) / CLEARHEAD_VALUE_GROUP, end = (group + 1) * CLEARHEAD_VALUE_GROUP - c;
-        const float zero = static_cast<float>(row_of<int16_t>(held.zero, b, g, group)[token]);
-        const float scale = widen(row_of<Half>(held.scale, b, g, group)[token].bits);
-        const vf x = (code + all(zero)) * all(scale);
-        if (at == 0)
-          store_some(buffer + c, x, count);
-        else
-          for (int64_t i = at; i < count && i < VL; i++) put_one(buffer + c + i, x[i]);
-        at = end;
+    const CodeRows lies(KEY_BLOCK, p.bits);
+    const int64_t at = token % KEY_BLOCK, width = p.value_width;
+    const uint8_t* codes = row_of<uint8_t>(p.v_codes.codes, b, g, token / KEY_BLOCK) + lies.quad(at) * width * 4 + at % 4;
+    const int shift = 4 * lies.part(at), mask = p.bits == 4 ? 15 : 255;
+    for (int64_t begin = 0; begin < width; begin += VALUE_GROUP) {
+      const int64_t group = begin / VALUE_GROUP, end = begin + VALUE_GROUP < width ? begin + VALUE_GROUP : width;
+      const float zero = static_cast<float>(row_of<int16_t>(p.v_codes.zero, b, g, group)[token]);
+      const float scale = widen(row_of<Half>(p.v_codes.scale, b, g, group)[token].bits);
+      for (int64_t c = begin; c < end; c += VL) {
+        uint8_t some[VL] = {};
+        for (int64_t i = 0; i < VL && c + i < end; i++)
+          some[i] = static_cast<uint8_t>((codes[4 * (c + i)] >> shift) & mask);
+        store_some(buffer + c, (as_floats(load_bytes(some)) + all(zero)) * all(scale), end - c);
       }
-    });
+    }
     return buffer;
   }
 
- private:
-  const clearhead_problem& p;
-
-  static void put_one(float* to, float x) { *to = x; }
-  static void put_one(Half* to, float x) { to->bits = narrow(x); }
-
-  // body(first number, VL codes, numbers of the row from there on) over a row.
-  template <class Body>
-  void each_of(const uint8_t* row, int64_t width, const Body& body) const {
-    const CodeRow lies(width, p.bits);
-    for (int64_t u = 0; u < lies.bytes; u += VL) {
-      const int64_t count = lies.bytes - u;
-      vf x[2];
-      if (lies.parts == 1) {
-        split_codes<1>(load_some(row + u, count), x);
-        body(u, x[0], count);
-      } else {
-        split_codes<2>(load_some(row + u, count), x);
-        body(u, x[0], count);
-        const int64_t second = width - lies.bytes - u;
-        if (second > 0) body(lies.bytes + u, x[1], second);
-      }
-    }
-  }
-};
-
-// What a few rows meet codes with. ROWS rows at most share what is loaded.
-template <bool FACTORED>
-class HeldDecode {
- public:
-  static constexpr int MOST = 4;
-
-  HeldDecode(const clearhead_problem& problem, int64_t value_width)
-      : p(problem), keys(FACTORED ? p.key_width / 2 : p.key_width, p.bits), values(value_width, p.bits),
-        part(rounded_up(keys.bytes, VL)), left(part * keys.parts * (FACTORED ? 2 : 1) + VL) {}
-
-  int64_t left_stride() const { return left; }          // of a scaled query row
-  int64_t zeros_floats() const { return part * keys.parts; }
-
-  // A query row (the two halves one after the other under a table) times the scales of a block; returns what zeros add.
-  template <class Number>
-  float scale_row(const Number* q, float sign, int s, int64_t b, int64_t g, int64_t block, float* to) const {
+  // The first `width` numbers of a key's codes, without a table.
+  template <class To>
+  void numbers_of_key(int s, int64_t b, int64_t g, int64_t token, int64_t width, To* to) const {
+    const CodeRows lies(width, p.bits);
+    const int64_t block = token / KEY_BLOCK, at = token % KEY_BLOCK;
+    const uint8_t* codes = row_of<uint8_t>(p.k_codes[s].codes, b, g, block) + at * 4;
     const Half* scale = row_of<Half>(p.k_codes[s].scale, b, g, block);
     const int16_t* zero = row_of<int16_t>(p.k_codes[s].zero, b, g, block);
-    vf shift = all(0.0f);
-    for (int half = 0; half < (FACTORED ? 2 : 1); half++)
-      for (int i = 0; i < keys.parts; i++)
-        for (int64_t u = 0; u < part; u += VL) {
-          const int64_t c = i * keys.bytes + u, bound = i ? keys.width - c : keys.bytes - u;
-          const int64_t count = bound < 0 ? 0 : bound;
-          const vf x = load_some(q + half * keys.width + c, count) * load_some(scale + c, count) * all(sign);
-          store(to + (half * keys.parts + i) * part + u, x);
-          if (!FACTORED) shift = shift + x * load_zeros(zero + c, count);
-        }
-    return sum_of(shift);
-  }
-
-  // The zeros of a block, in the order of its queries: a table does not let them be taken out of the sum.
-  void zeros_of(int s, int64_t b, int64_t g, int64_t block, float* to) const {
-    const int16_t* zero = row_of<int16_t>(p.k_codes[s].zero, b, g, block);
-    for (int i = 0; i < keys.parts; i++)
-      for (int64_t u = 0; u < part; u += VL) {
-        const int64_t c = i * keys.bytes + u, bound = i ? keys.width - c : keys.bytes - u;
-        store(to + i * part + u, load_zeros(zero + c, bound < 0 ? 0 : bound));
-      }
-  }
-
-  // Logits of `count` keys for `rows` rows, the scaled queries `query`, to rows `stride` apart.
-  void logits(int64_t rows, const float* query, const float* shift, const float* zeros, const uint8_t* codes,
-              int64_t token, const float* table, int64_t table_token, int64_t count, float* to, int64_t stride) const {
-    for (int64_t i = 0; i < rows; i += MOST) {
-      const int64_t some = rows - i;
-      const float* q = query + i * left;
-      float* at = to + i * stride;
-      if (keys.parts == 1)
-        logits_for<1>(some, q, shift + i, zeros, codes, token, table, table_token, count, at, stride);
-      else
-        logits_for<2>(some, q, shift + i, zeros, codes, token, table, table_token, count, at, stride);
-    }
-  }
-
-  // Adds what `count` values from `begin` on, weighed by the tile's rows, make to `out`.
-  void add_values(int64_t rows, const float* tile, int64_t b, int64_t g, int64_t begin, int64_t count, float* out,
-                  int64_t out_stride) const {
-    alignas(64) float weights[2][FEW_ROWS * TILE];
-    float shift[2][FEW_ROWS];
-    const uint8_t* codes = row_of<uint8_t>(p.v_codes.codes, b, g, begin);
-    int64_t known[2] = {-1, -1};
-    for (int64_t u = 0; u < values.bytes;) {
-      // Bytes whose numbers, both of them, stay in one group.
-      int64_t end = (u / CLEARHEAD_VALUE_GROUP + 1) * CLEARHEAD_VALUE_GROUP;
-      if (values.parts == 2) {
-        const int64_t next = ((values.bytes + u) / CLEARHEAD_VALUE_GROUP + 1) * CLEARHEAD_VALUE_GROUP - values.bytes;
-        end = next < end ? next : end;
-      }
-      end = end < values.bytes ? end : values.bytes;
-      for (int i = 0; i < values.parts; i++) {
-        const int64_t channel = i * values.bytes + u;
-        const int64_t group = (channel < values.width ? channel : values.width - 1) / CLEARHEAD_VALUE_GROUP;
-        if (group == known[i]) continue;
-        weigh(rows, tile, b, g, begin, count, group, weights[i], shift[i]);
-        known[i] = group;
-      }
-      for (int64_t i = 0; i < rows; i += MOST)
-        values_for(rows - i, weights[0] + i * TILE, weights[1] + i * TILE, shift[0] + i, shift[1] + i, codes, count, u,
-                   end, out + i * out_stride, out_stride);
-      u = end;
+    const int mask = p.bits == 4 ? 15 : 255;
+    for (int64_t c = 0; c < width; c += VL) {
+      uint8_t some[VL] = {};
+      for (int64_t i = 0; i < VL && c + i < width; i++)
+        some[i] = static_cast<uint8_t>(
+            (codes[lies.quad(c + i) * KEY_BLOCK * 4 + i % 4] >> (4 * lies.part(c + i))) & mask);
+      const vf x = as_floats(load_bytes(some)) + as_floats(load_some(zero + c, width - c));
+      store_some(to + c, x * load_some(scale + c, width - c), width - c);
     }
   }
 
  private:
   const clearhead_problem& p;
-  const CodeRow keys, values;
-  const int64_t part, left;
+};
 
-  template <int PARTS, class... Rest>
-  void logits_for(int64_t rows, const Rest&... rest) const {
-    if (rows == 1)
-      logits_of<1, PARTS>(rows, rest...);
-    else if (rows == 2)
-      logits_of<2, PARTS>(rows, rest...);
-    else
-      logits_of<MOST, PARTS>(rows, rest...);
+// A few rows against blocks of codes.
+class HeldDecode {
+ public:
+  HeldDecode(const clearhead_problem& problem) : p(problem), keys(p.key_width, p.bits), values(KEY_BLOCK, p.bits) {}
+
+  int64_t row_quads() const { return keys.quads * keys.parts; }
+
+  // A query row, times the scales of a block, as quads; the step of the quads, and what the zeros add.
+  template <class Number>
+  void scale_row(const Number* q, float sign, int s, int64_t b, int64_t g, int64_t block, Quad* to, float* step,
+                 float* shift) const {
+    const Half* scale = row_of<Half>(p.k_codes[s].scale, b, g, block);
+    const int16_t* zero = row_of<int16_t>(p.k_codes[s].zero, b, g, block);
+    alignas(64) float scaled[CLEARHEAD_WIDEST + 2 * VL] = {};
+    vf sum = all(0.0f);
+    for (int64_t c = 0; c < keys.width; c += VL) {
+      const int64_t count = keys.width - c;
+      const vf x = load_some(q + c, count) * load_some(scale + c, count) * all(sign);
+      store(scaled + c, x);
+      sum = sum + x * as_floats(load_some(zero + c, count));
+    }
+    *step = to_quads(scaled, keys.factors(), to);
+    *shift = sum_of(sum);
   }
 
-  // Where there are fewer rows than R, the last one is done again: the same numbers end up in the same place.
-  template <int R, int PARTS>
-  void logits_of(int64_t rows, const float* query, const float* shift, const float* zeros, const uint8_t* codes,
-                 int64_t token, const float* table, int64_t table_token, int64_t count, float* to,
-                 int64_t stride) const {
-    constexpr int K = VL / R, HALVES = FACTORED ? 2 : 1;
-    const float* q[R];
-    float* logits[R];
-    float add[R];
-    for (int r = 0; r < R; r++) {
-      const int64_t row = r < rows ? r : rows - 1;
-      q[r] = query + row * left;
-      logits[r] = to + row * stride;
-      add[r] = FACTORED ? 0.0f : shift[row];
-    }
-    for (int64_t j = 0; j < count; j += K) {
-      const uint8_t* key[K];
-      const float* place[K];
-      for (int k = 0; k < K; k++) {
-        key[k] = codes + (j + k) * token;
-        place[k] = FACTORED ? table + (j + k) * table_token : nullptr;
-        for (int64_t c = 0; c < keys.bytes; c += 64) __builtin_prefetch(key[k] + AHEAD * token + c, 0, 2);
-      }
-      vf sums[VL];
-#pragma GCC unroll 16
-      for (int i = 0; i < VL; i++) sums[i] = all(0.0f);
-      for (int64_t u = 0; u < part; u += VL) {
-        const int64_t some = keys.bytes - u;
-        vf left_of[PARTS * HALVES * R];
-#pragma GCC unroll 16
-        for (int i = 0; i < PARTS * HALVES; i++)
-#pragma GCC unroll 4
-          for (int r = 0; r < R; r++) left_of[i * R + r] = load(q[r] + i * part + u);
-#pragma GCC unroll 16
-        for (int k = 0; k < K; k++) {
-          vf x[PARTS];
-          split_codes<PARTS>(load_some(key[k] + u, some), x);
-#pragma GCC unroll 2
-          for (int i = 0; i < PARTS; i++) {
-            if constexpr (FACTORED) {
-              x[i] = x[i] + load(zeros + i * part + u);
-              const int64_t c = i * keys.bytes + u, bound = keys.width - c;
-              const int64_t real = i ? (bound < 0 ? 0 : bound) : some;
-              const vf first = x[i] * load_some(place[k] + c, real);
-              const vf second = x[i] * load_some(place[k] + keys.width + c, real);
-#pragma GCC unroll 4
-              for (int r = 0; r < R; r++)
-                sums[r * K + k] = left_of[i * R + r] * first +
-                                  (left_of[(PARTS + i) * R + r] * second + sums[r * K + k]);
-            } else {
-#pragma GCC unroll 4
-              for (int r = 0; r < R; r++) sums[r * K + k] = left_of[i * R + r] * x[i] + sums[r * K + k];
-            }
-          }
+  // Logits of a block for `rows` rows whose quads lie one after the other.
+  void logits(int64_t rows, const Quad* query, const float* step, const float* shift, const uint8_t* codes, float* to,
+              int64_t stride) const {
+    const auto tile = [&](auto r, auto parts, int64_t first) {
+      constexpr int R = decltype(r)::value, COLUMNS = R == 4 ? 2 : 4;
+      const Quad* factors[R];
+      for (int i = 0; i < R; i++) factors[i] = query + row(first, i, rows) * row_quads();
+      for (int64_t c = 0; c < KEY_BLOCK; c += COLUMNS * VL) {
+        vf sums[R][COLUMNS];
+        times_quads<R, COLUMNS, decltype(parts)::value>(factors, keys.quads, codes + c * 4, KEY_BLOCK * 4, COLUMNS * VL,
+                                                        first ? 0 : keys.quads * KEY_BLOCK * 4, sums);
+        for (int i = 0; i < R; i++) {
+          const int64_t at = row(first, i, rows);
+          for (int n = 0; n < COLUMNS; n++)
+            store(to + at * stride + c + n * VL, sums[i][n] * all(step[at]) + all(shift[at]));
         }
       }
-      alignas(64) float done[VL];
-      store(done, sums_across(sums));
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++)
-        for (int k = 0; k < K; k++) logits[r][j + k] = done[r * K + k] + add[r];
+    };
+    by_rows(rows, keys.parts, tile);
+  }
+
+  // Adds what a block of values, weighed by the tile's rows, makes to `out`.
+  void add_values(int64_t rows, const float* tile, int64_t b, int64_t g, int64_t block, float* out,
+                  int64_t out_stride) const {
+    Quad weights[FEW_ROWS * KEY_BLOCK / 4];
+    float step[FEW_ROWS], shift[FEW_ROWS];
+    const uint8_t* codes = row_of<uint8_t>(p.v_codes.codes, b, g, block);
+    const int64_t width = p.value_width, stride = width * 4, ahead = values.quads * stride;
+    for (int64_t begin = 0; begin < width; begin += VALUE_GROUP) {
+      const int64_t end = begin + VALUE_GROUP < width ? begin + VALUE_GROUP : width;
+      for (int64_t i = 0; i < rows; i++)
+        weigh(tile + i * TILE, b, g, block, begin / VALUE_GROUP, weights + i * KEY_BLOCK / 4, step + i, shift + i);
+      const auto add = [&](auto r, auto parts, int64_t first) {
+        constexpr int R = decltype(r)::value, PARTS = decltype(parts)::value, COLUMNS = R == 4 ? 2 : 4;
+        const Quad* factors[R];
+        for (int i = 0; i < R; i++) factors[i] = weights + row(first, i, rows) * KEY_BLOCK / 4;
+        const auto put = [&](auto columns, int64_t c) {
+          constexpr int N = decltype(columns)::value;
+          vf sums[R][N], old[R][N];
+          times_quads<R, N, PARTS>(factors, values.quads, codes + c * 4, stride, end - c, first ? 0 : ahead, sums);
+          // All are read before one is written: two rows may be one and the same. Rows of `out` are whole vectors.
+          for (int i = 0; i < R; i++)
+            for (int n = 0; n < N; n++) old[i][n] = load_some(out + row(first, i, rows) * out_stride + c + n * VL, end - c - n * VL);
+          for (int i = 0; i < R; i++) {
+            const int64_t at = row(first, i, rows);
+            for (int n = 0; n < N; n++)
+              store_some(out + at * out_stride + c + n * VL, old[i][n] + sums[i][n] * all(step[at]) + all(shift[at]),
+                         end - c - n * VL);
+          }
+        };
+        int64_t c = begin;
+        for (; c + COLUMNS * VL <= end; c += COLUMNS * VL) put(Constant<COLUMNS>(), c);
+        for (; c < end; c += VL) put(Constant<1>(), c);
+      };
+      by_rows(rows, values.parts, add);
     }
   }
 
-  // The tile's weights times the scales of one group of channels, and what the zeros add to each of its channels.
-  void weigh(int64_t rows, const float* tile, int64_t b, int64_t g, int64_t begin, int64_t count, int64_t group,
-             float* weights, float* shift) const {
-    const Half* scale = row_of<Half>(p.v_codes.scale, b, g, group) + begin;
-    const int16_t* zero = row_of<int16_t>(p.v_codes.zero, b, g, group) + begin;
-    for (int64_t i = 0; i < rows; i++) {
-      vf sum = all(0.0f);
-      for (int64_t c = 0; c < count; c += VL) {
-        const vf weight = load(tile + i * TILE + c) * load_halves(scale + c);
-        store(weights + i * TILE + c, weight);
-        sum = sum + weight * as_floats(load_shorts(zero + c));
-      }
-      shift[i] = sum_of(sum);
-    }
-  }
-
-  void values_for(int64_t rows, const float* first, const float* second, const float* first_shift,
-                  const float* second_shift, const uint8_t* codes, int64_t count, int64_t u, int64_t end, float* out,
-                  int64_t stride) const {
-    const auto with = [&](auto r, auto parts) {
-      constexpr int R = decltype(r)::value, PARTS = decltype(parts)::value, COLUMNS = 4 / PARTS;
-      const float* weights[2][R];
-      float shift[2][R];
-      float* to[R];
-      for (int i = 0; i < R; i++) {
-        const int64_t row = i < rows ? i : rows - 1;
-        weights[0][i] = first + row * TILE;
-        weights[1][i] = second + row * TILE;
-        shift[0][i] = first_shift[row];
-        shift[1][i] = second_shift[row];
-        to[i] = out + row * stride;
-      }
-      int64_t c = u;
-      for (; c + COLUMNS * VL <= end; c += COLUMNS * VL)
-        tile_of<R, COLUMNS, PARTS>(weights, shift, codes + c, count, COLUMNS * VL, to, c);
-      for (; c < end; c += VL) tile_of<R, 1, PARTS>(weights, shift, codes + c, count, end - c, to, c);
-    };
-    const auto by_rows = [&](auto parts) {
-      if (rows == 1)
-        with(Constant<1>(), parts);
-      else if (rows == 2)
-        with(Constant<2>(), parts);
-      else
-        with(Constant<MOST>(), parts);
-    };
-    if (values.parts == 1)
-      by_rows(Constant<1>());
-    else
-      by_rows(Constant<2>());
-  }
+ private:
+  const clearhead_problem& p;
+  const CodeRows keys, values;
 
   template <int N>
   struct Constant {
     static constexpr int value = N;
   };
 
-  template <int R, int COLUMNS, int PARTS>
-  void tile_of(const float* const (*weights)[R], const float (*shift)[R], const uint8_t* codes, int64_t count,
-               int64_t width, float* const* to, int64_t at) const {
-    vf sums[PARTS][R][COLUMNS];
-#pragma GCC unroll 2
-    for (int i = 0; i < PARTS; i++)
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int c = 0; c < COLUMNS; c++) sums[i][r][c] = all(shift[i][r]);
-    for (int64_t j = 0; j < count; j++) {
-      const uint8_t* row = codes + j * p.v_codes.codes.token;
-      __builtin_prefetch(row + AHEAD * p.v_codes.codes.token, 0, 2);
-#pragma GCC unroll 4
-      for (int c = 0; c < COLUMNS; c++) {
-        vf x[PARTS];
-        split_codes<PARTS>(COLUMNS == 1 ? load_some(row + c * VL, width) : load_bytes(row + c * VL), x);
-#pragma GCC unroll 2
-        for (int i = 0; i < PARTS; i++)
-#pragma GCC unroll 4
-          for (int r = 0; r < R; r++) sums[i][r][c] = all(weights[i][r][j]) * x[i] + sums[i][r][c];
-      }
+  // Where there are fewer rows than a tile has, the last one is done again: the same numbers end up in the same place.
+  static int64_t row(int64_t first, int i, int64_t rows) { return first + i < rows ? first + i : rows - 1; }
+
+  template <class Body>
+  static void by_rows(int64_t rows, int parts, const Body& body) {
+    for (int64_t first = 0; first < rows; first += 4) {
+      const int64_t some = rows - first;
+      const auto with = [&](auto p) {
+        if (some == 1)
+          body(Constant<1>(), p, first);
+        else if (some == 2)
+          body(Constant<2>(), p, first);
+        else
+          body(Constant<4>(), p, first);
+      };
+      if (parts == 1)
+        with(Constant<1>());
+      else
+        with(Constant<2>());
     }
-    // All are read before one is written: two rows may be one and the same.
-    vf old[PARTS][R][COLUMNS];
-    for (int i = 0; i < PARTS; i++)
-      for (int r = 0; r < R; r++)
-        for (int c = 0; c < COLUMNS; c++) old[i][r][c] = load_some(place(to[r], i, at) + c * VL, room(i, at + c * VL, width));
-    for (int i = 0; i < PARTS; i++)
-      for (int r = 0; r < R; r++)
-        for (int c = 0; c < COLUMNS; c++)
-          store_some(place(to[r], i, at) + c * VL, old[i][r][c] + sums[i][r][c], room(i, at + c * VL, width));
   }
 
-  float* place(float* row, int i, int64_t at) const { return row + i * values.bytes + at; }
-  // Numbers from byte `at` on that part i has, at most those of this tile.
-  int64_t room(int i, int64_t at, int64_t width) const {
-    const int64_t left_over = values.width - i * values.bytes - at;
-    return left_over < 0 ? 0 : (width < left_over ? width : left_over);
+  // A row of weights times the scales of one group of channels as quads; their step, and what the zeros add to each channel.
+  void weigh(const float* tile, int64_t b, int64_t g, int64_t block, int64_t group, Quad* to, float* step,
+             float* shift) const {
+    const Half* scale = row_of<Half>(p.v_codes.scale, b, g, group) + block * KEY_BLOCK;
+    const int16_t* zero = row_of<int16_t>(p.v_codes.zero, b, g, group) + block * KEY_BLOCK;
+    alignas(64) float weights[KEY_BLOCK];
+    vf sum = all(0.0f);
+    for (int64_t c = 0; c < KEY_BLOCK; c += VL) {
+      const vf weight = load(tile + c) * load_halves(scale + c);
+      store(weights + c, weight);
+      sum = sum + weight * as_floats(load_shorts(zero + c));
+    }
+    *step = to_quads(weights, KEY_BLOCK, to);
+    *shift = sum_of(sum);
   }
-
-  static constexpr int64_t AHEAD = 64;  // keys
 };
 
 }  // namespace clearhead::CLEARHEAD_ISA

@@ -20,9 +20,10 @@ typedef struct {
   int64_t batch, head, token;
 } clearhead_tensor;
 
-// Rows of codes, one byte each, or two: with 4 bits byte i of a row of W has number i in its lower half, i + (W + 1) / 2 in its
-// upper. `scale` is bfloat16 and `zero` int16, for keys (batch, heads, blocks of tokens, width), for values (batch, heads,
-// groups of channels, tokens); `token` is the stride of their third dimension.
+// Codes in blocks of CLEARHEAD_KEY_BLOCK tokens: (batch, heads, blocks, quads, lanes, 4) bytes, of keys the lanes are tokens and
+// the quads four channels each, of values the lanes are channels and the quads four tokens. With 4 bits a byte's upper half is
+// the code 4 · quads further on. `scale` is bfloat16 and `zero` int16, of keys (batch, heads, blocks, channels), of values
+// (batch, heads, groups of channels, tokens). `token` is the stride of the third dimension, the others are dense.
 typedef struct {
   clearhead_tensor codes, scale, zero;
 } clearhead_codes;

@@ -10,6 +10,7 @@
 #endif
 
 #define CLEARHEAD_INLINE static inline __attribute__((always_inline))
+#define CLEARHEAD_QUAD __attribute__((always_inline))
 
 namespace clearhead::CLEARHEAD_ISA {
 
