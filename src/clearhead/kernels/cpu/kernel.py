@@ -11,12 +11,10 @@ from clearhead.core.masks import MaskSpec
 from clearhead.core.quantised import Codes, Held
 from clearhead.core.streams import Streams
 from clearhead.kernels import ops
-from clearhead.kernels.cpu import library
+from clearhead.kernels.cpu import direct, library
 
 MASKS = frozenset({"causal", "padding", "documents", "window"})
 WIDEST = 512  # CLEARHEAD_WIDEST of src/problem.h
-FEW_ROWS = 8  # of src/sizes.h
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _MIXING = {1: "single", 2: "difference"}
 
 
@@ -42,7 +40,7 @@ class Cpu(Kernel):
             return reason
         if problem.needs_maps:
             return "it does not return attention maps"
-        if problem.dtype not in _DTYPES:
+        if problem.dtype not in direct.DTYPES:
             return f"it computes in bfloat16, float32, not in {dtype_name(problem.dtype)}"
         if _MIXING.get(problem.streams) != problem.mixing:
             return f"it knows one stream, or the difference of two, not {problem.streams} with another mixing"
@@ -76,11 +74,14 @@ class Cpu(Kernel):
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
         shifted = isinstance(mask.offset, Tensor)
         offset = heads.keys - q1.shape[2] if mask.offset is None or shifted else mask.offset
+        if not keep and mask.documents is None:
+            tensors = (*heads.q, *heads.k, v, gate, heads.table, mask.key_padding)
+            if direct.possible(tensors):
+                return direct.forward(heads, mask, gate, offset, scale)
         if heads.held is not None:
             return _run_held(heads, heads.held, mask, gate, offset, scale)
         if heads.table is not None:
-            rows = q1.shape[1] // k1.shape[1] * q1.shape[2]
-            if keep or rows > FEW_ROWS or mask.documents is not None:
+            if keep or mask.documents is not None:
                 return self.run(heads.expanded(), mask, scale)
             position = mask.offset if shifted else None
             numbers = (offset, mask.window or 0, mask.is_causal, scale)
@@ -167,7 +168,7 @@ def _contiguous_width(x: Tensor) -> Tensor:
 
 def _dense_rows(x: Tensor) -> Tensor:
     """x, or a copy of it, whose dimensions behind the third lie as in a dense tensor."""
-    return x if x[0, 0, 0].is_contiguous() else x.contiguous()
+    return x if x[0, 0, 0].is_contiguous() else x.clone(memory_format=torch.contiguous_format)
 
 
 def _row_stride(x: Tensor) -> int:
@@ -187,7 +188,7 @@ class _Call:
         self.masks = tuple(None if x is None else x.contiguous() for x in (inputs.padding, inputs.documents))
         batch, heads, length, width = self.q[0].shape
         self.problem = problem = library.CProblem(
-            dtype=_DTYPES[self.v.dtype],
+            dtype=direct.DTYPES[self.v.dtype],
             streams=len(self.q),
             key_streams=len(self.k),
             causal=inputs.causal,

@@ -156,7 +156,7 @@ class Decode {
   // Room beside the scratch for a block of codes: the rows as quads, or under a table one key stream as floats.
   int64_t codes_floats() const {
     if (FACTORED) return BLOCK * held_wide;
-    return rounded_up(all_rows * codes.row_quads() * static_cast<int64_t>(sizeof(Quad)) / 4, VL);
+    return rounded_up(all_rows * codes.row_quads() * static_cast<int64_t>(sizeof(Quad)) / 4 + 2 * VL, VL);
   }
 
   void weigh_codes(int64_t b, int64_t g, int64_t begin, int64_t count, float* scratch, float* weights) const {

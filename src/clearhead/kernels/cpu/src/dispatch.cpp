@@ -160,12 +160,46 @@ void for_each_task(int32_t threads, int64_t tasks, TaskBody body, void* context)
     work_off(0, 1, &shared);
 }
 
-Buffer::Buffer(int64_t floats) : data_(nullptr) {
+// Memory that a thread has used before is given out again: what a decoding step needs would otherwise be mapped, cleared and
+// unmapped by the system in every call.
+struct Kept {
+  static constexpr int MOST = 4;
+  static constexpr int64_t LARGEST = 16 << 20;  // bytes; larger ones are not kept
+  float* data[MOST] = {};
+  int64_t bytes[MOST] = {};
+  ~Kept() {
+    for (float* each : data) free(each);
+  }
+};
+static thread_local Kept kept;
+
+Buffer::Buffer(int64_t floats) : data_(nullptr), bytes_((floats < 1 ? 1 : floats) * 4) {
+  for (int i = 0; i < Kept::MOST; i++)
+    if (kept.data[i] && kept.bytes[i] >= bytes_) {
+      std::swap(data_, kept.data[i]);
+      bytes_ = kept.bytes[i];
+      return;
+    }
+  bytes_ += bytes_ / 4;  // a cache grows by a token a call
   void* memory = nullptr;
-  const size_t bytes = static_cast<size_t>(floats < 1 ? 1 : floats) * sizeof(float);
-  if (posix_memalign(&memory, 64, bytes) == 0) data_ = static_cast<float*>(memory);
+  if (posix_memalign(&memory, 64, static_cast<size_t>(bytes_)) == 0) data_ = static_cast<float*>(memory);
 }
-Buffer::~Buffer() { free(data_); }
+Buffer::~Buffer() {
+  if (!data_) return;
+  // In place of the smallest one; an empty place is smaller than all.
+  int at = 0;
+  for (int i = 0; i < Kept::MOST; i++) {
+    if (!kept.data[i]) kept.bytes[i] = 0;
+    if (kept.bytes[i] < kept.bytes[at]) at = i;
+  }
+  if (bytes_ > Kept::LARGEST || kept.bytes[at] >= bytes_) {
+    free(data_);
+    return;
+  }
+  free(kept.data[at]);
+  kept.data[at] = data_;
+  kept.bytes[at] = bytes_;
+}
 float* Buffer::data() const { return data_; }
 Buffer::operator bool() const { return data_ != nullptr; }
 

@@ -76,38 +76,55 @@ struct QuadSum {
 };
 #endif
 
-// `count` factors, a multiple of 4, as quads; returns what their products are to be multiplied with.
-static float to_quads(const float* x, int64_t count, Quad* to) {
+// What products with quads are to be multiplied with, and the sum of what rounding took from the factors.
+struct QuadStep {
+  float step, lost;
+};
+
+// `count` factors as quads, and zeros up to whole vectors, which both x and `to` have room for.
+static QuadStep to_quads(const float* x, int64_t count, Quad* to) {
 #if defined(__AVX2__)
   vf most = all(0.0f);
-  int64_t i = 0;
-  for (; i + VL <= count; i += VL) most = greater(load(x + i) < all(0.0f) ? all(0.0f) - load(x + i) : load(x + i), most);
-  float largest = greatest_of(most);
-  for (; i < count; i++) largest = x[i] > largest ? x[i] : (-x[i] > largest ? -x[i] : largest);
-  // 127 · 256, so that both bytes have room; a factor that is not finite stays so through the step.
-  const float step = largest / 32512.0f, inverse = largest > 1e-30f ? 32512.0f / largest : 0.0f;
-  for (int64_t u = 0; u < count; u += 4) {
-    int32_t n[4];
-    for (int j = 0; j < 4; j++) n[j] = static_cast<int32_t>(__builtin_rintf(x[u + j] * inverse));
-#if defined(__AVX512VNNI__)
-    uint32_t high = 0, low = 0;
-    for (int j = 0; j < 4; j++) {
-      const int32_t up = (n[j] + 128) >> 8;
-      high |= static_cast<uint32_t>(up & 255) << (8 * j);
-      low |= static_cast<uint32_t>((n[j] - 256 * up) & 255) << (8 * j);
-    }
-    to[u / 4] = {static_cast<int32_t>(high), static_cast<int32_t>(low)};
+  for (int64_t c = 0; c < count; c += VL) {
+    const vf y = load(x + c), minus = all(0.0f) - y;
+    most = greater(greater(y, minus), most);
+  }
+  const float largest = greatest_of(most);
+  // 127 · 256, so that both bytes have room. What is not finite comes back through `lost`.
+  const float step = largest / 32512.0f;
+  const vf inverse = all(largest > 1e-30f ? 32512.0f / largest : 0.0f);
+  vf lost = all(0.0f);
+  for (int64_t c = 0; c < count; c += VL) {
+    const vf y = load(x + c);
+#if defined(__AVX512F__)
+    const vi n = (vi)_mm512_cvtps_epi32((__m512)(y * inverse));
 #else
-    const auto pair = [](int32_t a, int32_t b) {
-      return static_cast<int32_t>(static_cast<uint32_t>(a & 0xffff) | static_cast<uint32_t>(b) << 16);
-    };
-    to[u / 4] = {pair(n[0], n[2]), pair(n[1], n[3])};
+    const vi n = (vi)_mm256_cvtps_epi32((__m256)(y * inverse));
+#endif
+    lost = lost + (y - as_floats(n) * all(step));
+    char* at = reinterpret_cast<char*>(to) + 2 * c;
+#if defined(__AVX512VNNI__)
+    const vi up = (n + all_ints(128)) >> 8;
+    const __m128i high = _mm512_cvtepi32_epi8((__m512i)up), low = _mm512_cvtepi32_epi8((__m512i)(n - (up << 8)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm_unpacklo_epi32(high, low));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(at + 16), _mm_unpackhi_epi32(high, low));
+#else
+#if defined(__AVX512F__)
+    const __m256i half = _mm512_cvtepi32_epi16((__m512i)n);
+    const __m128i parts[2] = {_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)};
+#else
+    const __m128i parts[1] = {
+        _mm_packs_epi32(_mm256_castsi256_si128((__m256i)n), _mm256_extracti128_si256((__m256i)n, 1))};
+#endif
+    for (int i = 0; i < VL / 8; i++)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(at + 16 * i),
+                       _mm_shufflehi_epi16(_mm_shufflelo_epi16(parts[i], 0xd8), 0xd8));
 #endif
   }
-  return step;
+  return {step, sum_of(lost)};
 #else
   for (int64_t u = 0; u < count; u += 4) to[u / 4] = {{x[u], x[u + 1], x[u + 2], x[u + 3]}};
-  return 1.0f;
+  return {1.0f, 0.0f};
 #endif
 }
 
@@ -121,10 +138,13 @@ CLEARHEAD_INLINE vi load_quads(const uint8_t* p, int64_t lanes) {
 
 // R rows of factors times COLUMNS · VL lanes of codes; with PARTS = 2 the upper halves of the bytes meet the second half of the
 // factors. `ahead`: bytes on to the same place of the next block, which is asked for.
+// A function of its own: inside another the pointers would not stay in registers.
 template <int R, int COLUMNS, int PARTS>
-CLEARHEAD_INLINE void times_quads(const Quad* const* factors, int64_t quads, const uint8_t* codes, int64_t stride,
+static __attribute__((noinline)) void times_quads(const Quad* const* factors, int64_t quads, const uint8_t* codes, int64_t stride,
                                   int64_t lanes, int64_t ahead, vf out[R][COLUMNS]) {
   QuadSum sums[R][COLUMNS];
+  const Quad* by[R];
+  for (int r = 0; r < R; r++) by[r] = factors[r];
   for (int64_t u = 0; u < quads; u++) {
     const uint8_t* row = codes + u * stride;
 #pragma GCC unroll 4
@@ -134,13 +154,13 @@ CLEARHEAD_INLINE void times_quads(const Quad* const* factors, int64_t quads, con
       if constexpr (PARTS == 1) {
         const QuadCodes x(bytes);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) sums[r][c].add(x, factors[r][u]);
+        for (int r = 0; r < R; r++) sums[r][c].add(x, by[r][u]);
       } else {
         const QuadCodes lower(bytes & all_ints(0x0f0f0f0f)), upper((bytes >> 4) & all_ints(0x0f0f0f0f));
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-          sums[r][c].add(lower, factors[r][u]);
-          sums[r][c].add(upper, factors[r][quads + u]);
+          sums[r][c].add(lower, by[r][u]);
+          sums[r][c].add(upper, by[r][quads + u]);
         }
       }
     }
@@ -246,7 +266,8 @@ class HeldDecode {
                  float* shift) const {
     const Half* scale = row_of<Half>(p.k_codes[s].scale, b, g, block);
     const int16_t* zero = row_of<int16_t>(p.k_codes[s].zero, b, g, block);
-    alignas(64) float scaled[CLEARHEAD_WIDEST + 2 * VL] = {};
+    alignas(64) float scaled[CLEARHEAD_WIDEST + 2 * VL];
+    for (int64_t c = rounded_up(keys.width, VL); c < keys.factors(); c += VL) store(scaled + c, all(0.0f));
     vf sum = all(0.0f);
     for (int64_t c = 0; c < keys.width; c += VL) {
       const int64_t count = keys.width - c;
@@ -254,8 +275,7 @@ class HeldDecode {
       store(scaled + c, x);
       sum = sum + x * as_floats(load_some(zero + c, count));
     }
-    *step = to_quads(scaled, keys.factors(), to);
-    *shift = sum_of(sum);
+    finish(to_quads(scaled, keys.factors(), to), sum_of(sum), step, shift);
   }
 
   // Logits of a block for `rows` rows whose quads lie one after the other.
@@ -325,6 +345,12 @@ class HeldDecode {
     static constexpr int value = N;
   };
 
+  // What rounding took from the factors meets codes that are, on average, half of the largest.
+  void finish(QuadStep made, float zeros, float* step, float* shift) const {
+    *step = made.step;
+    *shift = zeros + made.lost * (p.bits == 4 ? 7.5f : 127.5f);
+  }
+
   // Where there are fewer rows than a tile has, the last one is done again: the same numbers end up in the same place.
   static int64_t row(int64_t first, int i, int64_t rows) { return first + i < rows ? first + i : rows - 1; }
 
@@ -359,8 +385,7 @@ class HeldDecode {
       store(weights + c, weight);
       sum = sum + weight * as_floats(load_shorts(zero + c));
     }
-    *step = to_quads(weights, KEY_BLOCK, to);
-    *shift = sum_of(sum);
+    finish(to_quads(weights, KEY_BLOCK, to), sum_of(sum), step, shift);
   }
 };
 
