@@ -51,7 +51,13 @@ class Problem(NamedTuple):
 
 
 def problem(
-    shape: Shape, streams: int, shared: bool, bits: int, dtype: torch.dtype, table: bool = False, batch: int = 2
+    shape: Shape,
+    streams: int,
+    shared: bool,
+    bits: int,
+    dtype: torch.dtype,
+    table: bool = False,
+    batch: int = 2,
 ) -> Problem:
     rng = torch.Generator().manual_seed(sum(shape) + streams)
     keys = shape.held + shape.newest
@@ -132,7 +138,9 @@ def test_codes_are_what_they_stand_for(isa: str, shape: Shape, bits: int, dtype:
 
 @every_set
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s.width % 4 == 0], ids=lambda s: "-".join(map(str, s)))
+@pytest.mark.parametrize(
+    "shape", [s for s in SHAPES if s.width % 4 == 0], ids=lambda s: "-".join(map(str, s))
+)
 @torch.no_grad()
 def test_codes_of_half_keys_meet_their_table(isa: str, shape: Shape, bits: int) -> None:
     for streams, shared in STREAMS:
@@ -145,7 +153,9 @@ def test_codes_of_half_keys_meet_their_table(isa: str, shape: Shape, bits: int) 
 @pytest.mark.parametrize("table", [False, True])
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[7]], ids=lambda s: "-".join(map(str, s)))
 @torch.no_grad()
-def test_pieces_are_the_whole(shape: Shape, table: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_are_the_whole(
+    shape: Shape, table: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("clearhead.kernels.blocks.PIECE", 128)
     for streams, shared in STREAMS:
         case = problem(shape, streams, shared, 8, dtype, table)
@@ -248,7 +258,9 @@ def test_others_refuse_codes_by_name() -> None:
     case = problem(SHAPES[0], 2, False, 8, torch.float32)
     mask = MaskSpec(is_causal=True)
     for backend in ("eager", "sdpa"):
-        with pytest.raises(ValueError, match="not as the codes of a quantised cache; cpu and blocks take those"):
+        with pytest.raises(
+            ValueError, match="not as the codes of a quantised cache; cpu and blocks take those"
+        ):
             run(case.heads, mask, backend)
     case.heads.q[0].requires_grad_()
     with pytest.raises(ValueError, match="have no gradient"):

@@ -50,7 +50,9 @@ def test_no_number_is_further_off_than_half_its_scale(bits: int, kind: str, dtyp
 
 
 def test_a_channel_of_large_numbers_leaves_the_others_as_fine_as_they_were() -> None:
-    plain, large = (quantise_keys(numbers(kind), 8).expanded(torch.float64) for kind in ("normal", "outlier channel"))
+    plain, large = (
+        quantise_keys(numbers(kind), 8).expanded(torch.float64) for kind in ("normal", "outlier channel")
+    )
     others = torch.arange(70) != 3
     assert torch.equal(plain[..., others], large[..., others])
 

@@ -225,7 +225,9 @@ def refused_modes(problem: AttentionProblem, known: frozenset[str]) -> str | Non
     return f"it has no {unknown[0]}" if unknown else None
 
 
-TAKES_NUMBERS = "it takes keys and values as numbers, not as the codes of a quantised cache; cpu and blocks take those"
+TAKES_NUMBERS = (
+    "it takes keys and values as numbers, not as the codes of a quantised cache; cpu and blocks take those"
+)
 
 
 class Kernel(Backend):

@@ -142,6 +142,15 @@ class MaskSpec:
         bias = bias.masked_fill(~allowed, float("-inf"))
         return bias.to(dtype) if self.dense is None else _cast(_lifted(bias), dtype)
 
+    def parts(
+        self, queries: int, keys: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is visible, (B or 1, H or 1, L, S) bool, and what is added to the logits, or None: both as they are.
+
+        `materialise` may add another number to all of a row, which only softmax over the whole row does not notice.
+        """
+        return self.visible(queries, keys, device), self._bias(queries, keys, dtype, device)
+
     def diagonals(self, queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """(H, L + S − 1) additive in `dtype`, [h, j − i + L − 1] for key j and query i: all of a mask with slopes.
 

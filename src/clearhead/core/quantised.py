@@ -172,7 +172,9 @@ def _affine(least: Tensor, most: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     wanted = torch.maximum(most / levels - least / levels, size).clamp(min=_LEAST_SCALE)
     near = wanted.to(torch.bfloat16)
     # The next bfloat16 number above a positive one has the next pattern of bits.
-    scale = torch.where(near.to(wanted.dtype) < wanted, (near.view(torch.int16) + 1).view(torch.bfloat16), near)
+    scale = torch.where(
+        near.to(wanted.dtype) < wanted, (near.view(torch.int16) + 1).view(torch.bfloat16), near
+    )
     return scale, (least / scale.to(least.dtype)).round().to(torch.int16)
 
 

@@ -57,9 +57,13 @@ class Blocks(Kernel):
         for first, piece in _pieces(heads, wide):
             count = piece.v.shape[2]
             part = mask.columns(first, count, queries, keys)
-            seen = part.materialise(queries, count, wide, heads.v.device)
+            seen, bias = part.parts(queries, count, wide, heads.v.device)
+            if bias is not None:
+                seen = seen & (bias != float("-inf"))
+            values = _seen_by_some(piece.v, seen)
             for state, q, k in zip(states, piece.q, piece.own_keys, strict=True):
-                state.add(q.to(wide), k, piece.v, seen, scale)
+                logits = q.to(wide) @ repeat_kv(k, q.shape[1]).mT * scale
+                state.add(logits if bias is None else logits + bias, values, seen)
         streams = tuple(state.result() for state in states)
         return _MIXES[len(streams)](streams, heads.gate).to(heads.v.dtype)
 
@@ -78,6 +82,11 @@ def _pieces(heads: Streams, wide: torch.dtype) -> Iterator[tuple[int, Streams]]:
         yield past + first, heads.piece(past + first, keys, values).expanded()
 
 
+def _seen_by_some(v: Tensor, seen: Tensor) -> Tensor:
+    """v with zeros where no query sees anything: 0 · NaN is NaN."""
+    return v.masked_fill(~seen.any(dim=2).any(dim=1)[:, None, :, None], 0.0)
+
+
 class _Row:
     """What the keys so far made of every query of a stream: references m, sums s, outputs o."""
 
@@ -92,20 +101,15 @@ class _Row:
         zeros = torch.zeros((*size[:3], v.shape[3]), dtype=wide, device=q.device)
         return cls(none, torch.zeros(size, dtype=wide, device=q.device), zeros)
 
-    def add(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> None:
-        """Take up the keys k and values v; seen: visible ones, or what is added to the logits."""
-        heads = q.shape[1]
-        logits = q @ repeat_kv(k, heads).mT * scale
-        hidden = ~seen if seen.dtype == torch.bool else seen == float("-inf")
+    def add(self, logits: Tensor, v: Tensor, seen: Tensor) -> None:
+        """Take up the keys of `logits` (B, H, L, S), those that are `seen`, and their values v."""
         # A hidden key may hold NaN, which no addition takes away.
-        logits = (logits if seen.dtype == torch.bool else logits + seen).masked_fill(hidden, float("-inf"))
+        logits = logits.masked_fill(~seen, float("-inf"))
         most = torch.maximum(self.most, logits.amax(-1, keepdim=True))
         safe = torch.where(most == float("-inf"), 0.0, most)
         keep, weights = (self.most - safe).exp(), (logits - safe).exp()
         self.total = self.total * keep + weights.sum(-1, keepdim=True)
-        nobody = hidden.all(dim=2)[..., None] if hidden.shape[2] > 1 else hidden.mT
-        values = v.masked_fill(nobody, 0.0) if nobody.shape[1] == 1 else v
-        self.out = self.out * keep + weights @ repeat_kv(values, heads)
+        self.out = self.out * keep + weights @ repeat_kv(v, logits.shape[1])
         self.most = most
 
     def result(self) -> Tensor:

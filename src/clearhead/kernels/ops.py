@@ -51,7 +51,9 @@ torch.library.define(
 )
 
 _CODES = ", ".join(
-    f"Tensor{end} {name}_{part}" for name, end in (("k1", ""), ("k2", "?"), ("v", "")) for part in ("codes", "scale", "zero")
+    f"Tensor{end} {name}_{part}"
+    for name, end in (("k1", ""), ("k2", "?"), ("v", ""))
+    for part in ("codes", "scale", "zero")
 )
 torch.library.define(
     "clearhead::held_attention",

@@ -152,13 +152,12 @@ class QuantisedLayer(CacheLayerMixin):
             assert self.held is not None
             kept = self.held.tokens - missing
             whole = kept // KEY_BLOCK * KEY_BLOCK
-            streams, older = self.held.part(whole, kept - whole).expanded(self.dtype) if kept > whole else ((), None)
-            empty = self._room
+            cut = self.held.part(whole, KEY_BLOCK) if kept > whole else None
             self.held = self.held.part(0, whole).mapped(torch.clone) if whole else None
-            assert empty is not None
-            self._room, self._count = (empty[0][:, :, :0], empty[1][:, :, :0]), 0
-            if older is not None:
-                self._append(torch.cat(streams, -1), older)
+            self._count = 0
+            if cut is not None:
+                streams, older = cut.expanded(self.dtype)
+                self._append(torch.cat(streams, -1)[:, :, : kept - whole], older[:, :, : kept - whole])
         if self.record_past:
             self._drop()
 

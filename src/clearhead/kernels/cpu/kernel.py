@@ -254,15 +254,15 @@ def _factored(
 
 
 @torch.library.impl("clearhead::held_attention", "CPU")  # type: ignore[untyped-decorator]
-def _held(
-    q1: Tensor, q2: Tensor | None, k1: Tensor, k2: Tensor | None, v: Tensor, *rest: Any
-) -> Tensor:
+def _held(q1: Tensor, q2: Tensor | None, k1: Tensor, k2: Tensor | None, v: Tensor, *rest: Any) -> Tensor:
     parts, bits, table, gate, padding, *numbers = rest[:9], *rest[9:]
     call = _Call(ops.KernelInputs(q1, q2, k1, k2, v, gate, padding, None, *numbers))
     _check_devices(table, *parts)
     problem = call.problem
     parts = tuple(None if x is None else _dense_rows(x) for x in parts)
-    for to, codes in zip((*problem.k_codes, problem.v_codes), (parts[:3], parts[3:6], parts[6:]), strict=True):
+    for to, codes in zip(
+        (*problem.k_codes, problem.v_codes), (parts[:3], parts[3:6], parts[6:]), strict=True
+    ):
         if codes[0] is not None:
             to.codes, to.scale, to.zero = map(_tensor, codes)
     problem.bits, problem.held = bits, parts[8].shape[3]
