@@ -20,6 +20,7 @@ from clearhead.models.autoload import CLASSES
 from clearhead.models.causal import ClearheadForCausalLM
 from clearhead.models.config import ClearheadConfig
 from clearhead.models.decoder import ClearheadModel
+from clearhead.models.evicting_cache import EvictingCache
 from clearhead.models.heads import (
     ClearheadForQuestionAnswering,
     ClearheadForSequenceClassification,
@@ -34,6 +35,7 @@ __all__ = [
     "ClearheadForSequenceClassification",
     "ClearheadForTokenClassification",
     "ClearheadModel",
+    "EvictingCache",
     "QuantisedCache",
 ]
 

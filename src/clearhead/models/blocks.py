@@ -27,7 +27,11 @@ class ClearheadAttention(ProjectedAttention):
         """(B, L, hidden_size) -> the same, and the effective map (B, H, L, S) if asked."""
         here = shared.on(hidden_states.device)
         heads = self.project(hidden_states, hidden_states, here.rotation, past_key_values, here.table)
-        return self.combine(heads, here.plans.prepared, output_attentions)
+        result = self.combine(heads, here.plans.prepared, output_attentions)
+        evict = getattr(past_key_values, "evict", None)
+        if evict is not None:
+            evict(heads, here.plans.mask, self.scale, self.variant.mix, self.layer_idx)
+        return result
 
 
 class SwiGLU(nn.Module):

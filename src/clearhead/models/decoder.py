@@ -166,7 +166,8 @@ class ClearheadModel(ClearheadPreTrainedModel):
         shared = {}
         for layer, kind in kinds.items():
             seen = Present(0, placed.keys)
-            if kind.window is not None:
+            partial = kind.window is not None or hasattr(given.cache, "kept_padding")
+            if partial:
                 seen = present(given.cache, queries, layer, placed.keys)
             # Without keys to turn, a window is nothing to a rotation.
             turned = (kind.position, None if keys is None else kind.window)
@@ -182,7 +183,7 @@ class ClearheadModel(ClearheadPreTrainedModel):
                 mask = placed.mask
                 if own is not None:
                     mask = replace(mask, slopes=own, offset=placed.past, places=placed.places)
-                if kind.window is not None:
+                if partial:
                     mask = seen.of(mask, 0 if placed.past is None else placed.past, kind.window)
                 bits = held_bits(given.cache, layer)
                 plans[asked] = self._plan(inputs_embeds, layer, mask, seen.count, output_attentions, bits)

@@ -98,6 +98,12 @@ class Decode {
           vf mixed = load(weights + i * row_stride + begin + c) * all(factor[i]);
           if (z.streams == 2)
             mixed = mixed - load(weights + (z.rows + i) * row_stride + begin + c) * all(factor[z.rows + i]);
+          // Two values meet one instruction, as halves, where the processor multiplies them so.
+          if constexpr (PAIRED)
+            if (begin >= p.held) {
+              store_halves(reinterpret_cast<Half*>(tile + i * TILE) + c, mixed);
+              continue;
+            }
           store(tile + i * TILE + c, mixed);
         }
       // What is not seen weighs nothing, and codes are never NaN.
@@ -112,7 +118,7 @@ class Decode {
       for (int64_t i = 0; i < z.rows; i++)
         for (int64_t j = 0; j < count; j++)
           if (rows.sees(i, begin + j))
-            values(1, tile + i * TILE + j, from + j * p.v.token, 1, 0, out + i * z.e_wide);
+            values(1, weight_of(tile + i * TILE, j), from + j * p.v.token, 1, 0, out + i * z.e_wide);
     });
   }
 
@@ -132,6 +138,8 @@ class Decode {
  private:
   static constexpr int MOST = 4;        // rows that share what is loaded
   static constexpr int64_t AHEAD = 64;  // keys
+  // Whether weights are bfloat16 where they meet values; a place in a tile is then still given as a float's.
+  static constexpr bool PAIRED = Unit::PER_UNIT == 2;
 
   const clearhead_problem& p;
   const Ids& ids;
@@ -272,6 +280,54 @@ class Decode {
     }
   }
 
+  static const float* weight_of(const float* row, int64_t j) {
+    if constexpr (PAIRED) return reinterpret_cast<const float*>(reinterpret_cast<const Half*>(row) + j);
+    return row + j;
+  }
+
+#if defined(__AVX512BF16__)
+  // sums += the weighted values of two tokens at a time; an odd last one is its own neighbour, with the weight 0.
+  template <int R, int COLUMNS>
+  CLEARHEAD_INLINE void add_pairs(const float* const* weight, const Half* from, int64_t token, int64_t count, int64_t width,
+                                  int64_t ahead, vf (*sums)[COLUMNS]) {
+    const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                           36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
+    for (int64_t j = 0; j < count; j += 2) {
+      const bool two = j + 1 < count;
+      const Half *a = from + j * token, *b = two ? a + token : a;
+      if (ahead) {
+        ask_for(a + ahead * token, COLUMNS * VL);
+        ask_for(b + ahead * token, COLUMNS * VL);
+      }
+      __m512bh by[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        int32_t pair = 0;
+        memcpy(&pair, reinterpret_cast<const Half*>(weight[r]) + j, two ? 4 : 2);
+        by[r] = (__m512bh)_mm512_set1_epi32(two ? pair : pair & 0xffff);
+      }
+      vf x[COLUMNS];
+      if constexpr (COLUMNS % 2 == 0) {
+#pragma GCC unroll 8
+        for (int c = 0; c < COLUMNS; c += 2) {
+          const __m512i first = _mm512_loadu_si512(a + c * VL), second = _mm512_loadu_si512(b + c * VL);
+          x[c] = (vf)_mm512_permutex2var_epi16(first, lower, second);
+          x[c + 1] = (vf)_mm512_permutex2var_epi16(first, upper, second);
+        }
+      } else {
+        const __m512i first = (__m512i)load_some(a, width), second = (__m512i)load_some(b, width);
+        x[0] = (vf)_mm512_or_si512(_mm512_srli_epi32(first, 16), second);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int c = 0; c < COLUMNS; c++)
+          sums[r][c] = (vf)_mm512_dpbf16_ps((__m512)sums[r][c], (__m512bh)x[c], by[r]);
+    }
+  }
+#endif
+
   // Adds the weighted sum of `count` values to the first MOST of `rows` rows of out.
   void values(int64_t rows, const float* weights, const Number* from, int64_t count, int64_t ahead, float* out) const {
     if (rows == 1)
@@ -305,7 +361,10 @@ class Decode {
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
       for (int c = 0; c < COLUMNS; c++) sums[r][c] = all(0.0f);
-    for (int64_t j = 0; j < count; j++) {
+#if defined(__AVX512BF16__)
+    if constexpr (PAIRED) add_pairs<R, COLUMNS>(weight, from, p.v.token, count, width, ahead, sums);
+#endif
+    for (int64_t j = PAIRED ? count : 0; j < count; j++) {
       const Number* row = from + j * p.v.token;
       if (ahead) ask_for(row + ahead * p.v.token, COLUMNS * VL);
       vf x[COLUMNS];
