@@ -64,6 +64,7 @@ EVALUATIONS = {
     "initial_angles": "clearhead.evals.internals.initial_angles:InitialAngles",
     "activation_outliers": "clearhead.evals.internals.activation_outliers:ActivationOutliers",
     "quantisation": "clearhead.evals.internals.quantisation:Quantisation",
+    "memory": "clearhead.evals.internals.memory.evaluation:Memory",
     "ar_hit": "clearhead.evals.text.ar_hit:ArHit",
     "knowledge_conflicts": "clearhead.evals.faithfulness.knowledge_conflicts.evaluation:KnowledgeConflicts",
     "long_document_qa": "clearhead.evals.faithfulness.long_document_qa.evaluation:LongDocumentQa",

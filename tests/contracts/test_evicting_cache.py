@@ -106,7 +106,11 @@ def test_attention_ranks_the_keys(attention: str, rank: str) -> None:
     looked = torch.arange(40, 0, -1)
     snap = maps[:, :, -6:].mean(2)
     pooled = torch.stack([snap[..., max(0, j - 2) : j + 3].sum(-1) / 5 for j in range(40)], -1)
-    wanted = {"tova": (maps[:, :, -1], 1), "observed_attention": (maps.sum(2) / looked, 6), "snapkv": (pooled, 6)}
+    wanted = {
+        "tova": (maps[:, :, -1], 1),
+        "observed_attention": (maps.sum(2) / looked, 6),
+        "snapkv": (pooled, 6),
+    }
     for policy, (scores, last) in wanted.items():
         cache = EvictingCache(model.config, policy, 0.4, window=6, rank=rank)
         model(ids, past_key_values=cache)
@@ -115,7 +119,9 @@ def test_attention_ranks_the_keys(attention: str, rank: str) -> None:
         scores = scores.clone()
         scores[..., 40 - last :] = 9.0
         best = scores.topk(16, -1).indices.sort(-1).values
-        chosen = plain.layers[0].keys.gather(2, best[..., None].expand(-1, -1, -1, plain.layers[0].keys.shape[3]))
+        chosen = plain.layers[0].keys.gather(
+            2, best[..., None].expand(-1, -1, -1, plain.layers[0].keys.shape[3])
+        )
         assert torch.equal(cache.layers[0].keys, chosen), policy
 
 

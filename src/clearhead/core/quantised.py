@@ -19,7 +19,7 @@ from torch import Tensor
 # As in kernels/cpu/src/problem.h.
 KEY_BLOCK = 128
 VALUE_GROUP = 64
-BITS = (4, 8)
+BITS = (3, 4, 8)  # 3 to measure them: they are held in 4
 _FARTHEST = 32_000  # largest |zero|
 _LEAST_SCALE = 2.0**-120
 
@@ -149,7 +149,7 @@ def quantise_keys(x: Tensor, bits: int) -> Codes:
     blocks = _wide(x).unflatten(2, (-1, KEY_BLOCK))
     scale, zero = _affine(blocks.amin(3), blocks.amax(3), bits)
     codes = _codes(blocks, scale[:, :, :, None], zero[:, :, :, None], bits)
-    return Codes(_packed(codes.mT, bits), scale, zero, bits, x.shape[3], True)
+    return Codes(_packed(codes.mT, bits), scale, zero, max(4, bits), x.shape[3], True)
 
 
 def quantise_values(x: Tensor, bits: int) -> Codes:
@@ -158,7 +158,9 @@ def quantise_values(x: Tensor, bits: int) -> Codes:
     scale, zero = (torch.stack(parts, 2) for parts in zip(*found, strict=True))
     channels = torch.arange(x.shape[3], device=x.device) // VALUE_GROUP
     codes = _codes(_wide(x), scale[:, :, channels].mT, zero[:, :, channels].mT, bits)
-    return Codes(_packed(codes.unflatten(2, (-1, KEY_BLOCK)), bits), scale, zero, bits, x.shape[3], False)
+    return Codes(
+        _packed(codes.unflatten(2, (-1, KEY_BLOCK)), bits), scale, zero, max(4, bits), x.shape[3], False
+    )
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -184,10 +186,10 @@ def _codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 
 def _packed(rows: Tensor, bits: int) -> Tensor:
     """(B, G, blocks, channels or tokens, lanes) -> (B, G, blocks, quads, lanes, 4), with codes of 0 where there are none."""
-    together = 8 if bits == 4 else 4
+    together = 8 if bits <= 4 else 4
     missing = -rows.shape[3] % together
     rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
-    if bits == 4:
+    if bits <= 4:
         lower, upper = rows.chunk(2, dim=3)
         rows = lower | upper << 4
     return rows.unflatten(3, (-1, 4)).transpose(4, 5).contiguous()

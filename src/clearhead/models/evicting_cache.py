@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    get_layer_types_and_kwargs,
+)
 
 from clearhead.core.attend import Mix
 from clearhead.core.masks import MaskSpec
@@ -122,7 +127,9 @@ class EvictingCache(Cache):
         self._policies = Policies(sinks, window, pool, seed)
         super().__init__(
             layers=[
-                DynamicSlidingWindowLayer(own["sliding_window"]) if "sliding_window" in own else EvictingLayer()
+                DynamicSlidingWindowLayer(own["sliding_window"])
+                if "sliding_window" in own
+                else EvictingLayer()
                 for own in get_layer_types_and_kwargs(text)[1]
             ]
         )
@@ -172,6 +179,10 @@ def _check(config: PreTrainedConfig, policy: str) -> None:
             )
         return
     if config.compact_cache:
-        raise ValueError("an EvictingCache cannot be compact: half keys need the place of each, one for all heads")
+        raise ValueError(
+            "an EvictingCache cannot be compact: half keys need the place of each, one for all heads"
+        )
     if "alibi" in config.positions_by_layer:
-        raise ValueError("an EvictingCache cannot be combined with position 'alibi', which needs every key's place")
+        raise ValueError(
+            "an EvictingCache cannot be combined with position 'alibi', which needs every key's place"
+        )

@@ -82,7 +82,6 @@ class Present:
             places=places,
         )
 
-
     def _padding(self, padding: Tensor) -> Tensor:
         """(B, count) of the kept keys and of those behind them, of which `padding` says it in their own places."""
         assert self.real is not None

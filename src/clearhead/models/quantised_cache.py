@@ -231,7 +231,7 @@ class QuantisedCache(Cache):
     know, the kernel "blocks" turns 1024 tokens at a time into numbers. Compact caches of collinear models, windows,
     padding, beams and `crop` work as with `DynamicCache`.
 
-    bits: 8 or 4.      newest: at least 1.
+    bits: 8 or 4; 3 are to measure what they would lose, and take the bytes of 4.      newest: at least 1.
     config: of any model. One that is not of this package gets all tokens of a layer as numbers in each call: the codes
         are what stays in memory between calls.
     Raises ValueError for other numbers, and for layers that are neither full nor sliding attention.
@@ -239,7 +239,7 @@ class QuantisedCache(Cache):
 
     def __init__(self, config: PreTrainedConfig, bits: int = 8, newest: int = 32) -> None:
         if isinstance(bits, bool) or bits not in BITS:
-            raise ValueError(f"bits must be 8 or 4, not {bits!r}")
+            raise ValueError(f"bits must be 8, 4 or 3, not {bits!r}")
         check_whole("newest", newest)
         text = config.get_text_config(decoder=True)
         types, options = get_layer_types_and_kwargs(text)
