@@ -1,22 +1,22 @@
 """Decoding behind codes of 8 and 4 bits against the same behind float32 and bfloat16 keys and values: time and memory.
 
-One layer's attention of 8 differential heads of width 64 (values 128 wide) over 2 key-value groups, one new token; in batch 1
-eight such layers in turn, so that no cache of the processor holds what they read. Every round has one turn of each form, and a
-copy as large as half of the float32 keys and values, which moves as many bytes as reading them once. With one thread the clock
-is the thread's own processor time: what other work on the machine takes away is not counted, what it does to the caches and the
-memory is.
+One layer's attention of 8 differential heads of width 64 (values 128 wide) over 2 key-value groups, one new token; in
+batch 1 eight such layers in turn, so that no cache of the processor holds what they read. Every round has one turn of
+each form, and a copy as large as half of the float32 keys and values, which moves as many bytes as reading them once.
+With one thread the clock is the thread's own processor time: what other work on the machine takes away is not counted,
+what it does to the caches and the memory is.
 """
 
 import argparse
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from clearhead.bench.machine import facts, versions
-from clearhead.bench.measure import Spread, interleaved, ratios, spread, warm_up
+from clearhead.bench.measure import Call, Spread, interleaved, ratios, spread, warm_up
 from clearhead.bench.records import append
 from clearhead.core.attend import attend, difference, prepare, problem_of
 from clearhead.core.dispatch import load_backend
@@ -56,7 +56,7 @@ def size(heads: Streams) -> int:
     return numbers + (0 if heads.held is None else heads.held.nbytes)
 
 
-def turn(layers: list[Streams]) -> Callable[[], None]:
+def turn(layers: list[Streams]) -> Call:
     mask = MaskSpec(is_causal=True)
     prepared = prepare((load_backend("cpu"),), problem_of(layers[0], mask, "difference"), mask, False)
 
@@ -90,7 +90,8 @@ def main() -> None:
         sizes = {name: sum(map(size, layers)) for name, layers in made.items()}
         half = torch.ones(sizes["float32"] // 8)
         copied = torch.empty_like(half)
-        calls = {name: turn(layers) for name, layers in made.items()} | {READ: lambda: copied.copy_(half)}
+        calls: dict[str, Call] = {name: turn(layers) for name, layers in made.items()}
+        calls[READ] = partial(copied.copy_, half)
         warm_up(calls)
         rounds = list(interleaved(calls, arguments.rounds, clock))
         for name in FORMS:

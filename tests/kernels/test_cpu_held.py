@@ -106,7 +106,8 @@ def masks_of(shape: Shape, batch: int = 2) -> dict[str, MaskSpec]:
 
 
 def assert_right(found: Tensor, case: Problem, mask: MaskSpec, dtype: torch.dtype) -> None:
-    """As far off as eager attention over the same numbers in the same type, twice over, and an eighth of what the codes cost.
+    """As far off as eager attention over the same numbers in the same type, twice over, and an eighth of what the
+    codes cost.
 
     The latter is for factors that the kernel rounds to 16 bits before it multiplies them with codes.
     """

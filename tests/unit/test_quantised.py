@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tests.oracles import quantised as oracle
 from torch import Tensor
 
 from clearhead.core.quantised import KEY_BLOCK, VALUE_GROUP, hold, quantise_keys, quantise_values
-from tests.oracles import quantised as oracle
 
 KINDS = ("normal", "shifted", "positive", "outlier channel", "constant", "tiny", "huge", "zero")
 

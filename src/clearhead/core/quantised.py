@@ -52,8 +52,8 @@ class Codes:
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Codes":
         """With `function` of each tensor, which must leave all but the batch as it is."""
-        parts = (function(x) for x in (self.codes, self.scale, self.zero))
-        return Codes(*parts, self.bits, self.width, self.of_keys)
+        codes, scale, zero = function(self.codes), function(self.scale), function(self.zero)
+        return Codes(codes, scale, zero, self.bits, self.width, self.of_keys)
 
     def part(self, first: int, count: int) -> "Codes":
         """The tokens from `first` on; both numbers must be of whole blocks."""
@@ -185,7 +185,8 @@ def _codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 
 
 def _packed(rows: Tensor, bits: int) -> Tensor:
-    """(B, G, blocks, channels or tokens, lanes) -> (B, G, blocks, quads, lanes, 4), with codes of 0 where there are none."""
+    """(B, G, blocks, channels or tokens, lanes) -> (B, G, blocks, quads, lanes, 4), with codes of 0 where there are
+    none."""
     together = 8 if bits <= 4 else 4
     missing = -rows.shape[3] % together
     rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))

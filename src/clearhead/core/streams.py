@@ -158,7 +158,8 @@ class Streams:
         return self.k[0] if self.shares_keys else torch.cat(self.k, dim=-1)
 
     def with_cached(self, keys: Tensor, values: Tensor, held: Held | None = None) -> "Streams":
-        """These queries against keys (B, G, S, K·D) and values (B, G, S, E) that came back from a cache, behind `held`."""
+        """These queries against keys (B, G, S, K·D) and values (B, G, S, E) that came back from a cache, behind
+        `held`."""
         streams = (keys,) if self.shares_keys else keys.chunk(len(self.k), dim=-1)
         return replace(self, k=tuple(streams), v=values, held=held)
 

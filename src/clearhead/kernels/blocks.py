@@ -19,7 +19,8 @@ PIECE = 1024  # tokens that are numbers at a time
 
 
 class Blocks(Kernel):
-    """Softmax on line over pieces of the keys (Milakov and Gimelshein 2018, arXiv 1805.02867), for a quantised cache only.
+    """Softmax on line over pieces of the keys (Milakov and Gimelshein 2018, arXiv 1805.02867), for a quantised cache
+    only.
 
         m' = max(m, max x),  s' = s e^(m − m') + Σ e^(x − m'),  o' = o e^(m − m') + e^(x − m') v,  out = o / s
 

@@ -62,7 +62,7 @@ class EvictingLayer(DynamicLayer):
             self.real = real.gather(1, places[:, 0])
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self.dropped and -tokens_to_remove > self.keys.shape[2]:
+        if self.dropped and self.keys is not None and -tokens_to_remove > self.keys.shape[2]:
             raise ValueError(f"crop({tokens_to_remove}) reaches tokens that were evicted")
         super().crop(tokens_to_remove)
 
@@ -71,7 +71,7 @@ class EvictingLayer(DynamicLayer):
         self.dropped, self.real, self.done = 0, None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self.real = None if self.real is None else self.real.index_select(0, beam_idx.to(self.real.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -88,14 +88,15 @@ class EvictingCache(Cache):
 
     `model.generate(..., past_key_values=EvictingCache(model.config, "snapkv", budget=0.25))`.
 
-    policy: one of `eviction.POLICIES`, by the names of kvpress.   budget: the part of a prompt's tokens that is kept, above 0
-        and at most 1, in every key-value head of layers without a window.
+    policy: one of `eviction.POLICIES`, by the names of kvpress.   budget: the part of a prompt's tokens that is kept,
+        above 0 and at most 1, in every key-value head of layers without a window.
     rank:   for differential attention, what "attention" is to a policy: "effective", |A1 − λ A2|, or "signal", A1.
     sinks, window, pool, seed: numbers of the policies, see `eviction`.
-    The prompt is the first call's tokens, which see one another in full. Positions are those of the whole text. Padding is
-    evicted first. Models of other families hand a cache keys and values alone: they take the policies that look at keys
-    (streaming_llm, knorm, random), and no padding.
-    Raises ValueError for other names and numbers, and for models whose logits need every key's place: compact caches, ALiBi.
+    The prompt is the first call's tokens, which see one another in full. Positions are those of the whole text.
+    Padding is evicted first. Models of other families hand a cache keys and values alone: they take the policies that
+    look at keys (streaming_llm, knorm, random), and no padding.
+    Raises ValueError for other names and numbers, and for models whose logits need every key's place: compact caches,
+    ALiBi.
     """
 
     def __init__(
@@ -167,7 +168,8 @@ class EvictingCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all that is held."""
-        return sum(x.nbytes for layer in self.layers for x in (layer.keys, layer.values) if x is not None)
+        held = [layer for layer in self.layers if isinstance(layer, DynamicLayer)]
+        return sum(int(x.nbytes) for layer in held for x in (layer.keys, layer.values) if x is not None)
 
 
 def _check(config: PreTrainedConfig, policy: str) -> None:

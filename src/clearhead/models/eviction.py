@@ -3,16 +3,17 @@
 The policies have the names of kvpress's presses (github.com/NVIDIA/kvpress), without "Press" and in lower case:
 
     streaming_llm        the first `sinks` tokens and the last ones (Xiao et al. 2023, arXiv 2309.17453)
-    snapkv               what the last `window` queries look at, averaged over `pool` neighbours (Li et al. 2024, arXiv 2404.14469)
+    snapkv               what the last `window` queries look at, averaged over `pool` neighbours (Li et al. 2024,
+                         arXiv 2404.14469)
     observed_attention   heavy hitters: what a token was given on average by the queries that see it (H2O, Zhang et al.
                          2023, arXiv 2306.14048), and the last `window` tokens
     tova                 what the last query looks at (Oren et al. 2024, arXiv 2401.06104)
     knorm                keys of small norm (Devoto et al. 2024, arXiv 2406.11430)
     random               the floor
 
-Attention is that of the output heads of a group, averaged. Of a difference it is |A1 − λ A2|, what a key's value is weighed
-with (`rank="effective"`), or A1 alone (`rank="signal"`). A kept token keeps its keys in all streams and its value: the kept set
-is one for a group, so the union over streams and heads is never larger than it.
+Attention is that of the output heads of a group, averaged. Of a difference it is |A1 − λ A2|, what a key's value is
+weighed with (`rank="effective"`), or A1 alone (`rank="signal"`). A kept token keeps its keys in all streams and its
+value: the kept set is one for a group, so the union over streams and heads is never larger than it.
 
 Legend: B batch, G key-value heads, H output heads, L queries, S keys.
 """

@@ -46,7 +46,8 @@ class Present:
     """Which keys a layer sees in a forward pass: `count` of them, the first one at place `first` of the sequence.
 
     A layer with a window may have dropped those before it, in a cache that does not grow past the window. One of an
-    evicting cache is treated alike, whichever it dropped: `real` (B, kept) then says which of those kept are no padding.
+    evicting cache is treated alike, whichever it dropped: `real` (B, kept) then says which of those kept are no
+    padding.
     """
 
     first: int
@@ -68,8 +69,8 @@ class Present:
         if self.real is not None:
             if mask.dense is not None:
                 raise ValueError(
-                    "a mask of 4 dimensions says something of every key, and an evicting cache has dropped some: give a mask "
-                    "of 2 dimensions"
+                    "a mask of 4 dimensions says something of every key, and an evicting cache has dropped some: give "
+                    "a mask of 2 dimensions"
                 )
             padding = None if padding is None else self._padding(padding)
         return replace(

@@ -3,7 +3,7 @@
 Legend: B batch, G key-value heads, N tokens, K key streams, D key width, E value width.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +24,12 @@ class QuantisedLayer(CacheLayerMixin):
     """One layer's keys (B, G, N, K·D) and values (B, G, N, E): codes, then the newest as numbers.
 
     Codes are made of whole blocks of KEY_BLOCK tokens, as soon as `newest` tokens are left behind them; so between
-    `newest` and `newest` + KEY_BLOCK − 1 tokens are numbers. A layer with a window drops blocks that no later query sees.
+    `newest` and `newest` + KEY_BLOCK − 1 tokens are numbers. A layer with a window drops blocks that no later query
+    sees.
     """
 
-    is_croppable: ClassVar[bool] = False  # what has become codes does not become the numbers that it was
-    supports_early_init: ClassVar[bool] = False
+    is_croppable = False  # what has become codes does not become the numbers that it was
+    supports_early_init = False
 
     def __init__(self, bits: int, newest: int, streams: int = 1, window: int | None = None) -> None:
         super().__init__()
@@ -85,7 +86,8 @@ class QuantisedLayer(CacheLayerMixin):
         """
         if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
             raise ValueError(
-                "a QuantisedCache has no gradients, and these keys or values have one: call the model under torch.no_grad()"
+                "a QuantisedCache has no gradients, and these keys or values have one: call the model under "
+                "torch.no_grad()"
             )
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
@@ -130,7 +132,8 @@ class QuantisedLayer(CacheLayerMixin):
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last −tokens_to_remove tokens away; of a block of codes that is cut the rest becomes numbers again."""
+        """Take the last −tokens_to_remove tokens away; of a block of codes that is cut the rest becomes numbers
+        again."""
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes a negative number, the tokens to remove from the end, not {tokens_to_remove}"

@@ -1,7 +1,8 @@
-"""A call of the kernel's forward pass with little in front of it: for decoding, where a layer takes a tenth of a millisecond.
+"""A call of the kernel's forward pass with little in front of it, for decoding.
 
 `torch.ops.clearhead.*` are what gradients, compiled graphs and everything that watches operators need. Where nothing
-of this is there, a call does not go through them: the struct that C reads is written at once, in memory that a thread keeps.
+of this is there, a call does not go through them: the struct that C reads is written at once, in memory that a thread
+keeps.
 """
 
 import ctypes
@@ -24,6 +25,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _UNUSED = library.CProblem.bits.offset - library.CProblem.noise.offset
 _FIELDS = struct.Struct(f"=5if9q4q32q{_UNUSED}x2q36q")
 _NONE = (0, 0, 0, 0)
+_NO_CODES: tuple[int, ...] = (0, 0, *_NONE * 9)
 assert _FIELDS.size == ctypes.sizeof(library.CProblem)
 
 
@@ -46,7 +48,7 @@ def possible(tensors: Sequence[Tensor | None]) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or torch.autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()
     ):
         return False
     return all(x is None or (type(x) in (Tensor, nn.Parameter) and x.is_cpu) for x in tensors)
@@ -106,9 +108,6 @@ def forward(heads: Streams, mask: MaskSpec, gate: Tensor | None, offset: int, sc
     )
     library.load().forward(_memory.problem)
     return out
-
-
-_NO_CODES = (0, 0, *_NONE * 9)
 
 
 def place(x: Tensor) -> tuple[int, ...]:

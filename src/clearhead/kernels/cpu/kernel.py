@@ -73,7 +73,7 @@ class Cpu(Kernel):
         differentiable = [x for x in (*heads.q, *heads.k, v, gate) if x is not None]
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
         shifted = isinstance(mask.offset, Tensor)
-        offset = heads.keys - q1.shape[2] if mask.offset is None or shifted else mask.offset
+        offset = mask.offset if isinstance(mask.offset, int) else heads.keys - q1.shape[2]
         if not keep and mask.documents is None:
             tensors = (*heads.q, *heads.k, v, gate, heads.table, mask.key_padding)
             if direct.possible(tensors):

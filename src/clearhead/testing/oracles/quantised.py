@@ -1,9 +1,9 @@
 """Keys and values as codes, number by number in Python's own floats: what `core.quantised` must give.
 
-A group of numbers x shares a scale s and a zero z, code = clamp(round(x / s) − z, 0, 2^bits − 1), x ≈ s · (code + z): keys in
-groups of one channel and a block of tokens, values in groups of one token and some channels (KIVI, arXiv 2402.02750, §3).
-s is a bfloat16 number, the least that is not below (most − least) / (2^bits − 1), the largest magnitude / 32000 and 2^−120;
-z is least / s, rounded. Rounding is to the nearest integer, to the even one of two.
+A group of numbers x shares a scale s and a zero z: code = clamp(round(x / s) − z, 0, 2^bits − 1), x ≈ s · (code + z).
+Keys have groups of one channel and a block of tokens, values of one token and some channels (KIVI, arXiv 2402.02750,
+section 3). s is a bfloat16 number, the least that is not below (most − least) / (2^bits − 1), the largest magnitude
+/ 32000 and 2^−120; z is least / s, rounded. Rounding is to the nearest integer, to the even one of two.
 
 Legend: B batch, G key-value heads, N tokens, W width.
 """

@@ -4,11 +4,11 @@ A prompt is read in full; then its cache is held in fewer bits (`QuantisedCache`
 (`EvictingCache`: kvpress's policies, by budgets), and what follows is read behind that:
 
 * *bits per byte* of the rest of documents, `length` tokens long, of which the first `prompt` are the prompt;
-* *needle accuracy*: facts of the kind that training used, asked at the end of a prompt of `length` tokens; the question is a part
-  of the prompt, the answer is what follows. Exact match.
+* *needle accuracy*: facts of the kind that training used, asked at the end of a prompt of `length` tokens; the
+  question is a part of the prompt, the answer is what follows. Exact match.
 
-Bytes are what the caches really hold behind the prompt, over a cache of all its tokens in 16 bits. Every difference is from the
-same model with its whole cache, paired by document.
+Bytes are what the caches really hold behind the prompt, over a cache of all its tokens in 16 bits. Every difference
+is from the same model with its whole cache, paired by document.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
 from clearhead.analysis.sections import Section
 from clearhead.data.needles import NeedleSample
+from clearhead.evals.asking.losses import finite
 from clearhead.evals.asking.needle_documents import documents as needle_documents
 from clearhead.evals.asking.needle_documents import marks, too_short
 from clearhead.evals.asking.running import batches, inference
 from clearhead.evals.asking.texts import Openings, openings, utf8_size
 from clearhead.evals.cells import Cell, CellEvaluation, Measured
-from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
+from clearhead.evals.evaluation import EvaluationConfig
+from clearhead.evals.internals.memory.results import MemoryCell, MemoryResult
+from clearhead.evals.internals.memory.section import section
 from clearhead.evals.reasons import Unmeasured, all_of, reason_of, unless
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
@@ -44,12 +48,13 @@ FEWEST_DOCUMENTS = 4
 
 
 class MemoryConfig(EvaluationConfig):
-    """bits: of keys and values, 8, 4 or 3 (3 are held in the bytes of 4). budgets: parts of a prompt's tokens that policies keep.
+    """bits: of keys and values, 8, 4 or 3 (3 are held in the bytes of 4). budgets: parts of a prompt's tokens that
+    policies keep.
 
     policies: see `clearhead.models.eviction`. ranks: what attention is to them in differential models, |A1 − λ A2|
         ("effective") or A1 ("signal"); others have one.
-    length: tokens of a text (default: the training length, at most 2,048). prompt: of them, the prompt's (default: three
-        quarters).
+    length: tokens of a text (default: the training length, at most 2,048). prompt: of them, the prompt's (default:
+        three quarters).
     documents: texts for bits per byte. needles: facts in a document, one of which is asked, for each kind of question.
     samples: needle documents of each kind (0 = not asked). newest: tokens that stay numbers at least.
     window, sinks: numbers of the policies.
@@ -71,34 +76,6 @@ class MemoryConfig(EvaluationConfig):
     sinks: int = Field(default=4, ge=0)
     batch_tokens: int = Field(default=4096, ge=1)
     seed: int = 6000
-
-
-class MemoryCell(EvaluationResult):
-    """One cache. nats: of the rest of each text. correct: one character an answer, by the number of facts.
-
-    bytes: of the cache behind a prompt, over all its tokens in 16 bits.
-    """
-
-    form: str
-    bits: int | None = None
-    policy: str | None = None
-    rank: str | None = None
-    budget: float | None = None
-    bytes: float
-    nats: list[float]
-    correct: dict[str, str]
-
-
-class MemoryResult(EvaluationResult):
-    """cells: the whole cache first. skipped_cells: why others have no values. bytes: of the rest of each text."""
-
-    cells: list[MemoryCell]
-    skipped_cells: dict[str, str] = Field(default={})
-    length: int
-    prompt: int
-    n: int
-    documents: list[str]
-    bytes: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,8 +169,6 @@ class Memory(CellEvaluation[MemoryConfig, MemoryResult, CacheForm, MemoryCell]):
         )
 
     def section(self, run: RunResults) -> Section:
-        from clearhead.evals.internals.memory.section import section
-
         return section(self.name, run, self.results(run), self.missing)
 
 
@@ -214,22 +189,20 @@ def cache_of(subject: Subject, config: MemoryConfig, cell: CacheForm) -> Cache:
 
 
 def losses(
-    subject: Subject, rows: np.ndarray, prompt: int, make: Callable[[], Cache], batch_tokens: int
-) -> tuple[np.ndarray, list[float]]:
+    subject: Subject, rows: NDArray[np.int64], prompt: int, make: Callable[[], Cache], batch_tokens: int
+) -> tuple[NDArray[np.float64], list[float]]:
     """NLL in nats of what follows the first `prompt` tokens of each row, and each batch's bytes over 16 bits of all."""
-    found, shares = [], []
+    found: list[NDArray[np.float64]] = []
+    shares: list[float] = []
     with inference(subject.model, length=rows.shape[1]):
         for span in batches(len(rows), batch_tokens // rows.shape[1]):
             ids = torch.from_numpy(rows[span.start : span.stop]).to(subject.device)
             cache = make()
             logits = _behind(subject, cache, ids, prompt, shares)
             targets = ids[:, prompt:]
-            nats = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            found.append(nats.view_as(targets).double().sum(1).cpu().numpy())
-    nats = np.concatenate(found)
-    if not np.isfinite(nats).all():
-        raise Unmeasured("the losses are not numbers")
-    return nats, shares
+            lost = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            found.append(lost.view_as(targets).double().sum(1).cpu().numpy())
+    return finite(np.concatenate(found)), shares
 
 
 def exact_match(subject: Subject, samples: list[NeedleSample], make: Callable[[], Cache]) -> list[bool]:
@@ -259,8 +232,8 @@ def _share(cache: Cache, tokens: int) -> float:
     """Bytes that a cache holds behind `tokens` tokens, over all of them in 16 bits; numbers count as 16 bits."""
     held = whole = 0.0
     for layer in cache.layers:
-        keys, values = layer.keys, layer.values
-        assert keys is not None and values is not None
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        assert isinstance(keys, Tensor) and isinstance(values, Tensor)
         each = keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])
         codes = getattr(layer, "held", None)
         held += 2 * each * keys.shape[2] + (0 if codes is None else codes.nbytes)

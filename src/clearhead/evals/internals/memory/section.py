@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +13,12 @@ from clearhead.analysis.by_length import Values, first_values, left_out
 from clearhead.analysis.comparison import compare
 from clearhead.analysis.sections import LineChart, Section, SectionTable, Series
 from clearhead.analysis.statistics import Estimate, paired_difference, proportion, ratio, verdict
-from clearhead.evals.internals.memory.evaluation import MemoryCell, MemoryResult
+from clearhead.evals.internals.memory.results import MemoryCell, MemoryResult
 from clearhead.runs.results import RunResults
 
 TITLE, QUESTION = "Memory", "How small may its key-value cache be?"
-Seeds = dict[int, MemoryResult]
+Seeds = Mapping[int, MemoryResult]
+Read = Callable[[Seeds, str], Estimate | None]
 
 
 def section(
@@ -51,12 +53,12 @@ def section(
         charts=_charts(values),
         tables=[_table(values)],
         notes=[
-            f"Prompts of {first.prompt} of {first.length} tokens, {first.n} documents; needle documents of the same length, the "
-            "question at the end of the prompt. The prompt reads itself in full; what follows reads what is held. Bytes are "
-            "those of the caches behind the prompt, scales and zeros included, numbers counted as 16 bits, over all tokens in "
-            "16 bits; 3 bits are held in 4. Policies choose once, by themselves in every layer and key-value head. Differences "
-            "are from the same model with its whole cache, paired by document; intervals: bootstrap or Wilson over documents or "
-            "Student's t over seeds, the wider.",
+            f"Prompts of {first.prompt} of {first.length} tokens, {first.n} documents; needle documents of the same "
+            "length, the question at the end of the prompt. The prompt reads itself in full; what follows reads what "
+            "is held. Bytes are those of the caches behind the prompt, scales and zeros included, numbers counted as "
+            "16 bits, over all tokens in 16 bits; 3 bits are held in 4. Policies choose once, by themselves in every "
+            "layer and key-value head. Differences are from the same model with its whole cache, paired by document; "
+            "intervals: bootstrap or Wilson over documents or Student's t over seeds, the wider.",
             *left_out(values),
             *run.skipped(name),
         ],
@@ -117,10 +119,10 @@ def _curves(values: MemoryResult) -> dict[str, list[MemoryCell]]:
 def _charts(values: Values[MemoryResult]) -> list[LineChart]:
     """For every way to save, each arm's loss and accuracy by bytes."""
     charts = []
-    reads = [("loss", "bits per byte", _loss)]
+    reads: list[tuple[str, str, Read]] = [("loss", "bits per byte", _loss)]
     for kind in _kinds(values):
         shown = f"accuracy, {kind} fact{'s' * (kind != '1')}"
-        reads.append((f"needles-{kind}", shown, lambda seeds, form, kind=kind: _accuracy(seeds, form, kind)))
+        reads.append((f"needles-{kind}", shown, partial(_accuracy, kind=kind)))
     for curve in _curves(first_values(values)):
         for slug, label, read in reads:
             series = []
@@ -129,8 +131,9 @@ def _charts(values: Values[MemoryResult]) -> list[LineChart]:
                 points = [(100 * cell.bytes, read(seeds, cell.form)) for cell in cells]
                 known = [(x, y) for x, y in points if y is not None]
                 if known:
-                    parts = [[getattr(y, part) for _, y in known] for part in ("value", "low", "high")]
-                    series.append(Series(arm, [x for x, _ in known], *parts, arm))
+                    x = [x for x, _ in known]
+                    y, low, high = ([getattr(y, part) for _, y in known] for part in ("value", "low", "high"))
+                    series.append(Series(arm, x, y, low, high, arm))
             if series:
                 charts.append(
                     LineChart(
@@ -167,10 +170,10 @@ def _table(values: Values[MemoryResult]) -> SectionTable:
                 accuracy = _accuracy(seeds, cell.form, kind)
                 said = "–"
                 if accuracy is not None and not whole:
-                    ours, theirs = (
+                    here, there = (
                         [_marks(pair[i], kind) for pair in _pairs(seeds, cell.form)] for i in (0, 1)
                     )
-                    said = verdict(paired_difference(ours, theirs), "higher")
+                    said = verdict(paired_difference(here, there), "higher")
                 row += [None if accuracy is None else f"{accuracy.value:.2f} ({accuracy.interval()})", said]
             rows.append(row)
     asked = [
