@@ -45,6 +45,7 @@ ENGINES = {
 KERNELS = {
     "cpu": "clearhead.kernels.cpu.kernel:Cpu",
     "triton": "clearhead.kernels.triton.kernel:Triton",
+    "blocks": "clearhead.kernels.blocks:Blocks",
 }
 # Modules that make backends for names outside ENGINES and KERNELS, imported when such a name is asked for.
 BACKEND_FACTORIES = ("clearhead.engines.hf",)
@@ -65,6 +66,7 @@ EVALUATIONS = {
     "initial_angles": "clearhead.evals.internals.initial_angles:InitialAngles",
     "activation_outliers": "clearhead.evals.internals.activation_outliers:ActivationOutliers",
     "quantisation": "clearhead.evals.internals.quantisation:Quantisation",
+    "memory": "clearhead.evals.internals.memory.evaluation:Memory",
     "ar_hit": "clearhead.evals.text.ar_hit:ArHit",
     "generations": "clearhead.evals.text.generations:Generations",
     "kept": "clearhead.evals.text.kept:Kept",

@@ -10,21 +10,21 @@ from tests.evals import tiny
 from typer.testing import CliRunner
 
 from clearhead.cli import chat
-from clearhead.cli.chat import Conversation
+from clearhead.cli.chat import Talk
 from clearhead.cli.main import app
 
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 
 
-def conversation(template: str | None = None, **settings: Any) -> Conversation:
+def conversation(template: str | None = None, **settings: Any) -> Talk:
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = template
     model = tiny.ours(max_position_embeddings=512, **settings)
     model.generation_config.eos_token_id = None
-    return Conversation(model, tokenizer, max_new_tokens=6, temperature=0.0, top_p=1.0)
+    return Talk(model, tokenizer, max_new_tokens=6, temperature=0.0, top_p=1.0)
 
 
-def anew(talk: Conversation, prompt: list[int]) -> list[int]:
+def anew(talk: Talk, prompt: list[int]) -> list[int]:
     """Greedy tokens behind `prompt`, each from a whole pass without a cache."""
     ids = list(prompt)
     for _ in range(6):

@@ -129,13 +129,13 @@ class Counted:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.runs = 0
         monkeypatch.setattr(Cpu, "preferred", lambda self, problem: True)
-        original = ops.outputs
+        original = ops.unwritten
 
-        def outputs(*arguments: Any) -> Any:
+        def unwritten(*arguments: Any) -> Any:
             self.runs += 1
             return original(*arguments)
 
-        monkeypatch.setattr(ops, "outputs", outputs)
+        monkeypatch.setattr(ops, "unwritten", unwritten)
 
 
 def on(name: str, implementation: str, **changes: Any) -> ClearheadForCausalLM:

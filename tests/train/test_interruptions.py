@@ -27,7 +27,7 @@ from clearhead.runs.directory import RunError, check_writable, set_aside
 from clearhead.runs.files import write_text
 from clearhead.runs.status import Status, read_status, write_status
 from clearhead.train import trainer, worker
-from clearhead.train.callbacks import Journal, Progress
+from clearhead.train.callbacks import Journal, StatusCallback
 from clearhead.train.pool import TrainingTask
 
 
@@ -159,7 +159,7 @@ def test_a_run_that_goes_on_from_its_last_step_keeps_its_loss(tmp_path: Path) ->
     journal = Journal(path, 6)
     state = TrainerState(global_step=6, is_world_process_zero=True)
     arguments = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, report_to=[])
-    Progress(tmp_path, 128, 6, journal.loss).on_train_begin(arguments, state, TrainerControl())
+    StatusCallback(tmp_path, 128, 6, journal.loss).on_train_begin(arguments, state, TrainerControl())
     assert read_status(tmp_path).loss == 5.25
 
 

@@ -35,7 +35,7 @@ def command(
     import torch
 
     torch.manual_seed(seed)
-    talk = Conversation(network, tokenizer, max_new_tokens, temperature, top_p)
+    talk = Talk(network, tokenizer, max_new_tokens, temperature, top_p)
     say(("It answers messages. " if talk.template else "It continues the text that you type. ") + HELP)
     for line in _lines():
         if line == "/quit":
@@ -55,7 +55,7 @@ def command(
                 say("\n(stopped; the answer is forgotten)")
 
 
-class Conversation:
+class Talk:
     """What was said, in tokens, and the cache that holds it."""
 
     def __init__(

@@ -61,13 +61,14 @@ def problem_of(heads: Streams, mask: MaskSpec, mixing: Mixing, needs_maps: bool 
         q.shape[3],
         v.shape[3],
         queries=q.shape[2],
-        keys=k.shape[2],
+        keys=heads.keys,
         mask=mask,
         mixing=mixing,
         dtype=q.dtype,
         device=q.device,
         needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
         needs_maps=needs_maps,
+        held_bits=None if heads.held is None else heads.held.bits,
     )
 
 
@@ -119,7 +120,8 @@ def attend(
     that look at the layer's place.
     """
     if heads.v.shape[0] == 0:
-        return _of_nothing(heads.expanded(), mix, with_maps)
+        past = 0 if heads.held is None else heads.held.tokens
+        return _of_nothing(heads.piece(past, heads.k, heads.v).expanded(), mix, with_maps)
     backend = prepared.plan.backend
     if isinstance(backend, Kernel):
         return backend.run(heads if backend.takes_tables else heads.expanded(), prepared.mask, scale), None

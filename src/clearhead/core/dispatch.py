@@ -36,6 +36,7 @@ class AttentionProblem:
     capability:      the device's, for example "sm_90"; None where there is none to ask.
     stream_heads:    query heads of each stream where they are not equally many.
     differs_by_head: whether the mask says something else for each head.
+    held_bits:       of the codes that the first keys and values are held as; None where all are numbers.
     """
 
     streams: int
@@ -57,6 +58,7 @@ class AttentionProblem:
     capability: str | None = None
     stream_heads: tuple[int, ...] | None = None
     differs_by_head: bool = False
+    held_bits: int | None = None
 
     @classmethod
     def of(
@@ -75,6 +77,7 @@ class AttentionProblem:
         device: torch.device,
         needs_grad: bool,
         needs_maps: bool = False,
+        held_bits: int | None = None,
     ) -> "AttentionProblem":
         """The problem of streams with `heads` query heads each; every other way to make one comes here."""
         return cls(
@@ -97,6 +100,7 @@ class AttentionProblem:
             capability=capability_of(device),
             stream_heads=None if min(heads) == max(heads) else tuple(heads),
             differs_by_head=mask.differs_by_head,
+            held_bits=held_bits,
         )
 
     @classmethod
@@ -172,6 +176,9 @@ class Engine(Backend):
     def __call__(self, call: SoftmaxCall, mask: Any, scale: float) -> tuple[Tensor, Tensor | None]:
         """Outputs (B, H, L, E) of one call, and its maps (B, H, L, S) from an engine whose caps promise them."""
 
+    def reason_against(self, problem: AttentionProblem) -> str | None:
+        return TAKES_NUMBERS if problem.held_bits is not None else self.refusal(problem)
+
     def refusal(self, problem: AttentionProblem) -> str | None:
         caps = self.caps(problem.device)
         if caps.devices is not None and problem.device not in caps.devices:
@@ -218,20 +225,29 @@ def refused_modes(problem: AttentionProblem, known: frozenset[str]) -> str | Non
     return f"it has no {unknown[0]}" if unknown else None
 
 
+TAKES_NUMBERS = (
+    "it takes keys and values as numbers, not as the codes of a quantised cache; cpu and blocks take those"
+)
+
+
 class Kernel(Backend):
     """Runs a whole variant: the streams, their masks and their mixing, in one fused pass.
 
     takes_tables:  it takes `Streams` with a table; others get them expanded.
+    takes_held:    it takes `Streams` whose first keys and values are codes; the choice refuses them to the others.
     modes:         which of `MODES` it is right in; the choice of a backend refuses it in the others.
     unequal_heads: it takes streams with different numbers of heads; the choice refuses them to the others.
     """
 
     passed_over: ClassVar[str] = "measured slower than what follows at this shape"
     takes_tables: ClassVar[bool] = False
+    takes_held: ClassVar[bool] = False
     modes: ClassVar[frozenset[str]] = frozenset()
     unequal_heads: ClassVar[bool] = False
 
     def reason_against(self, problem: AttentionProblem) -> str | None:
+        if problem.held_bits is not None and not self.takes_held:
+            return TAKES_NUMBERS
         missing = refused_modes(problem, self.modes)
         if missing is not None:
             return missing

@@ -55,6 +55,18 @@ class MaskSpec:
         offset = (keys - queries if self.offset is None else self.offset) + first
         return replace(self, offset=offset, dense=dense, places=places)
 
+    def columns(self, first: int, count: int, queries: int, keys: int) -> "MaskSpec":
+        """The same for `count` of the keys from `first` on; not with documents, which queries have by their own key."""
+        assert self.documents is None
+        part = slice(first, first + count)
+        dense = self.dense
+        if dense is not None and dense.shape[-1] > 1:
+            dense = dense[..., part]
+        padding = None if self.key_padding is None else self.key_padding[:, part]
+        places = None if self.places is None else (self.places[0], self.places[1][:, part])
+        offset = (keys - queries if self.offset is None else self.offset) - first
+        return replace(self, offset=offset, key_padding=padding, dense=dense, places=places)
+
     @property
     def is_of_nothing(self) -> bool:
         """Whether a part says that the batch is empty."""
@@ -129,6 +141,15 @@ class MaskSpec:
             return allowed
         bias = bias.masked_fill(~allowed, float("-inf"))
         return bias.to(dtype) if self.dense is None else _cast(_lifted(bias), dtype)
+
+    def parts(
+        self, queries: int, keys: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is visible, (B or 1, H or 1, L, S) bool, and what is added to the logits, or None: both as they are.
+
+        `materialise` may add another number to all of a row, which only softmax over the whole row does not notice.
+        """
+        return self.visible(queries, keys, device), self._bias(queries, keys, dtype, device)
 
     def diagonals(self, queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """(H, L + S − 1) additive in `dtype`, [h, j − i + L − 1] for key j and query i: all of a mask with slopes.

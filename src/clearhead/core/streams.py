@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from clearhead.core.quantised import Held
+
 
 def check_flag(name: str, value: object) -> None:
     """Raise ValueError unless `value` is True or False."""
@@ -134,6 +136,7 @@ class Streams:
         or None.
     table: (B or 1, S, D) in float32 where keys are held at half their width, k (B, G, S, D/2): a key then is
         (k ∘ first half of the table's row, k ∘ second half). `expanded` multiplies them out.
+    held: the codes of the first keys and values, which k and v then continue. S counts both.
     """
 
     q: tuple[Tensor, ...]
@@ -141,6 +144,12 @@ class Streams:
     v: Tensor
     gate: Tensor | None = None
     table: Tensor | None = None
+    held: Held | None = None
+
+    @property
+    def keys(self) -> int:
+        """S: how many keys there are."""
+        return self.v.shape[2] + (0 if self.held is None else self.held.tokens)
 
     @property
     def shares_keys(self) -> bool:
@@ -163,10 +172,16 @@ class Streams:
         """(B, G, S, K·D): the streams' keys side by side, the one layout a cache ever sees."""
         return self.k[0] if self.shares_keys else torch.cat(self.k, dim=-1)
 
-    def with_cached(self, keys: Tensor, values: Tensor) -> "Streams":
-        """These queries against keys (B, G, S, K·D) and values (B, G, S, E) that came back from a cache."""
+    def with_cached(self, keys: Tensor, values: Tensor, held: Held | None = None) -> "Streams":
+        """These queries against keys (B, G, S, K·D) and values (B, G, S, E) that came back from a cache, behind
+        `held`."""
         streams = (keys,) if self.shares_keys else keys.chunk(len(self.k), dim=-1)
-        return replace(self, k=tuple(streams), v=values)
+        return replace(self, k=tuple(streams), v=values, held=held)
+
+    def piece(self, first: int, k: tuple[Tensor, ...], v: Tensor) -> "Streams":
+        """The same queries against some keys and values, whose table begins at key `first`."""
+        table = None if self.table is None else self.table[:, first : first + v.shape[2]]
+        return replace(self, k=k, v=v, table=table, held=None)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -10,8 +10,12 @@ needs, and `noise` also where it would be larger than MOST_NOISE.
 
     factored_attention(q1, q2?, t1, t2?, table, v, gate?, ...) -> out
 
-the same without gradients for up to 8 rows (queries times query heads of a group), of keys that are held at half their
-width: key n is (t_n ∘ first half of table_n, t_n ∘ second half).
+the same without gradients, of keys that are held at half their width: key n is (t_n ∘ first half of table_n, t_n ∘
+second half).
+
+    held_attention(q1, q2?, k1, k2?, v, codes..., bits, table?, gate?, ...) -> out
+
+the same without gradients where the first keys and values are the codes of `core.quantised` and k and v continue them.
 
 Legend: B batch, H query heads of one stream, G key-value heads, L queries, S keys, D key width, E value width.
 """
@@ -44,6 +48,17 @@ torch.library.define(
     "clearhead::factored_attention",
     "(Tensor q1, Tensor? q2, Tensor t1, Tensor? t2, Tensor table, Tensor v, Tensor? gate, Tensor? padding, "
     "Tensor? position, SymInt offset, SymInt window, bool causal, float scale) -> Tensor",
+)
+
+_CODES = ", ".join(
+    f"Tensor{end} {name}_{part}"
+    for name, end in (("k1", ""), ("k2", "?"), ("v", ""))
+    for part in ("codes", "scale", "zero")
+)
+torch.library.define(
+    "clearhead::held_attention",
+    f"(Tensor q1, Tensor? q2, Tensor k1, Tensor? k2, Tensor v, {_CODES}, int bits, Tensor? table, Tensor? gate, "
+    "Tensor? padding, Tensor? position, SymInt offset, SymInt window, bool causal, float scale) -> Tensor",
 )
 
 
@@ -132,6 +147,12 @@ def _(
     q1: Tensor, q2: Tensor | None, t1: Tensor, t2: Tensor | None, table: Tensor, v: Tensor, *rest: Any
 ) -> Tensor:
     _agree(v, q1, q2, t1, t2, table, *rest)
+    return unwritten(q1, v)
+
+
+@torch.library.register_fake("clearhead::held_attention")  # type: ignore[untyped-decorator]
+def _(q1: Tensor, q2: Tensor | None, k1: Tensor, k2: Tensor | None, v: Tensor, *rest: Any) -> Tensor:
+    _agree(v, q1, q2, k1, k2, *rest)
     return unwritten(q1, v)
 
 

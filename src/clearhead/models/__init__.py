@@ -20,11 +20,13 @@ from clearhead.models.autoload import CLASSES
 from clearhead.models.causal import ClearheadForCausalLM
 from clearhead.models.config import ClearheadConfig
 from clearhead.models.decoder import ClearheadModel
+from clearhead.models.evicting_cache import EvictingCache
 from clearhead.models.heads import (
     ClearheadForQuestionAnswering,
     ClearheadForSequenceClassification,
     ClearheadForTokenClassification,
 )
+from clearhead.models.quantised_cache import QuantisedCache
 
 __all__ = [
     "ClearheadConfig",
@@ -33,6 +35,8 @@ __all__ = [
     "ClearheadForSequenceClassification",
     "ClearheadForTokenClassification",
     "ClearheadModel",
+    "EvictingCache",
+    "QuantisedCache",
 ]
 
 _NAMES: dict[str, Any] = {

@@ -49,7 +49,11 @@ class ClearheadAttention(ProjectedAttention):
         here = shared.on(hidden_states.device)
         heads = self.project(hidden_states, hidden_states, here.rotation, past_key_values, here.table)
         if here.plans is not None:
-            return self.combine(heads, here.plans.prepared, output_attentions)
+            result = self.combine(heads, here.plans.prepared, output_attentions)
+            evict = getattr(past_key_values, "evict", None)
+            if evict is not None:
+                evict(heads, here.plans.mask, self.scale, self.variant.mix, self.layer_idx)
+            return result
         # vLLM reads this function's source for the one call: of a local name, with `scaling=self.scaling`.
         attend_in_server = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, PAGED_EAGER

@@ -27,7 +27,7 @@ from clearhead.models.forward_inputs import (
     request_lengths,
     shortest_trained_length,
 )
-from clearhead.models.kinds import CacheSizes, Present, present
+from clearhead.models.kinds import CacheSizes, Present, held_bits, present
 from clearhead.models.pretrained import ClearheadPreTrainedModel, backends_for
 from clearhead.models.serving import Masks, check_request, is_served, is_server, reason_against
 from clearhead.models.shared import Plans, Shared
@@ -189,7 +189,8 @@ class ClearheadModel(ClearheadPreTrainedModel):
         shared = {}
         for layer, kind in kinds.items():
             seen = Present(0, placed.keys)
-            if kind.window is not None:
+            partial = kind.window is not None or hasattr(given.cache, "kept_padding")
+            if partial:
                 seen = present(given.cache, queries, layer, placed.keys)
             # Without keys to turn, a window is nothing to a rotation.
             turned = (kind.position, None if keys is None else kind.window)
@@ -205,9 +206,10 @@ class ClearheadModel(ClearheadPreTrainedModel):
                 mask = placed.mask
                 if own is not None:
                     mask = replace(mask, slopes=own, offset=placed.past, places=placed.places)
-                if kind.window is not None:
+                if partial:
                     mask = seen.of(mask, 0 if placed.past is None else placed.past, kind.window)
-                plans[asked] = self._plan(inputs_embeds, layer, mask, seen.count, output_attentions)
+                bits = held_bits(given.cache, layer)
+                plans[asked] = self._plan(inputs_embeds, layer, mask, seen.count, output_attentions, bits)
             table = self._table(layer, rotations[turned], inputs_embeds) if compact else None
             shared[layer] = Shared(inputs_embeds.device, rotations[turned], plans[asked], table)
         return shared
@@ -249,7 +251,13 @@ class ClearheadModel(ClearheadPreTrainedModel):
         return {name: cast(Position, method) for name, method in self.positions.items()}
 
     def _plan(
-        self, inputs_embeds: Tensor, layer: int, mask: MaskSpec, keys: int, output_attentions: bool
+        self,
+        inputs_embeds: Tensor,
+        layer: int,
+        mask: MaskSpec,
+        keys: int,
+        output_attentions: bool,
+        bits: int | None,
     ) -> Plans:
         variant = self._variant(layer)
         problem = AttentionProblem.of_widths(
@@ -263,6 +271,7 @@ class ClearheadModel(ClearheadPreTrainedModel):
             needs_grad=torch.is_grad_enabled()
             and (inputs_embeds.requires_grad or any(p.requires_grad for p in self.parameters())),
             needs_maps=output_attentions,
+            held_bits=bits,
         )
         implementation = self.config._attn_implementation or AUTOMATIC
         return Plans.make(problem, mask, backends_for(implementation), implementation == AUTOMATIC)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
@@ -47,11 +48,14 @@ class CacheSizes:
 class Present:
     """Which keys a layer sees in a forward pass: `count` of them, the first one at place `first` of the sequence.
 
-    A layer with a window may have dropped those before it, in a cache that does not grow past the window.
+    A layer with a window may have dropped those before it, in a cache that does not grow past the window. One of an
+    evicting cache is treated alike, whichever it dropped: `real` (B, kept) then says which of those kept are no
+    padding.
     """
 
     first: int
     count: int
+    real: Tensor | None = None
 
     def of(self, mask: MaskSpec, past: int | Tensor, window: int | None) -> MaskSpec:
         """The mask of all keys, cut to these, under the layer's window; a dense mask says that by itself."""
@@ -64,15 +68,29 @@ class Present:
         if places is not None:
             places = (places[0], places[1][..., self.first : end])
         offset = past - self.first if mask.is_causal or mask.slopes is not None else mask.offset
+        padding = cut(mask.key_padding)
+        if self.real is not None:
+            if mask.dense is not None:
+                raise ValueError(
+                    "a mask of 4 dimensions says something of every key, and an evicting cache has dropped some: give "
+                    "a mask of 2 dimensions"
+                )
+            padding = None if padding is None else self._padding(padding)
         return replace(
             mask,
             offset=offset,
             window=window if mask.dense is None else None,
-            key_padding=cut(mask.key_padding),
+            key_padding=padding,
             documents=cut(mask.documents),
             dense=mask.dense if mask.dense is None or mask.dense.shape[-1] == 1 else cut(mask.dense),
             places=places,
         )
+
+    def _padding(self, padding: Tensor) -> Tensor:
+        """(B, count) of the kept keys and of those behind them, of which `padding` says it in their own places."""
+        assert self.real is not None
+        behind = self.count - self.real.shape[1]
+        return torch.cat((self.real, padding[:, padding.shape[1] - behind :]), 1)
 
 
 def present(cache: Cache | None, queries: int, layer: int, keys: int) -> Present:
@@ -80,7 +98,14 @@ def present(cache: Cache | None, queries: int, layer: int, keys: int) -> Present
     if cache is None:
         return Present(0, keys)
     count, first = cache.get_mask_sizes(queries, layer)
-    return Present(first, count)
+    kept_padding = getattr(cache, "kept_padding", None)
+    return Present(first, count, None if kept_padding is None else kept_padding(layer))
+
+
+def held_bits(cache: Cache | None, layer: int) -> int | None:
+    """Of the codes that layer `layer` will see in a quantised cache; None where it sees numbers alone."""
+    asked = getattr(cache, "held_bits", None)
+    return None if asked is None else asked(layer)
 
 
 def check_layers(layers: Any, depth: int) -> None:

@@ -189,7 +189,7 @@ class Attention(ProjectedAttention):
         heads = self.project(x, source, rotation, cache)
         count = self.variant.sizes.heads
         mask = inputs.mask(past, self.position.slopes(count))
-        queries, keys = x.shape[1], heads.v.shape[2]
+        queries, keys = x.shape[1], heads.keys
         mask.validate(x.shape[0], count, queries, keys, x.device)
         mask = mask.within(queries, keys)
         problem = problem_of(heads, mask, self.variant.mixing, with_maps)

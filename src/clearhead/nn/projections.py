@@ -15,7 +15,11 @@ from clearhead.variants.base import Variant
 
 
 class KeyValueCache(Protocol):
-    """What a cache must do; Hugging Face's `DynamicCache` and `StaticCache` do."""
+    """What a cache must do; Hugging Face's `DynamicCache` and `StaticCache` do.
+
+    One that has codes (`models.QuantisedCache`) also has `hold`, which is then called instead of `update`: with the
+    same arguments, it returns the codes of the older tokens, or None, and keys and values of those that follow.
+    """
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Add keys (B, G, L, K·D) and values (B, G, L, E) of one layer; return all of that layer's, old and new."""
@@ -62,6 +66,10 @@ class ProjectedAttention(nn.Module):
         heads = (
             self.variant.place(heads, rotation) if table is None else self._compact(heads, rotation, table)
         )
+        hold = getattr(cache, "hold", None)
+        if hold is not None:
+            held, keys, values = hold(heads.packed_keys(), heads.v, self.layer_idx)
+            return heads.with_cached(keys, values, held)
         return heads.with_cached(*cache.update(heads.packed_keys(), heads.v, self.layer_idx))
 
     def _compact(self, heads: Streams, rotation: Rotation, table: Tensor) -> Streams:

@@ -43,7 +43,7 @@ class Journal:
             file.write(json.dumps(plain(record), allow_nan=False) + "\n")
 
 
-class Progress(TrainerCallback):
+class StatusCallback(TrainerCallback):
     """Keeps status.json fresh and stops a run whose loss is no longer a number; `loss` is the last before it began."""
 
     def __init__(self, job_dir: Path, batch_tokens: int, steps: int, loss: float | None = None) -> None:

@@ -34,7 +34,7 @@ from clearhead.runs.rows import data_spec, training_rows
 from clearhead.runs.status import read_status, write_status
 from clearhead.train import diagnostics
 from clearhead.train.begun import Schedules, begun_model, forget_start
-from clearhead.train.callbacks import Journal, Probe, Progress, SaveAt, TrainingError
+from clearhead.train.callbacks import Journal, Probe, SaveAt, StatusCallback, TrainingError
 from clearhead.train.checkpoint import (
     drop_old,
     load_optimizer,
@@ -85,7 +85,7 @@ def train_job(job: Job, job_dir: Path) -> None:
     resumed_step = 0 if resume is None else int(resume.name.rpartition("-")[2])
     journal = Journal(job_dir / "metrics.jsonl", resumed_step) if first else None
     last = None if journal is None else journal.loss
-    progress = Progress(job_dir, job.train.batch_tokens, job.train.steps, last)
+    progress = StatusCallback(job_dir, job.train.batch_tokens, job.train.steps, last)
     trainer = ComparisonTrainer(
         model,
         _arguments(job, job_dir, rows_per_step // world),

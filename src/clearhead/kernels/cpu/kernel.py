@@ -8,14 +8,13 @@ from torch import Tensor
 
 from clearhead.core.dispatch import AttentionProblem, Kernel, dtype_name
 from clearhead.core.masks import MaskSpec
+from clearhead.core.quantised import Codes, Held
 from clearhead.core.streams import Streams
 from clearhead.kernels import ops
-from clearhead.kernels.cpu import library
+from clearhead.kernels.cpu import direct, library
 
 MASKS = frozenset({"causal", "padding", "documents", "window"})
 WIDEST = 512  # CLEARHEAD_WIDEST of src/problem.h
-FEW_ROWS = 8  # of src/sizes.h
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _MIXING = {1: "single", 2: "difference"}
 
 
@@ -27,6 +26,7 @@ class Cpu(Kernel):
 
     name = "cpu"
     takes_tables = True
+    takes_held = True
 
     def __init__(self) -> None:
         # Looked for here, so that nothing is left to load inside `torch.compile`.
@@ -40,10 +40,14 @@ class Cpu(Kernel):
             return reason
         if problem.needs_maps:
             return "it does not return attention maps"
-        if problem.dtype not in _DTYPES:
+        if problem.dtype not in direct.DTYPES:
             return f"it computes in bfloat16, float32, not in {dtype_name(problem.dtype)}"
         if _MIXING.get(problem.streams) != problem.mixing:
             return f"it knows one stream, or the difference of two, not {problem.streams} with another mixing"
+        if problem.held_bits is not None and problem.needs_grad:
+            return "codes of a quantised cache have no gradient"
+        if problem.held_bits is not None and "documents" in problem.mask:
+            return "keys of a quantised cache carry no document numbers"
         if problem.mask - MASKS:
             return f"it cannot express a mask with {', '.join(sorted(problem.mask - MASKS))}"
         widest = max(problem.key_width, problem.value_width)
@@ -55,6 +59,8 @@ class Cpu(Kernel):
             return False
         # Streams that share their keys are one call of PyTorch's kernel, which begins sooner in float32: that decides
         # where there is little to do.
+        if problem.held_bits is not None:
+            return True
         few = 512 if problem.queries <= 2 and problem.streams == 1 else 32
         return not (problem.dtype == torch.float32 and problem.shares_keys and problem.keys < few)
 
@@ -67,10 +73,15 @@ class Cpu(Kernel):
         differentiable = [x for x in (*heads.q, *heads.k, v, gate) if x is not None]
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
         shifted = isinstance(mask.offset, Tensor)
-        offset = k1.shape[2] - q1.shape[2] if mask.offset is None or shifted else mask.offset
+        offset = mask.offset if isinstance(mask.offset, int) else heads.keys - q1.shape[2]
+        if not keep and mask.documents is None:
+            tensors = (*heads.q, *heads.k, v, gate, heads.table, mask.key_padding)
+            if direct.possible(tensors):
+                return direct.forward(heads, mask, gate, offset, scale)
+        if heads.held is not None:
+            return _run_held(heads, heads.held, mask, gate, offset, scale)
         if heads.table is not None:
-            rows = q1.shape[1] // k1.shape[1] * q1.shape[2]
-            if keep or rows > FEW_ROWS or mask.documents is not None:
+            if keep or mask.documents is not None:
                 return self.run(heads.expanded(), mask, scale)
             position = mask.offset if shifted else None
             numbers = (offset, mask.window or 0, mask.is_causal, scale)
@@ -95,6 +106,39 @@ class Cpu(Kernel):
             keep,
         )
         return out
+
+
+def _run_held(
+    heads: Streams, held: Held, mask: MaskSpec, gate: Tensor | None, offset: int, scale: float
+) -> Tensor:
+    q1, k1 = heads.q[0], heads.k[0]
+    q2 = heads.q[1] if len(heads.q) == 2 else None
+    k2 = heads.k[1] if len(heads.k) == 2 else None
+    first, second = held.keys[0], held.keys[1] if len(held.keys) == 2 else None
+    codes = [part for x in (first, second, held.values) for part in _parts(x)]
+    position = mask.offset if isinstance(mask.offset, Tensor) else None
+    out: Tensor = torch.ops.clearhead.held_attention(
+        q1,
+        q2,
+        k1,
+        k2,
+        heads.v,
+        *codes,
+        held.bits,
+        heads.table,
+        gate,
+        mask.key_padding,
+        position,
+        offset,
+        mask.window or 0,
+        mask.is_causal,
+        scale,
+    )
+    return out
+
+
+def _parts(codes: Codes | None) -> tuple[Tensor | None, ...]:
+    return (None,) * 3 if codes is None else (codes.codes, codes.scale, codes.zero)
 
 
 def _check_devices(*tensors: Tensor | None) -> None:
@@ -122,6 +166,11 @@ def _contiguous_width(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
+def _dense_rows(x: Tensor) -> Tensor:
+    """x, or a copy of it, whose dimensions behind the third lie as in a dense tensor."""
+    return x if x[0, 0, 0].is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+
+
 def _row_stride(x: Tensor) -> int:
     # One row may stand for the whole batch.
     return x.stride(0) if x.shape[0] > 1 else 0
@@ -139,7 +188,7 @@ class _Call:
         self.masks = tuple(None if x is None else x.contiguous() for x in (inputs.padding, inputs.documents))
         batch, heads, length, width = self.q[0].shape
         self.problem = problem = library.CProblem(
-            dtype=_DTYPES[self.v.dtype],
+            dtype=direct.DTYPES[self.v.dtype],
             streams=len(self.q),
             key_streams=len(self.k),
             causal=inputs.causal,
@@ -201,6 +250,29 @@ def _factored(
     out = ops.unwritten(q1, v)
     call.problem.out = _tensor(out)
     library.load().forward(call.problem)
+    return out
+
+
+@torch.library.impl("clearhead::held_attention", "CPU")  # type: ignore[untyped-decorator]
+def _held(q1: Tensor, q2: Tensor | None, k1: Tensor, k2: Tensor | None, v: Tensor, *rest: Any) -> Tensor:
+    parts, bits, table, gate, padding, *numbers = rest[:9], *rest[9:]
+    call = _Call(ops.KernelInputs(q1, q2, k1, k2, v, gate, padding, None, *numbers))
+    _check_devices(table, *parts)
+    problem = call.problem
+    parts = tuple(None if x is None else _dense_rows(x) for x in parts)
+    for to, codes in zip(
+        (*problem.k_codes, problem.v_codes), (parts[:3], parts[3:6], parts[6:]), strict=True
+    ):
+        if codes[0] is not None:
+            to.codes, to.scale, to.zero = map(_tensor, codes)
+    problem.bits, problem.held = bits, parts[8].shape[3]
+    problem.keys += problem.held
+    if table is not None:
+        table = table.contiguous()
+        problem.table = library.CTensor(table.data_ptr(), _row_stride(table), 0, table.stride(1))
+    out = ops.unwritten(q1, v)
+    problem.out = _tensor(out)
+    library.load().forward(problem)
     return out
 
 

@@ -10,7 +10,7 @@ import sys
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-ABI = 2
+ABI = 3
 FOLDER = Path(__file__).parent
 FILE = "libclearhead_cpu.dylib" if sys.platform == "darwin" else "libclearhead_cpu.so"
 FAILURES = {
@@ -29,6 +29,12 @@ class CTensor(Structure):
         ("head", c_int64),
         ("token", c_int64),
     )
+
+
+class CCodes(Structure):
+    """`clearhead_codes`: rows of codes, their scales and zeros."""
+
+    _fields_ = (("codes", CTensor), ("scale", CTensor), ("zero", CTensor))
 
 
 class CProblem(Structure):
@@ -67,6 +73,10 @@ class CProblem(Structure):
         ("grad_k", CTensor * 2),
         ("grad_v", CTensor),
         ("grad_gate", c_void_p),
+        ("bits", c_int64),
+        ("held", c_int64),
+        ("k_codes", CCodes * 2),
+        ("v_codes", CCodes),
     )
 
 

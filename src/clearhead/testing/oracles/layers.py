@@ -76,6 +76,21 @@ def initial_lambda(spec: LayerSpec) -> float:
     return lambda_init(spec.layer) if choice == "depth" else float(choice)
 
 
+def _lambda_of(spec: LayerSpec, weights: dict[str, Tensor], x: Tensor, progress: float) -> Tensor:
+    """λ of a layer's second stream; nothing that is used where there is none."""
+    if spec.attention in ("differential", "differential_collinear"):
+        q1, k1, q2, k2 = (weights[f"lambda_{name}"] for name in ("q1", "k1", "q2", "k2"))
+        return risen(lambda_value(q1, k1, q2, k2, initial_lambda(spec)), progress)
+    if spec.attention in ("differential_v2", "differential_v2_collinear"):
+        raw = torch.einsum("bli,hi->bhl", x, weights["lambda_proj"])
+        if "lambda_proj.bias" in weights:
+            raw = raw + weights["lambda_proj.bias"][:, None]
+        return 1 / (1 + torch.exp(-raw))[..., None]
+    if spec.attention == "diff_lora":
+        return diff_lora_lambda(weights, initial_lambda(spec), progress)
+    return x.new_zeros(())
+
+
 def layer(
     spec: LayerSpec,
     weights: dict[str, Tensor],
@@ -126,17 +141,7 @@ def layer(
 
     t = collinear_t(k, spec.options.get("activation", "relu"))
     mode = spec.options.get("mode", "exact")
-    if v1:
-        q1, k1, q2, k2 = (weights[f"lambda_{name}"] for name in ("q1", "k1", "q2", "k2"))
-        lam = risen(lambda_value(q1, k1, q2, k2, initial_lambda(spec)), progress)
-    elif spec.attention in ("differential_v2", "differential_v2_collinear"):
-        raw = torch.einsum("bli,hi->bhl", x, weights["lambda_proj"])
-        if "lambda_proj.bias" in weights:
-            raw = raw + weights["lambda_proj.bias"][:, None]
-        lam = 1 / (1 + torch.exp(-raw))[..., None]
-    elif spec.attention == "diff_lora":
-        lam = diff_lora_lambda(weights, initial_lambda(spec), progress)
-
+    lam = _lambda_of(spec, weights, x, progress)
     if spec.attention in ("softmax", "dex"):
         weights_map = attention_map(q, k, allowed=see.expand(B, spec.heads, L, S))
     elif spec.attention == "collinear":

@@ -156,8 +156,13 @@ void chunk_task(int64_t task, int64_t worker, void* context) {
 
 template <class Unit, class Number>
 int32_t forward_with(const clearhead_problem& p, const Ids& ids) {
-  DecodeWork<Unit, Number, false> few(p, ids);
-  if (few.pass.applies()) return decode(p, few);
+  if (p.table.data) {  // see decode.h; in floats, whatever they are stored in
+    DecodeWork<Single, Number, true> few(p, ids);
+    if (few.pass.applies()) return decode(p, few);
+  } else {
+    DecodeWork<Unit, Number, false> few(p, ids);
+    if (few.pass.applies()) return decode(p, few);
+  }
   using Work = ForwardWork<Unit, Number>;
   Work work(p, ids);
   const auto& z = work.pass.sizes();
@@ -187,13 +192,6 @@ int32_t forward_with(const clearhead_problem& p, const Ids& ids) {
     for_each_task(p.threads, work.held * z.chunks, chunk_task<Work>, &work);
   }
   return 0;
-}
-
-// Keys that come with a table, see decode.h; in floats, whatever they are stored in.
-template <class Number>
-int32_t factored_with(const clearhead_problem& p, const Ids& ids) {
-  DecodeWork<Single, Number, true> few(p, ids);
-  return few.pass.applies() ? decode(p, few) : CLEARHEAD_BAD_PROBLEM;
 }
 
 template <class Unit, class Number>
@@ -253,7 +251,6 @@ using HalfUnit = Single;  // bfloat16 numbers are widened when they are packed
 #endif
 
 int32_t forward(const clearhead_problem& p, const Ids& ids) {
-  if (p.table.data) return p.dtype == 1 ? factored_with<Half>(p, ids) : factored_with<float>(p, ids);
   return p.dtype == 1 ? forward_with<HalfUnit, Half>(p, ids) : forward_with<Single, float>(p, ids);
 }
 

@@ -155,12 +155,14 @@ class Backward {
     bool finite = true;
     for (int s = 0; s < z.key_streams; s++) {
       const Number* keys = row_of<Number>(p.k[s], b, g, begin);
-      finite &= pack_transposed<Unit>(keys, p.k[s].token, count, z.d, visible, to);
+      finite &= pack_transposed<Unit>([&](int64_t j) { return keys + j * p.k[s].token; }, count, z.d, visible, to);
       to += z.d_units * BLOCK;
       pack_stacked<Unit>([&](int64_t j) { return keys + j * p.k[s].token; }, count, z.d, visible, 0, to);
       to += units<Unit>(BLOCK) * z.d_panels;
     }
-    return pack_transposed<Unit>(row_of<Number>(p.v, b, g, begin), p.v.token, count, z.e, visible, to) && finite;
+    const Number* values = row_of<Number>(p.v, b, g, begin);
+    const auto value = [&](int64_t j) { return values + j * p.v.token; };
+    return pack_transposed<Unit>(value, count, z.e, visible, to) && finite;
   }
 
   void pack_queries(int64_t b, int64_t g, int64_t begin, int64_t count, const Space& space) const {

@@ -14,18 +14,9 @@
 // multiply-adds at VL = 16. Each number of a key or value is therefore loaded once for up to MOST rows, VL sums across
 // a vector take VL − 1 additions, and every line is asked for AHEAD keys before it is needed.
 #pragma once
-#include "sizes.h"
+#include "held.h"
 
 namespace clearhead::CLEARHEAD_ISA {
-
-// Lane i becomes the sum of all lanes of x[i]: each step interleaves two vectors and adds their halves.
-CLEARHEAD_INLINE vf sums_across(vf x[VL]) {
-#pragma GCC unroll 4
-  for (int half = VL / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < half; i++) x[i] = interleave_low(x[i], x[i + half]) + interleave_high(x[i], x[i + half]);
-  return x[0];
-}
 
 template <class Unit, class Number, bool FACTORED = false>
 class Decode {
@@ -33,7 +24,7 @@ class Decode {
   Decode(const clearhead_problem& problem, const Ids& ids)
       : p(problem), ids(ids), z(problem, BLOCK), all_rows(z.streams * z.rows), row_stride(rounded_up(z.keys, VL) + VL),
         held(FACTORED ? z.d / 2 : z.d), held_wide(rounded_up(units<Unit>(held), VL)),
-        left_stride((FACTORED ? 2 : 1) * held_wide + VL) {
+        left_stride((FACTORED ? 2 : 1) * held_wide + VL), codes(problem) {
     static_assert(!FACTORED || Unit::PER_UNIT == 1, "a table is of floats");
   }
 
@@ -42,7 +33,10 @@ class Decode {
 
   int64_t weights_floats() const { return all_rows * row_stride; }                          // of a group
   int64_t state_floats() const { return rounded_up(2 * all_rows, VL) + z.rows * z.e_wide; }  // of a part of a group
-  int64_t scratch_floats() const { return rounded_up(all_rows * left_stride + z.rows * TILE, VL); }
+  int64_t scratch_floats() const {
+    const int64_t own = rounded_up(all_rows * left_stride + z.rows * TILE, VL);
+    return p.held ? own + codes_floats() : own;
+  }
 
   // Weights and statistics of one part of the keys of a group.
   void weigh(int64_t b, int64_t g, int64_t part, int64_t parts, float* scratch, float* weights, float* state) const {
@@ -56,10 +50,11 @@ class Decode {
     const int64_t each = all_rows / z.key_streams;
     for_each_block(b, part, parts, [&](const Rows& rows, View view, int64_t begin, int64_t count) {
       const int64_t columns = rounded_up(count, VL);
-      for (int s = 0; s < z.key_streams; s++)
+      if (begin < p.held) weigh_codes(b, g, begin, count, scratch, weights);
+      for (int s = 0; s < z.key_streams && begin >= p.held; s++)
         for (int64_t i = 0; i < each; i += MOST) {
           const int64_t row = s * each + i;
-          logits(each - i, scratch + row * left_stride, row_of<Number>(p.k[s], b, g, begin), p.k[s].token,
+          logits(each - i, scratch + row * left_stride, row_of<Number>(p.k[s], b, g, begin - p.held), p.k[s].token,
                  FACTORED ? row_of<float>(p.table, b, 0, begin) : nullptr, count, i ? 0 : AHEAD,
                  weights + row * row_stride + begin);
         }
@@ -103,9 +98,17 @@ class Decode {
           vf mixed = load(weights + i * row_stride + begin + c) * all(factor[i]);
           if (z.streams == 2)
             mixed = mixed - load(weights + (z.rows + i) * row_stride + begin + c) * all(factor[z.rows + i]);
+          // Two values meet one instruction, as halves, where the processor multiplies them so.
+          if constexpr (PAIRED)
+            if (begin >= p.held) {
+              store_halves(reinterpret_cast<Half*>(tile + i * TILE) + c, mixed);
+              continue;
+            }
           store(tile + i * TILE + c, mixed);
         }
-      const Number* from = row_of<Number>(p.v, b, g, begin);
+      // What is not seen weighs nothing, and codes are never NaN.
+      if (begin < p.held) return codes.add_values(z.rows, tile, b, g, begin / KEY_BLOCK, out, z.e_wide);
+      const Number* from = row_of<Number>(p.v, b, g, begin - p.held);
       if (view == View::ALL) {
         for (int64_t i = 0; i < z.rows; i += MOST)
           values(z.rows - i, tile + i * TILE, from, count, i ? 0 : AHEAD, out + i * z.e_wide);
@@ -115,7 +118,7 @@ class Decode {
       for (int64_t i = 0; i < z.rows; i++)
         for (int64_t j = 0; j < count; j++)
           if (rows.sees(i, begin + j))
-            values(1, tile + i * TILE + j, from + j * p.v.token, 1, 0, out + i * z.e_wide);
+            values(1, weight_of(tile + i * TILE, j), from + j * p.v.token, 1, 0, out + i * z.e_wide);
     });
   }
 
@@ -135,12 +138,15 @@ class Decode {
  private:
   static constexpr int MOST = 4;        // rows that share what is loaded
   static constexpr int64_t AHEAD = 64;  // keys
+  // Whether weights are bfloat16 where they meet values; a place in a tile is then still given as a float's.
+  static constexpr bool PAIRED = Unit::PER_UNIT == 2;
 
   const clearhead_problem& p;
   const Ids& ids;
   const Sizes<Unit> z;
   const int64_t all_rows, row_stride;
   const int64_t held, held_wide, left_stride;  // numbers of a key as it lies; vectors of a query that meet them
+  const HeldDecode codes;
 
   // body(rows, view, first key, keys) for each block of the part that some row sees something of.
   template <class Body>
@@ -152,6 +158,36 @@ class Decode {
       const int64_t begin = (first + i) * z.block, count = z.keys_of(first + i);
       const View view = rows.view(begin, count);
       if (view != View::NONE) body(rows, view, begin, count);
+    }
+  }
+
+  // Room beside the scratch for a block of codes: the rows as quads, or under a table one key stream as floats.
+  int64_t codes_floats() const {
+    if (FACTORED) return BLOCK * held_wide;
+    return rounded_up(all_rows * codes.row_quads() * static_cast<int64_t>(sizeof(Quad)) / 4 + 2 * VL, VL);
+  }
+
+  void weigh_codes(int64_t b, int64_t g, int64_t begin, int64_t count, float* scratch, float* weights) const {
+    float* own = scratch + rounded_up(all_rows * left_stride + z.rows * TILE, VL);
+    const int64_t each = all_rows / z.key_streams, block = begin / KEY_BLOCK;
+    for (int s = 0; s < z.key_streams; s++) {
+      float* to = weights + s * each * row_stride + begin;
+      if constexpr (FACTORED) {
+        const HeldRows<Number> made(p);
+        for (int64_t j = 0; j < count; j++) made.numbers_of_key(s, b, g, begin + j, held, own + j * held_wide);
+        for (int64_t i = 0; i < each; i += MOST)
+          logits(each - i, scratch + (s * each + i) * left_stride, own, held_wide, row_of<float>(p.table, b, 0, begin),
+                 count, 0, to + i * row_stride);
+        continue;
+      }
+      Quad* quads = reinterpret_cast<Quad*>(own) + s * each * codes.row_quads();
+      float step[2 * FEW_ROWS], shift[2 * FEW_ROWS];
+      for (int64_t i = 0; i < each; i++) {
+        const int64_t row = s * each + i, of = row % z.rows;
+        const Number* q = row_of<Number>(p.q[row / z.rows], b, z.head_of(g, of), z.token_of(of));
+        codes.scale_row(q, z.flip ? -1.0f : 1.0f, s, b, g, block, quads + i * codes.row_quads(), step + i, shift + i);
+      }
+      codes.logits(each, quads, step, shift, row_of<uint8_t>(p.k_codes[s].codes, b, g, block), to, row_stride);
     }
   }
 
@@ -169,13 +205,15 @@ class Decode {
     return reference == -__builtin_inff() ? 0.0f : exponential(all(reference - best), z.exponent)[0];
   }
 
-  static void ask_for(const Number* row, int64_t width) {
-    for (int64_t c = 0; c < width * static_cast<int64_t>(sizeof(Number)); c += 64)
+  template <class Key>
+  static void ask_for(const Key* row, int64_t width) {
+    for (int64_t c = 0; c < width * static_cast<int64_t>(sizeof(Key)); c += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(row) + c, 0, 2);
   }
 
   // Logits of `count` keys for the first MOST of `rows` rows; lines `ahead` keys on are asked for.
-  void logits(int64_t rows, const float* left, const Number* keys, int64_t stride, const float* table, int64_t count,
+  template <class Key>
+  void logits(int64_t rows, const float* left, const Key* keys, int64_t stride, const float* table, int64_t count,
               int64_t ahead, float* to) const {
     if (rows == 1)
       logits_of<1>(rows, left, keys, stride, table, count, ahead, to);
@@ -186,8 +224,8 @@ class Decode {
   }
 
   // Where there are fewer rows than R, the last one is done again: the same numbers end up in the same place.
-  template <int R>
-  void logits_of(int64_t rows, const float* left, const Number* keys, int64_t stride, const float* table, int64_t count,
+  template <int R, class Key>
+  void logits_of(int64_t rows, const float* left, const Key* keys, int64_t stride, const float* table, int64_t count,
                  int64_t ahead, float* to) const {
     constexpr int K = VL / R;  // keys at a time: VL sums in all
     const float* query[R];
@@ -198,7 +236,7 @@ class Decode {
     }
     const int64_t whole = held / (VL * Unit::PER_UNIT) * VL;
     for (int64_t j = 0; j < count; j += K) {
-      const Number* key[K];
+      const Key* key[K];
       const float* place[K];
       for (int k = 0; k < K; k++) {
         const int64_t number = j + k < count ? j + k : count - 1;
@@ -242,6 +280,54 @@ class Decode {
     }
   }
 
+  static const float* weight_of(const float* row, int64_t j) {
+    if constexpr (PAIRED) return reinterpret_cast<const float*>(reinterpret_cast<const Half*>(row) + j);
+    return row + j;
+  }
+
+#if defined(__AVX512BF16__)
+  // sums += the weighted values of two tokens at a time; an odd last one is its own neighbour, with the weight 0.
+  template <int R, int COLUMNS>
+  CLEARHEAD_INLINE void add_pairs(const float* const* weight, const Half* from, int64_t token, int64_t count, int64_t width,
+                                  int64_t ahead, vf (*sums)[COLUMNS]) {
+    const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                           36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
+    for (int64_t j = 0; j < count; j += 2) {
+      const bool two = j + 1 < count;
+      const Half *a = from + j * token, *b = two ? a + token : a;
+      if (ahead) {
+        ask_for(a + ahead * token, COLUMNS * VL);
+        ask_for(b + ahead * token, COLUMNS * VL);
+      }
+      __m512bh by[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        int32_t pair = 0;
+        memcpy(&pair, reinterpret_cast<const Half*>(weight[r]) + j, two ? 4 : 2);
+        by[r] = (__m512bh)_mm512_set1_epi32(two ? pair : pair & 0xffff);
+      }
+      vf x[COLUMNS];
+      if constexpr (COLUMNS % 2 == 0) {
+#pragma GCC unroll 8
+        for (int c = 0; c < COLUMNS; c += 2) {
+          const __m512i first = _mm512_loadu_si512(a + c * VL), second = _mm512_loadu_si512(b + c * VL);
+          x[c] = (vf)_mm512_permutex2var_epi16(first, lower, second);
+          x[c + 1] = (vf)_mm512_permutex2var_epi16(first, upper, second);
+        }
+      } else {
+        const __m512i first = (__m512i)load_some(a, width), second = (__m512i)load_some(b, width);
+        x[0] = (vf)_mm512_or_si512(_mm512_srli_epi32(first, 16), second);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int c = 0; c < COLUMNS; c++)
+          sums[r][c] = (vf)_mm512_dpbf16_ps((__m512)sums[r][c], (__m512bh)x[c], by[r]);
+    }
+  }
+#endif
+
   // Adds the weighted sum of `count` values to the first MOST of `rows` rows of out.
   void values(int64_t rows, const float* weights, const Number* from, int64_t count, int64_t ahead, float* out) const {
     if (rows == 1)
@@ -275,7 +361,10 @@ class Decode {
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
       for (int c = 0; c < COLUMNS; c++) sums[r][c] = all(0.0f);
-    for (int64_t j = 0; j < count; j++) {
+#if defined(__AVX512BF16__)
+    if constexpr (PAIRED) add_pairs<R, COLUMNS>(weight, from, p.v.token, count, width, ahead, sums);
+#endif
+    for (int64_t j = PAIRED ? count : 0; j < count; j++) {
       const Number* row = from + j * p.v.token;
       if (ahead) ask_for(row + ahead * p.v.token, COLUMNS * VL);
       vf x[COLUMNS];

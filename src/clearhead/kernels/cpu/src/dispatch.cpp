@@ -32,7 +32,9 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
 }
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
 #endif
 bool always() { return true; }
 
@@ -79,6 +81,14 @@ void work_off(int64_t, int64_t, void* context) {
 
 bool stands(const clearhead_tensor& tensor) { return tensor.data != nullptr; }
 
+bool codes_stand(const clearhead_problem& p) {
+  const auto whole = [](const clearhead_codes& x) { return stands(x.codes) && stands(x.scale) && stands(x.zero); };
+  if (p.held < 0 || p.held >= p.keys || p.held % CLEARHEAD_KEY_BLOCK || (p.bits != 8 && p.bits != 4)) return false;
+  for (int s = 0; s < p.key_streams; s++)
+    if (!whole(p.k_codes[s])) return false;
+  return whole(p.v_codes);
+}
+
 bool well_formed(const clearhead_problem& p, bool backward) {
   if (p.streams < 1 || p.streams > 2 || p.key_streams < 1 || p.key_streams > p.streams) return false;
   if (p.batch < 1 || p.heads < 1 || p.groups < 1 || p.heads % p.groups || p.queries < 1 || p.keys < 1) return false;
@@ -88,6 +98,7 @@ bool well_formed(const clearhead_problem& p, bool backward) {
   for (int s = 0; s < p.streams; s++)
     if (!stands(p.q[s]) || (s < p.key_streams && !stands(p.k[s]))) return false;
   if (stands(p.table) && (backward || p.key_width % 2)) return false;
+  if (p.held && (backward || p.statistics || !codes_stand(p))) return false;
   if (!backward) return true;
   if (!p.statistics || !stands(p.grad_out) || !stands(p.grad_v)) return false;
   if (p.streams == 2 && !p.grad_gate) return false;
@@ -149,12 +160,46 @@ void for_each_task(int32_t threads, int64_t tasks, TaskBody body, void* context)
     work_off(0, 1, &shared);
 }
 
-Buffer::Buffer(int64_t floats) : data_(nullptr) {
+// Memory that a thread has used before is given out again: what a decoding step needs would otherwise be mapped, cleared and
+// unmapped by the system in every call.
+struct Kept {
+  static constexpr int MOST = 4;
+  static constexpr int64_t LARGEST = 16 << 20;  // bytes; larger ones are not kept
+  float* data[MOST] = {};
+  int64_t bytes[MOST] = {};
+  ~Kept() {
+    for (float* each : data) free(each);
+  }
+};
+static thread_local Kept kept;
+
+Buffer::Buffer(int64_t floats) : data_(nullptr), bytes_((floats < 1 ? 1 : floats) * 4) {
+  for (int i = 0; i < Kept::MOST; i++)
+    if (kept.data[i] && kept.bytes[i] >= bytes_) {
+      std::swap(data_, kept.data[i]);
+      bytes_ = kept.bytes[i];
+      return;
+    }
+  bytes_ += bytes_ / 4;  // a cache grows by a token a call
   void* memory = nullptr;
-  const size_t bytes = static_cast<size_t>(floats < 1 ? 1 : floats) * sizeof(float);
-  if (posix_memalign(&memory, 64, bytes) == 0) data_ = static_cast<float*>(memory);
+  if (posix_memalign(&memory, 64, static_cast<size_t>(bytes_)) == 0) data_ = static_cast<float*>(memory);
 }
-Buffer::~Buffer() { free(data_); }
+Buffer::~Buffer() {
+  if (!data_) return;
+  // In place of the smallest one; an empty place is smaller than all.
+  int at = 0;
+  for (int i = 0; i < Kept::MOST; i++) {
+    if (!kept.data[i]) kept.bytes[i] = 0;
+    if (kept.bytes[i] < kept.bytes[at]) at = i;
+  }
+  if (bytes_ > Kept::LARGEST || kept.bytes[at] >= bytes_) {
+    free(data_);
+    return;
+  }
+  free(kept.data[at]);
+  kept.data[at] = data_;
+  kept.bytes[at] = bytes_;
+}
 float* Buffer::data() const { return data_; }
 Buffer::operator bool() const { return data_ != nullptr; }
 

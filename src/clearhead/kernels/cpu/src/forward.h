@@ -11,7 +11,7 @@
 // for two softmax heads of width d. The second stream's output O_2 / s_2 is kept for the backward pass; where none follows,
 // run_holding needs 4d.
 #pragma once
-#include "sizes.h"
+#include "held.h"
 
 namespace clearhead::CLEARHEAD_ISA {
 
@@ -31,10 +31,15 @@ class Forward {
   // One block of keys and values in the layouts of the products; false if a number in it is not finite.
   bool pack_block(int64_t b, int64_t g, int64_t block, const uint8_t* visible, float* to) const {
     const int64_t begin = block * z.block, count = z.keys_of(block);
+    // Rows that do not lie as numbers become some here, one after the other; two values are looked at together.
+    alignas(64) Number buffer[2][CLEARHEAD_WIDEST];
+    const HeldRows<Number> made(p);
     bool finite = true;
-    for (int s = 0; s < z.key_streams; s++, to += z.d_units * z.block)
-      finite &= pack_transposed<Unit>(row_of<Number>(p.k[s], b, g, begin), p.k[s].token, count, z.d, visible, to);
-    const auto value = [&](int64_t j) { return row_of<const Number>(p.v, b, g, begin + j); };
+    for (int s = 0; s < z.key_streams; s++, to += z.d_units * z.block) {
+      const auto key = [&](int64_t j) { return made.key(s, b, g, begin + j, buffer[0]); };
+      finite &= pack_transposed<Unit>(key, count, z.d, visible, to);
+    }
+    const auto value = [&](int64_t j) { return made.value(b, g, begin + j, buffer[j % 2]); };
     return pack_stacked<Unit>(value, count, z.e, visible, 0, to) && finite;
   }
 
@@ -227,8 +232,9 @@ class Forward {
 
   // The memory of a block's keys and values.
   Lines lines_of(int64_t b, int64_t g, int64_t block) const {
-    const int64_t size = sizeof(Number), begin = block * z.block, count = z.keys_of(block);
+    const int64_t size = sizeof(Number), begin = block * z.block - p.held, count = z.keys_of(block);
     Lines lines;
+    if (begin < 0 || p.table.data) return lines;
     for (int s = 0; s < z.key_streams; s++)
       lines.add(row_of<Number>(p.k[s], b, g, begin), count, p.k[s].token * size, z.d * size);
     lines.add(row_of<Number>(p.v, b, g, begin), count, p.v.token * size, z.e * size);

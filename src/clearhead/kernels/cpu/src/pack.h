@@ -37,6 +37,20 @@ CLEARHEAD_INLINE vf load_some(const Half* p, int64_t count) {
   return load_halves(values);
 }
 
+CLEARHEAD_INLINE vi load_some(const uint8_t* p, int64_t count) {
+  if (count >= VL) return load_bytes(p);
+  uint8_t values[VL] = {};
+  for (int64_t i = 0; i < count; i++) values[i] = p[i];
+  return load_bytes(values);
+}
+
+CLEARHEAD_INLINE vi load_some(const int16_t* p, int64_t count) {
+  if (count >= VL) return load_shorts(p);
+  int16_t values[VL] = {};
+  for (int64_t i = 0; i < count; i++) values[i] = p[i];
+  return load_shorts(values);
+}
+
 CLEARHEAD_INLINE void store_some(float* p, vf x, int64_t count) {
   if (count >= VL) return store(p, x);
   for (int64_t i = 0; i < count; i++) p[i] = x[i];
@@ -90,11 +104,10 @@ static void pack_left_row(const Number* row, int64_t width, int32_t flip, float*
     store(to + u, (vf)((vi)load_units<Unit>(row, u * Unit::PER_UNIT, width) ^ all_ints(flip)));
 }
 
-// Row r is at from + r·stride, or reads as zeros when visible[r] is 0. Column r of panel r / PANEL, unit u in row u.
-// Returns whether every number is finite.
-template <class Unit, class Number>
-static bool pack_transposed(const Number* from, int64_t stride, int64_t rows, int64_t width, const uint8_t* visible,
-                            float* to) {
+// Row r is at row(r), or reads as zeros when visible[r] is 0. Column r of panel r / PANEL, unit u in row u. A row is done
+// with before the next one is asked for. Returns whether every number is finite.
+template <class Unit, class Row>
+static bool pack_transposed(Row row, int64_t rows, int64_t width, const uint8_t* visible, float* to) {
   const int64_t depth = units<Unit>(width), wide = rounded_up(depth, VL), columns = rounded_up(rows, VL);
   Finite finite;
   // VL rows are first copied as they lie: memory read in order is fetched ahead of time, memory read by columns is not.
@@ -103,8 +116,9 @@ static bool pack_transposed(const Number* from, int64_t stride, int64_t rows, in
     float* panel = to + r / PANEL * PANEL * depth + r % PANEL;
     for (int64_t i = 0; i < VL; i++) {
       const bool real = r + i < rows && (!visible || visible[r + i]);
+      const auto from = real ? row(r + i) : nullptr;
       for (int64_t u = 0; u < wide; u += VL) {
-        const vf x = real ? load_units<Unit>(from + (r + i) * stride, u * Unit::PER_UNIT, width) : all(0.0f);
+        const vf x = real ? load_units<Unit>(from, u * Unit::PER_UNIT, width) : all(0.0f);
         store(copy + i * wide + u, x);
         if constexpr (Unit::PER_UNIT == 1) {
           finite.add(x);

@@ -5,8 +5,10 @@
 #pragma once
 #include <stdint.h>
 
-#define CLEARHEAD_ABI 2
+#define CLEARHEAD_ABI 3
 #define CLEARHEAD_WIDEST 512  // the largest D or E
+#define CLEARHEAD_KEY_BLOCK 128   // tokens whose codes of one key channel share a scale
+#define CLEARHEAD_VALUE_GROUP 64  // channels whose codes of one value share a scale
 
 #ifdef __cplusplus
 extern "C" {
@@ -17,6 +19,14 @@ typedef struct {
   void* data;
   int64_t batch, head, token;
 } clearhead_tensor;
+
+// Codes in blocks of CLEARHEAD_KEY_BLOCK tokens: (batch, heads, blocks, quads, lanes, 4) bytes, of keys the lanes are tokens and
+// the quads four channels each, of values the lanes are channels and the quads four tokens. With 4 bits a byte's upper half is
+// the code 4 · quads further on. `scale` is bfloat16 and `zero` int16, of keys (batch, heads, blocks, channels), of values
+// (batch, heads, groups of channels, tokens). `token` is the stride of the third dimension, the others are dense.
+typedef struct {
+  clearhead_tensor codes, scale, zero;
+} clearhead_codes;
 
 typedef struct {
   int32_t dtype;        // of every tensor but gate, statistics and grad_gate: 0 float32, 1 bfloat16
@@ -43,6 +53,10 @@ typedef struct {
   clearhead_tensor grad_out;
   clearhead_tensor grad_q[2], grad_k[2], grad_v;
   float* grad_gate;              // (B, H, L)
+  // The first `held` keys and values, a multiple of CLEARHEAD_KEY_BLOCK, are codes of `bits` = 8 or 4 bits, and k and v begin
+  // behind them: a number is scale · (code + zero). 0 for none. Without a gradient only.
+  int64_t bits, held;
+  clearhead_codes k_codes[2], v_codes;
 } clearhead_problem;
 
 // Nonzero results of clearhead_forward and clearhead_backward.

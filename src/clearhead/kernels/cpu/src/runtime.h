@@ -24,6 +24,7 @@ class Buffer {
 
  private:
   float* data_;
+  int64_t bytes_;
 };
 
 // Which keys belong to which queries, both (B, S) by position: equal numbers for one document, −1 for a padded key, which

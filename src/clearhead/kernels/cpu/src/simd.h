@@ -10,6 +10,7 @@
 #endif
 
 #define CLEARHEAD_INLINE static inline __attribute__((always_inline))
+#define CLEARHEAD_QUAD __attribute__((always_inline))
 
 namespace clearhead::CLEARHEAD_ISA {
 
@@ -167,6 +168,30 @@ CLEARHEAD_INLINE void store_halves(void* p, vf x) {
 #endif
 }
 
+// VL bytes as integers, and integers as floats.
+CLEARHEAD_INLINE vi load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return vi{p[0], p[1], p[2], p[3]};
+#endif
+}
+
+// VL 16-bit integers.
+CLEARHEAD_INLINE vi load_shorts(const int16_t* p) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (vi)_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  return vi{p[0], p[1], p[2], p[3]};
+#endif
+}
+
+CLEARHEAD_INLINE vf as_floats(vi x) { return __builtin_convertvector(x, vf); }
+
 // The first halves of a and b, number by number in turn; and the second halves.
 CLEARHEAD_INLINE vf interleave_low(vf a, vf b) {
 #if defined(__AVX512F__)
@@ -186,6 +211,15 @@ CLEARHEAD_INLINE vf interleave_high(vf a, vf b) {
 #else
   return __builtin_shufflevector(a, b, 2, 6, 3, 7);
 #endif
+}
+
+// Lane i becomes the sum of all lanes of x[i]: each step interleaves two vectors and adds their halves.
+CLEARHEAD_INLINE vf sums_across(vf x[VL]) {
+#pragma GCC unroll 4
+  for (int half = VL / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; i++) x[i] = interleave_low(x[i], x[i + half]) + interleave_high(x[i], x[i + half]);
+  return x[0];
 }
 
 // VL vectors in, their transpose out: log2(VL) perfect shuffles.

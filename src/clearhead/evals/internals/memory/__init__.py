@@ -1,0 +1,1 @@
+"""Quality against the bytes of a key-value cache."""
