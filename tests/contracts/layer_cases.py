@@ -16,7 +16,7 @@ from clearhead.nn import (
     DifferentialCollinearAttentionV2,
     DiffLoraAttention,
 )
-from clearhead.variants.schedule import Progress
+from clearhead.variants.schedule import TrainingProgress
 from tests.contracts.support import distances, rand
 from tests.oracles.layers import LayerSpec, layer
 
@@ -117,7 +117,7 @@ def make(
             scale = 0.3 if "lambda_q" in name or "lambda_k" in name else spread
             parameter.copy_(scale * torch.randn_like(parameter) + (1.0 if "norm" in name else 0.0))
     for part in module.modules():
-        if isinstance(part, Progress):
+        if isinstance(part, TrainingProgress):
             part.progress.fill_(case.progress)
     return module.to(dtype)
 

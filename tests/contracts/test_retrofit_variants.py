@@ -18,7 +18,7 @@ from clearhead.nn import Attention
 from clearhead.registry import resolve
 from clearhead.testing import check_variant
 from clearhead.testing.variants import HEADS, PROGRESS, WIDTH
-from clearhead.variants.schedule import Progress, advance
+from clearhead.variants.schedule import TrainingProgress, advance
 from tests.contracts.support import rand
 from tests.oracles.layers import LayerSpec, layer
 from tests.oracles.retrofits import dex_lambda, risen
@@ -129,7 +129,7 @@ def test_a_saved_model_keeps_its_schedule_in_any_precision(tmp_path: Any) -> Non
     model.save_pretrained(tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
         loaded = ClearheadForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-        shares = [part.progress.item() for part in loaded.modules() if isinstance(part, Progress)]
+        shares = [part.progress.item() for part in loaded.modules() if isinstance(part, TrainingProgress)]
         assert shares == [0.75, 0.75]
 
 

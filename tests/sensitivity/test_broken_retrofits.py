@@ -10,17 +10,17 @@ from clearhead.variants.dex import DexFactor, DexSubtraction
 from clearhead.variants.diff_lora import DiffLora
 from clearhead.variants.differential import Differential
 from clearhead.variants.differential_v2 import DifferentialV2
-from clearhead.variants.schedule import Progress
+from clearhead.variants.schedule import TrainingProgress
 from tests.sensitivity.test_broken_terms import Patch, keys_swapped_between_streams, must_be_noticed
 
 
 def schedule_forgotten(patch: Patch) -> None:
-    patch.setattr(Progress, "forward", lambda self: torch.ones_like(self.progress))
+    patch.setattr(TrainingProgress, "forward", lambda self: torch.ones_like(self.progress))
 
 
 def schedule_squared(patch: Patch) -> None:
-    original = Progress.forward
-    patch.setattr(Progress, "forward", lambda self: original(self).square())
+    original = TrainingProgress.forward
+    patch.setattr(TrainingProgress, "forward", lambda self: original(self).square())
 
 
 def bias_left_out(patch: Patch) -> None:

@@ -25,7 +25,7 @@ from clearhead.train.comparison import check_models, prepare_rows
 from clearhead.train.optimiser import adamw
 from clearhead.train.pool import TrainingTask, place
 from clearhead.train.trainable import choose_part, trained_numbers
-from clearhead.variants.schedule import Progress
+from clearhead.variants.schedule import TrainingProgress
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>\n{% endfor %}"
@@ -209,7 +209,7 @@ def test_a_schedule_that_has_ended_is_left_alone(begun: dict[str, Path], tmp_pat
     config = model.config.to_dict() | {"attention": "dex", "attention_options": {"anneal": 3}}
     further = ClearheadForCausalLM(ClearheadConfig.from_dict(config))
     for part in further.modules():
-        if isinstance(part, Progress):
+        if isinstance(part, TrainingProgress):
             part.progress.fill_(0.5)
     further.save_pretrained(tmp_path / "further")
     raw = recipe_of(begun["corpus"], str(tmp_path / "further"), [{"name": "on"}])

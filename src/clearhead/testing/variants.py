@@ -20,7 +20,7 @@ from clearhead.testing.backends import relative_error
 from clearhead.testing.masks import rand
 from clearhead.testing.oracles.softmax import apply_map, attention_map, visible
 from clearhead.variants.base import Variant
-from clearhead.variants.schedule import Progress
+from clearhead.variants.schedule import TrainingProgress
 
 B, L, HEADS, WIDTH = 2, 7, 4, 8
 EXACT = 1e-9
@@ -61,7 +61,7 @@ def make_layer(variant: Variant, backend: str = "auto") -> Attention:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(0.3 * noise + (1.0 if parameter.ndim == 1 else 0.0))
         for part in layer.modules():
-            if isinstance(part, Progress):
+            if isinstance(part, TrainingProgress):
                 part.progress.fill_(PROGRESS)
     return layer
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from clearhead.core.streams import HeadShape, Widths, check_whole, twin_widths
 from clearhead.variants.base import Variant
 from clearhead.variants.learned_lambda import LambdaInit, initial_lambda
-from clearhead.variants.schedule import Progress
+from clearhead.variants.schedule import TrainingProgress
 
 
 class DexFactor(nn.Module):
@@ -16,7 +16,7 @@ class DexFactor(nn.Module):
         super().__init__()
         self.initial = initial
         self.lambda_learn = nn.Parameter(torch.zeros(1))
-        self.schedule = Progress(anneal)
+        self.schedule = TrainingProgress(anneal)
 
     def forward(self) -> Tensor:
         learned = self.lambda_learn.to(torch.promote_types(self.lambda_learn.dtype, torch.float32))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from clearhead.core.streams import HeadShape, Widths, check_whole
 from clearhead.variants.base import Variant
-from clearhead.variants.schedule import Progress
+from clearhead.variants.schedule import TrainingProgress
 
 LambdaInit = Literal["depth"] | float
 
@@ -59,7 +59,7 @@ class LearnedLambda(Variant):
         for name in self.float32_parameters if learned else ():
             self.register_parameter(name, nn.Parameter(torch.empty(shape.head_dim)))
         check_whole("lambda_warmup", warmup, 0)
-        self.warmup = Progress(warmup) if warmup else None
+        self.warmup = TrainingProgress(warmup) if warmup else None
 
     def lambda_full(self) -> Tensor:
         """λ of equation 2, a scalar in float32 (float64 for float64 parameters), before it is warmed up."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from clearhead.core.streams import check_whole
 
 
-class Progress(nn.Module):
+class TrainingProgress(nn.Module):
     """The share of `steps` optimiser steps that training has done, min(1, step / steps); a buffer beside the weights.
 
     It starts at 0, `advance` sets it, and it is saved with the model: what is loaded computes as it did when it was
@@ -35,7 +35,7 @@ def advance(model: nn.Module, step: int) -> bool:
     Returns whether there is any schedule. ValueError for a step below 0; 0 is before training.
     """
     check_whole("step", step, 0)
-    found = [module for module in model.modules() if isinstance(module, Progress)]
+    found = [module for module in model.modules() if isinstance(module, TrainingProgress)]
     for module in found:
         module.progress.fill_(min(1.0, step / module.steps))
     return bool(found)
@@ -43,4 +43,6 @@ def advance(model: nn.Module, step: int) -> bool:
 
 def begins(model: nn.Module) -> bool:
     """Whether a schedule in `model` is at its beginning; one that training has moved already stays where it is."""
-    return any(isinstance(module, Progress) and not bool(module.progress.any()) for module in model.modules())
+    return any(
+        isinstance(module, TrainingProgress) and not bool(module.progress.any()) for module in model.modules()
+    )

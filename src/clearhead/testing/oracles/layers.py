@@ -76,8 +76,9 @@ def initial_lambda(spec: LayerSpec) -> float:
     return lambda_init(spec.layer) if choice == "depth" else float(choice)
 
 
-def _lambda_of(spec: LayerSpec, weights: dict[str, Tensor], x: Tensor, progress: float) -> Tensor:
-    """λ of a layer's second stream; nothing that is used where there is none."""
+def lambda_of(spec: LayerSpec, weights: dict[str, Tensor], x: Tensor) -> float | Tensor:
+    """What the second stream is weighed with; 0 where there is none."""
+    progress = spec.options.get("progress", 1.0)
     if spec.attention in ("differential", "differential_collinear"):
         q1, k1, q2, k2 = (weights[f"lambda_{name}"] for name in ("q1", "k1", "q2", "k2"))
         return risen(lambda_value(q1, k1, q2, k2, initial_lambda(spec)), progress)
@@ -85,10 +86,24 @@ def _lambda_of(spec: LayerSpec, weights: dict[str, Tensor], x: Tensor, progress:
         raw = torch.einsum("bli,hi->bhl", x, weights["lambda_proj"])
         if "lambda_proj.bias" in weights:
             raw = raw + weights["lambda_proj.bias"][:, None]
-        return 1 / (1 + torch.exp(-raw))[..., None]
+        return (1 / (1 + torch.exp(-raw)))[..., None]
     if spec.attention == "diff_lora":
         return diff_lora_lambda(weights, initial_lambda(spec), progress)
-    return x.new_zeros(())
+    return 0.0
+
+
+def finished(spec: LayerSpec, weights: dict[str, Tensor], out: Tensor) -> Tensor:
+    """What happens to the heads' outputs before the output projection."""
+    if spec.attention in ("differential", "differential_collinear") and spec.options.get("head_norm", True):
+        return finish(out, weights["head_norm"], initial_lambda(spec), spec.eps)
+    if spec.attention == "softmax" and spec.options.get("head_norm", False):
+        return rms_norm(out, weights["head_norm"], spec.eps)
+    if spec.attention == "dex":
+        chosen = spec.options.get("heads") or list(range(spec.heads))
+        learned = weights["dex.factor.lambda_learn"]
+        lam = dex_lambda(spec.options.get("progress", 1.0), initial_lambda(spec), learned)
+        return dex_output(out, weights["dex"], lam, chosen)
+    return out
 
 
 def layer(
@@ -130,7 +145,6 @@ def layer(
         k = heads_of(source, weights["k_proj"], d)
     v1 = spec.attention in ("differential", "differential_collinear")
     paired = v1 and spec.options.get("values", "paired") == "paired"
-    progress = spec.options.get("progress", 1.0)
     v = heads_of(source, weights["v_proj"], 2 * d if paired else d)
     if spec.position == "rope":
         if "collinear" not in spec.attention:
@@ -141,7 +155,8 @@ def layer(
 
     t = collinear_t(k, spec.options.get("activation", "relu"))
     mode = spec.options.get("mode", "exact")
-    lam = _lambda_of(spec, weights, x, progress)
+    lam = lambda_of(spec, weights, x)
+
     if spec.attention in ("softmax", "dex"):
         weights_map = attention_map(q, k, allowed=see.expand(B, spec.heads, L, S))
     elif spec.attention == "collinear":
@@ -156,13 +171,5 @@ def layer(
         assert spec.attention in ("differential", "differential_v2", "diff_lora")
         weights_map = differential_map(q, k, v.shape[1], lam, allowed=see)
 
-    out = apply_map(weights_map, v)
-    if v1 and spec.options.get("head_norm", True):
-        out = finish(out, weights["head_norm"], initial_lambda(spec), spec.eps)
-    elif spec.attention == "softmax" and spec.options.get("head_norm", False):
-        out = rms_norm(out, weights["head_norm"], spec.eps)
-    elif spec.attention == "dex":
-        chosen = spec.options.get("heads") or list(range(spec.heads))
-        lam = dex_lambda(progress, initial_lambda(spec), weights["dex.factor.lambda_learn"])
-        out = dex_output(out, weights["dex"], lam, chosen)
+    out = finished(spec, weights, apply_map(weights_map, v))
     return torch.einsum("bli,oi->blo", merge(out), weights["o_proj"]), weights_map
