@@ -41,7 +41,7 @@ JOBS = {
 MORE = {
     "tensor parallel": [case for case in CASES if case not in JOBS["tensor parallel"]],
     "pipeline": ["softmax", "differential", "differential_v2", "collinear", "tied"],
-    "sharded": ["softmax", "differential_v2", "collinear", "differential_collinear", "mixed", "tied"],
+    "sharded": ["softmax", "differential_v2", "collinear", "differential_collinear", "mixed"],
 }
 
 
