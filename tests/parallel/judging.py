@@ -38,6 +38,9 @@ def judge_tensor_parallel(folder: Path, case: str) -> None:
     judge_answers(folder, "tensor parallel", case)
     whole = load_file(folder / case / "model.safetensors")
     again = load_file(folder / "again" / case / "model.safetensors")
+    if case == "tied":
+        # transformers writes a tied matrix twice from several processes, also LLaMA's.
+        assert torch.equal(again.pop("lm_head.weight"), again["model.embed_tokens.weight"])
     assert whole.keys() == again.keys(), case
     for name, value in whole.items():
         assert torch.equal(value.double(), again[name]), (case, name)

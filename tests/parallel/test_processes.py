@@ -13,7 +13,5 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     """
     done(tmp_path, JOBS)
     judge(tmp_path, JOBS)
-    # V1 is the one that has something to keep.
-    assert [case for case in JOBS["sharded"] if "kept" in told(tmp_path, "sharded", case)[0]] == [
-        "differential"
-    ]
+    # V1 has λ vectors to keep in float32.
+    assert "kept" in told(tmp_path, "sharded", "differential")[0]

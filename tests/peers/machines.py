@@ -144,7 +144,7 @@ if accelerator.is_main_process:
 """
 
 
-# With --cpu, --multi_gpu means the launcher of several processes: MULTI_CPU has no flag of its own.
+# --multi_gpu is the launcher of several processes, also of a script that asks for the CPU: no flag says MULTI_CPU.
 def launched(folder: Path, processes: int, *options: str) -> Any:
     script = folder / "train.py"
     script.write_text(SCRIPT)
@@ -153,7 +153,6 @@ def launched(folder: Path, processes: int, *options: str) -> Any:
         "-m",
         "accelerate.commands.accelerate_cli",
         "launch",
-        "--cpu",
         "--num_machines",
         "1",
     ]
@@ -180,6 +179,6 @@ def launched(folder: Path, processes: int, *options: str) -> Any:
 @pytest.mark.parametrize("name", ["differential", "differential_v2", "collinear"])
 def test_accelerate_launches_two_processes(name: str, tmp_path: Path) -> None:
     make_model(name).save_pretrained(tmp_path)
-    (alone, _), (together, kinds) = launched(tmp_path, 1), launched(tmp_path, 2, "--multi_gpu")
+    (alone, _), (together, kinds) = launched(tmp_path, 1, "--cpu"), launched(tmp_path, 2, "--multi_gpu")
     assert "DistributedDataParallel" in kinds
     assert together == pytest.approx(alone, rel=1e-5)
