@@ -30,7 +30,10 @@ def command(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     on: Annotated[
         str | None,
-        typer.Option(help="Devices to train on, such as 8xh100: memory of each and least time, by a model."),
+        typer.Option(
+            help="Devices to train on, such as 8xh100: memory of each and least time, by a model.",
+            show_default="none",
+        ),
     ] = None,
     sharding: Annotated[
         str, typer.Option(help="With --on: fsdp, or none for all of the model on every device.")
