@@ -42,7 +42,10 @@ def command(
     as_json: AsJson = False,
     on: Annotated[
         str | None,
-        typer.Option(help="Devices to train on, such as 8xh100: memory of each and least time, by a model."),
+        typer.Option(
+            help="Devices to train on, such as 8xh100: memory of each and least time, by a model.",
+            show_default="none",
+        ),
     ] = None,
     sharding: Annotated[
         str, typer.Option(help="With --on: fsdp, or none for all of the model on every device.")

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 def command(
     recipe: Annotated[
         Path,
-        typer.Argument(help="A recipe with a table [scaling]: recipes/scaling.toml.", show_default=False),
+        typer.Argument(
+            help="A recipe with a scaling table, such as recipes/scaling.toml.", show_default=False
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Overrides of the recipe: scaling.widths=[48,72] seeds=[0]"),
+        typer.Argument(help="Overrides of the recipe: train.workers=1 scaling.rate_power=0.5"),
     ] = None,
     out: Annotated[
         Path | None,
