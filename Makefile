@@ -3,6 +3,7 @@
 #   make test   lint, types and tests
 # For whoever changes kernels or bounds:
 #   make test-processors   the numbers again as on other processors: older instruction sets and libraries, one and two threads
+#   make test-long         more of what the suite's quicker tests look at
 #   make test-peers        the common model tests of transformers on every variant, LLaMA and DiffLlama beside them, and
 #                          TRL, PEFT, ONNX, torchao and Accelerate with saved models (downloads 60 MB, once)
 #   make test-retrofit     clearhead retrofit on SmolLM2-135M, every way to begin (downloads 93 MB, once)
@@ -30,7 +31,7 @@ KERNEL_STAMP := $(VENV)/.kernel
 KERNEL_SUM := $(shell cat hatch_build.py $(KERNEL)/src/* | cksum | tr ' ' '-')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evaluate-smollm2 test test-processors test-retrofit test-peers test-wheel docs fuzz install lint types pytest format clean
+.PHONY: help demo evaluate-smollm2 test test-long test-processors test-retrofit test-peers test-wheel docs fuzz install lint types pytest format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -75,10 +76,13 @@ types: install
 pytest: install
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
+test-long: install
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 -m long
+
 # What a processor's libraries round differently, as far as one processor can imitate another: the kernel's instruction
 # set, PyTorch's own, those of its two matrix libraries, and the threads. PyTorch's compiler cannot be held back so.
 NUMBERS := tests/contracts tests/golden tests/kernels tests/sensitivity
-AS_ON = OMP_NUM_THREADS=$(1) TOKENIZERS_PARALLELISM=false $(2) $(BIN)/python -m pytest -q -n 2 $(NUMBERS) -m "not compiles" --isa
+AS_ON = OMP_NUM_THREADS=$(1) TOKENIZERS_PARALLELISM=false $(2) $(BIN)/python -m pytest -q -n 2 $(NUMBERS) -m "not compiles and not long" --isa
 test-processors: install
 	$(call AS_ON,1,ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE) portable
 	$(call AS_ON,2,ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2) avx2

@@ -44,6 +44,7 @@ def generate(model: ClearheadForCausalLM, ids: Tensor | None = PROMPT, **options
     return model.generate(ids, **({"max_new_tokens": NEW, "do_sample": False} | options))
 
 
+@pytest.mark.long
 @every_variant
 def test_beams_that_sample(name: str) -> None:
     model, found = model_of(name), []
@@ -145,6 +146,7 @@ def test_what_every_step_returns(name: str) -> None:
         assert distance(out.logits[step], whole.logits[:, end - 1]) < 1e-6
 
 
+@pytest.mark.long
 @every_variant
 def test_room_for_more_than_is_generated(name: str) -> None:
     model = model_of(name)
@@ -157,6 +159,7 @@ def test_room_for_more_than_is_generated(name: str) -> None:
     assert values.shape == (2, sizes.kv_heads, 40, sizes.value_width)
 
 
+@pytest.mark.long
 @every_variant
 def test_a_cache_in_eight_bits(name: str) -> None:
     """transformers' float8 layer, which needs no other package: what it holds is off by a sixteenth at most."""

@@ -83,6 +83,7 @@ def test_logits_stay_close_in_chunks_steps_and_padding(name: str) -> None:
         assert 0 < error <= most
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["softmax", "differential", "both, compact", "window"])
 @torch.no_grad()
 def test_the_kernel_and_plain_pytorch_agree(name: str) -> None:

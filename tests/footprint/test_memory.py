@@ -114,6 +114,7 @@ def measured() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long
 @ON_LINUX
 def test_peaks_are_as_the_model_says(measured: dict[str, Any]) -> None:
     for case, peak in zip(CASES, measured["peaks"][len(WARMING) :], strict=True):
@@ -131,6 +132,7 @@ def test_peaks_are_as_the_model_says(measured: dict[str, Any]) -> None:
         assert peak == pytest.approx(expected.peak, rel=TOLERANCE), case
 
 
+@pytest.mark.long
 @ON_LINUX
 def test_explain_knows_a_node_without_having_one(measured: dict[str, Any]) -> None:
     """Imports included."""

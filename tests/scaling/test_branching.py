@@ -94,7 +94,9 @@ def test_what_a_family_leaves(job: Job, family: Path) -> None:
     assert found["parameters"] - found["non_embedding_parameters"] == 2 * 300 * 16
 
 
-@pytest.mark.parametrize("step", [10, 22, 36])
+@pytest.mark.parametrize(
+    "step", [pytest.param(10, marks=pytest.mark.long), 22, pytest.param(36, marks=pytest.mark.long)]
+)
 def test_a_stopped_family_goes_on(
     job: Job, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
@@ -115,6 +117,7 @@ def test_a_stopped_family_goes_on(
         same(tmp_path / branch_directory(tokens), family / branch_directory(tokens))
 
 
+@pytest.mark.long
 def test_a_removed_branch_is_trained_again_to_the_same_end(job: Job, family: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -70,6 +70,7 @@ def test_refits_end_where_the_search_would() -> None:
         np.testing.assert_allclose(shares_of(theta, shifts)[0], shares_of(searched[0], shifts)[0], atol=1e-5)
 
 
+@pytest.mark.long
 def test_the_true_ratios_lie_in_their_intervals() -> None:
     needs, size, budget = 0.65, SIZES[3], BUDGETS[2]
     wanted = true_loss(size, budget, needs)
@@ -142,6 +143,7 @@ def test_a_law_that_does_not_fit_is_refused() -> None:
     assert isinstance(refused, Refused) and refused.reason.startswith("arm: the law does not fit")
 
 
+@pytest.mark.long
 def test_fits_that_fit_are_seldom_refused() -> None:
     rejected = 0
     for seed in range(4):

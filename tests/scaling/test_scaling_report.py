@@ -74,6 +74,7 @@ def write_study(root: Path, recipe: Recipe, points: list[ScalingPoint]) -> None:
         (branch / "language_modelling.json").write_text(json.dumps({"values": values, "config": {}}))
 
 
+@pytest.mark.long
 def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "clearhead.report.build.render", lambda chart, arms, folder: f"<svg>{chart.slug}</svg>"
