@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from clearhead.cli import main
 from clearhead.cli.main import app
+from clearhead.train import comparison, trainer, worker
 from clearhead.train import pool as jobs
-from clearhead.train import trainer, worker
 from clearhead.train.pool import TrainingTask
 
 ROOT = Path(__file__).parents[2]
@@ -175,8 +175,7 @@ def command(arguments: list[str], folder: Path, environment: dict[str, str]) -> 
     """`clearhead` with workers that wait, its standard error in a file."""
     os.environ |= environment
     os.chdir(folder)
-    jobs.WORKER = "tests.cli.waiting_worker"
-    jobs.run_tasks.__kwdefaults__["worker"] = jobs.WORKER
+    comparison.WORKER = "tests.cli.waiting_worker"
     # Also when whoever started the tests in the background had Ctrl-C ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["clearhead", *arguments]

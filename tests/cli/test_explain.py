@@ -35,7 +35,7 @@ def test_a_gpu_by_its_capability(recipe: str, capsys: pytest.CaptureFixture[str]
     assert any(line.endswith("bfloat16 on cuda:sm_90") for line in lines)
     assert not any("The CPU kernel" in line for line in lines)
     start = next(n for n, line in enumerate(lines) if line.startswith("training on packed rows"))
-    said = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[start + 1 : start + 7]}
+    said = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[start + 1 : start + 8]}
     assert said["cpu"] == "refused: it runs on cpu, not on cuda"
     assert said["sdpa"] == "FlashDiffAttn_2, 4 calls <- auto"
     assert said["triton"] == "fused (not by itself: no GPU has timed it yet: name it to use it)"

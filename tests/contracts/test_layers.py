@@ -37,7 +37,7 @@ KERNEL_CALLS = [name for name in CALLS if name != "mask"]
 def test_nothing_in_the_registry_is_left_out() -> None:
     assert set(CLASSES) == set(registry.VARIANTS)
     assert set(registry.ENGINES) == {"eager", "sdpa", "flex"}
-    assert set(registry.KERNELS) == {"cpu", "triton"}
+    assert set(registry.KERNELS) == {"cpu", "triton", "blocks"}
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -55,7 +55,7 @@ def compare(
     from clearhead.report.build import build_report
 
     report = build_report(run_dir)
-    print_results(run_dir, report, as_json=as_json)
+    print_results(run_dir, as_json=as_json)
     say(f"report: {report}")
     if outcome.failed:
         worst = outcome.failed[0]

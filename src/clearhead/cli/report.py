@@ -38,5 +38,5 @@ def command(
             else:
                 watched(run, every, say)
     report = build_report(run)
-    print_results(run, report, as_json=as_json)
+    print_results(run, as_json=as_json)
     say(f"report: {report}")

@@ -6,13 +6,13 @@ from clearhead.cli.console import print_json
 from clearhead.runs.files import read_object
 
 
-def print_results(run_dir: Path, report: Path, *, as_json: bool = False) -> None:
+def print_results(run_dir: Path, *, as_json: bool = False) -> None:
     """Print what the report of `run_dir` wrote to `summary.json`, on standard output.
 
     as_json: as it stands there, with the path of the report.
     """
     if as_json:
-        print_json({**read_object(run_dir / "summary.json"), "report": str(report)})
+        print_json({**read_object(run_dir / "summary.json"), "report": str(run_dir / "report.html")})
         return
     from rich import box
     from rich.console import Console
