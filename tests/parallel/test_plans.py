@@ -39,7 +39,7 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [name for name, (attention, _) in VARIANTS.items() if attention in OWN])
 def test_a_plan_names_every_parameter_of_a_layer_but_the_residual_norms(name: str) -> None:
     model = make_model(name)
     plan = model.config.base_model_tp_plan
@@ -55,6 +55,12 @@ def test_a_plan_names_every_parameter_of_a_layer_but_the_residual_norms(name: st
             left.add(place)
     norms = {"layers.*.input_layernorm.weight", "layers.*.post_attention_layernorm.weight"}
     assert left == {*norms, "norm.weight", "embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("name", [name for name, (attention, _) in VARIANTS.items() if attention not in OWN])
+def test_who_does_not_say_how_it_is_shared_out_has_no_plan(name: str) -> None:
+    assert VARIANTS[name][0] in ("dex", "diff_lora")
+    assert make_config(name).base_model_tp_plan is None
 
 
 def test_options_and_layers_decide_what_a_plan_names() -> None:

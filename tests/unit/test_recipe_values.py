@@ -91,7 +91,8 @@ def test_any_value_of_any_key_is_taken_or_refused_in_a_sentence(path: Path, key:
 
 # What is no value of TOML is text, which these take as it is.
 TEXTUAL = {
-    key: {"9" * 5000} for key in ("description", "corpus.source", "corpus.text_field", "tokenizer.source")
+    key: {"9" * 5000}
+    for key in ("description", "corpus.source", "corpus.text_field", "tokenizer.source", "data.instructions")
 }
 
 
@@ -175,7 +176,12 @@ def test_what_has_a_meaning_is_taken(path: Path, override: str) -> None:
 
 def test_every_key_of_a_model_has_its_range() -> None:
     known = {key for key in inspect.get_annotations(ClearheadConfig) if key not in RESERVED_MODEL_KEYS}
-    assert set(ModelTable.model_fields) == known - {"model_type", "keys_to_ignore_at_inference"}
+    assert set(ModelTable.model_fields) == known - {
+        "model_type",
+        "keys_to_ignore_at_inference",
+        "base_model_pp_plan",
+        "twin_heads",
+    }
 
 
 @pytest.mark.parametrize("verb", [["explain"], ["compare"], ["train"]])

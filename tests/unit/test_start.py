@@ -16,7 +16,8 @@ def test_every_arm_starts_by_the_width(attention: str) -> None:
     config = ClearheadConfig(vocab_size=300, attention=attention, **with_defaults(TINY, 128))
     assert config.max_position_embeddings == 128
     for name, weight in ClearheadForCausalLM(config).named_parameters():
-        if weight.ndim >= 2:
+        # What a retrofit adds starts as its paper says.
+        if weight.ndim >= 2 and not name.endswith(("dex.weight", "_up.weight")):
             assert float(weight.detach().std()) == pytest.approx(math.sqrt(2 / (5 * 64)), rel=0.06), name
 
 

@@ -59,8 +59,8 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def main(run: Callable[[Job, Path], None] = run_job) -> int:
-    """The process of one job: `run` brings it to completion."""
+def main(run: Callable[[Job, Path], None] | None = None) -> int:
+    """The process of one job: `run`, by default `run_job`, brings it to completion."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("job_dir", type=Path)
     parser.add_argument("--threads", type=int, required=True)
@@ -75,7 +75,7 @@ def main(run: Callable[[Job, Path], None] = run_job) -> int:
             import torch
 
             torch.set_num_threads(arguments.threads)
-            run(load_job(job_dir / "job.json"), job_dir)
+            (run or run_job)(load_job(job_dir / "job.json"), job_dir)
     except Exception as error:
         # A full disk takes neither of them; the parent finds that out for itself.
         with contextlib.suppress(OSError):
