@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from functools import lru_cache
+from typing import Any
 from urllib.parse import urlsplit
 
 CONNECT_SECONDS = 4.0
@@ -43,6 +44,7 @@ def _go_offline() -> None:
     from huggingface_hub import constants
 
     constants.HF_HUB_OFFLINE = True
-    if (datasets := sys.modules.get("datasets.config")) is not None:
-        datasets.HF_HUB_OFFLINE = True
+    config: Any = sys.modules.get("datasets.config")
+    if config is not None:
+        config.HF_HUB_OFFLINE = True
     os.environ["HF_HUB_OFFLINE"] = "1"
