@@ -135,7 +135,8 @@ def test_a_second_call_opens_what_the_first_stored(tmp_path: Path, monkeypatch: 
     spec = DataSpec(source=records(tmp_path, words(30)), vocab_size=300)
     messages: list[str] = []
     first = prepare(spec, progress=messages.append)
-    assert messages[1:3] == ["training the tokenizer", "tokenizing train: 100%"]
+    assert messages[1] == "reading 1 file (1 .jsonl), 0.0 MB"
+    assert messages[2:4] == ["training the tokenizer", "tokenizing train: 100%"]
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module, "build", lambda *arguments: pytest.fail("prepared again"))
         second = prepare(spec)
