@@ -1,17 +1,21 @@
 """What a person sees while jobs run."""
 
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from clearhead.cli.console import duration
-from clearhead.cli.progress import LiveTable, PlainLines
+from clearhead.cli.progress import LiveTable, PlainLines, phase
 from clearhead.runs.recipe_io import parse_recipe
-from clearhead.runs.status import State, Status
+from clearhead.runs.status import State, Status, write_status
+from clearhead.train import single
 from clearhead.train.comparison import arm_tasks
 from clearhead.train.forecast import Forecast, TimeLeft
-from clearhead.train.pool import ProgressRow
+from clearhead.train.pool import ProgressRow, Watcher
 
 
 @pytest.fixture
@@ -131,3 +135,26 @@ def test_table_in_forty_columns(rows: list[ProgressRow]) -> None:
         ["B", "[x]", "1", "0", "%", "waiting"],
     ]
     assert max(map(len, lines)) <= 40
+
+
+def test_a_training_in_this_process_is_watched_too(tmp_path: Path, rows: list[ProgressRow]) -> None:
+    class Noting(Watcher):
+        def __init__(self) -> None:
+            self.seen: list[tuple[int, str]] = []
+            self.looked = threading.Event()
+
+        def update(self, rows: Sequence[ProgressRow]) -> None:
+            (row,) = rows
+            self.seen.append((row.status.step, phase(row)))
+            self.looked.set()
+
+    task, watch = replace(rows[0].task, directory=tmp_path), Noting()
+    write_status(tmp_path, Status("training", step=3, steps=10))
+    with single._watched(task, watch):
+        assert watch.looked.wait(60)
+        write_status(tmp_path, Status("trained", step=10, steps=10))
+    assert watch.seen[0] == (3, "training")
+    assert watch.seen[-1] == (10, "trained")
+    assert LiveTable(evaluates=False).table([ProgressRow(task, Status("trained"), False)]).title == (
+        "1 of 1 done, 0:00 so far, left: 0:00"
+    )

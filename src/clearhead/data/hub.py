@@ -44,7 +44,7 @@ def _go_offline() -> None:
     from huggingface_hub import constants
 
     constants.HF_HUB_OFFLINE = True
-    datasets: Any = sys.modules.get("datasets.config")
-    if datasets is not None:
-        datasets.HF_HUB_OFFLINE = True
+    config: Any = sys.modules.get("datasets.config")
+    if config is not None:
+        config.HF_HUB_OFFLINE = True
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -17,10 +17,18 @@ def standard_deviation(width: int) -> float:
     return math.sqrt(2.0 / (5.0 * width))
 
 
+# Of an untied token embedding. By the rule above a layer whose heads are normed adds numbers of about this size to each
+# token from the first step on, whatever the width; a smaller embedding drowns in them.
+EMBEDDING_STANDARD_DEVIATION = 0.5
+
+
 def with_defaults(model: Mapping[str, Any], length: int) -> dict[str, Any]:
     """A recipe's keys of ClearheadConfig with what it leaves out: the trained length, and the start by the width."""
     from clearhead.models.config import ClearheadConfig
 
     width = model.get("hidden_size", ClearheadConfig.hidden_size)
     # Scalings count from the trained length.
-    return {"max_position_embeddings": length, "initializer_range": standard_deviation(width), **model}
+    chosen = {"max_position_embeddings": length, "initializer_range": standard_deviation(width)}
+    if not model.get("tie_word_embeddings", ClearheadConfig.tie_word_embeddings):
+        chosen["embedding_initializer_range"] = EMBEDDING_STANDARD_DEVIATION
+    return {**chosen, **model}
