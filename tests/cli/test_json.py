@@ -71,3 +71,21 @@ def call_failing(*arguments: str) -> str:
     with pytest.raises(ValueError) as error:
         call(*arguments)
     return str(error.value)
+
+
+def test_a_run_has_its_results_without_the_page(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that cannot be made or written is said, and stops nothing."""
+    from clearhead.cli import compare
+    from clearhead.look import run_page
+
+    said: list[str] = []
+    monkeypatch.setattr(compare, "say", said.append)
+    for error in (OSError(28, "No space left on device"), ValueError("too short")):
+
+        def fails(*arguments: Any, error: Exception = error, **options: Any) -> Path:
+            raise error
+
+        monkeypatch.setattr(run_page, "make_run_page", fails)
+        compare._look(run)
+    assert len(said) == 2 and all(line.startswith("no page of attention maps: ") for line in said)
+    assert "No space left" in said[0] and "too short" in said[1]

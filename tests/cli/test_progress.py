@@ -158,3 +158,14 @@ def test_a_training_in_this_process_is_watched_too(tmp_path: Path, rows: list[Pr
     assert LiveTable(evaluates=False).table([ProgressRow(task, Status("trained"), False)]).title == (
         "1 of 1 done, 0:00 so far, left: 0:00"
     )
+
+
+def test_time_left_counts_the_decays_of_every_budget(rows: list[ProgressRow]) -> None:
+    """A job with branches takes its trunk once and each budget's decay: more than the largest budget."""
+    row = rows[3]
+    train = row.task.job.train.model_copy(update={"schedule": "wsd", "tokens": 4096 * 100})
+    job = row.task.job.model_copy(update={"train": train, "branches": (4096 * 50, 4096 * 100)})
+    assert job.steps > train.steps
+    status = Status("training", step=0, steps=job.steps, tokens=0, tokens_per_second=4096.0)
+    found = Forecast(evaluates=False).left([ProgressRow(replace(row.task, job=job), status, True)])
+    assert found == TimeLeft(float(job.steps), True)

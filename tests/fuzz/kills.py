@@ -117,7 +117,7 @@ def phases(events: Sequence[tuple[str, int]]) -> dict[str, list[int]]:
         if what == "step":
             stepped.add(role)
         if role == "parent":
-            late = re.search(r"report\.html|charts|summary\.json", what)
+            late = re.search(r"report\.html|look\.html|charts|summary\.json", what)
             phase = "report" if late else "between arms" if started else "preparation"
         elif "checkpoint-" in what:
             phase = "checkpoint"

@@ -345,3 +345,22 @@ def test_maps_come_from_another_backend(monkeypatch: pytest.MonkeyPatch) -> None
     mapped = model(ids, output_attentions=True)
     assert runs[LAYERS:] and set(runs[LAYERS:]) == {"eager"}
     assert len(mapped.attentions) == LAYERS and distance(mapped.logits, plain.logits) < 1e-5
+
+
+def negative(x: Tensor) -> Tensor:
+    """The same numbers, as a view that only notes their sign."""
+    view = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert view.is_neg() and torch.equal(view.resolve_neg(), x)
+    return view
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("change", [negative, lambda x: torch._efficientzerotensor(x.shape)])
+@torch.no_grad()
+def test_views_without_numbers_of_their_own_are_read_right(change: Any, number: int) -> None:
+    """Called without the operator too, which is what makes numbers of them."""
+    tensors = [x.float() for x in make_inputs(FORMS["v1"], torch.float32).tensors]
+    tensors[number] = change(tensors[number])
+    expected = differential_attention(*(x.clone().resolve_neg() for x in tensors), backend="eager")
+    found = differential_attention(*tensors, backend="cpu")
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)

@@ -71,7 +71,23 @@ def test_a_file_that_is_being_written_is_left_for_the_next_look(
     assert (going / "report.html").exists()
 
 
-def test_only_the_report_and_its_charts_are_served_on_loopback(run: Path) -> None:
+@pytest.mark.parametrize("job", ["arms/v1/seed-0", "sizes/w16/v1/seed-0"])
+def test_what_is_watched_ends_with_its_jobs(job: str, tmp_path: Path) -> None:
+    """Of a comparison and of a scaling study."""
+    folder = tmp_path / job
+    folder.mkdir(parents=True)
+    assert not live._ended(tmp_path)
+    (folder / "job.json").touch()
+    (folder / "status.json").write_text('{"state": "training"}')
+    before = live._stamp(tmp_path)
+    assert before and not live._ended(tmp_path)
+    (folder / "status.json").write_text('{"state": "evaluated"}')
+    assert live._stamp(tmp_path) != before and live._ended(tmp_path)
+
+
+def test_only_the_report_and_its_charts_are_served_on_loopback(run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run, tmp_path / "served"))
+    (run / "look.html").write_text("maps")
     with live.served(run, 0) as address:
         where = urlsplit(address)
         assert where.hostname == "127.0.0.1" and where.port
@@ -84,6 +100,7 @@ def test_only_the_report_and_its_charts_are_served_on_loopback(run: Path) -> Non
 
         assert get("/")[1] == get("/report.html")[1] == (run / "report.html").read_bytes()
         chart = sorted((run / "charts").glob("*.png"))[0]
+        assert get("/look.html") == (200, b"maps")
         assert get(f"/charts/{chart.name}") == (200, chart.read_bytes())
         for path in (
             "/recipe.toml",

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from clearhead.cli.console import AsJson, fail, interruptible, say
+from clearhead.cli.console import AsJson, interruptible, say
 
 
 def command(
@@ -36,7 +36,7 @@ def compare(
 ) -> None:
     """The command without its interruption."""
     from clearhead.cli.progress import watcher
-    from clearhead.cli.results import print_results
+    from clearhead.cli.results import finish
     from clearhead.runs.recipe import RecipeError
     from clearhead.runs.recipe_io import load_recipe
 
@@ -52,16 +52,7 @@ def compare(
         if row.status.note:
             say(f"{row.task.label}, seed {row.task.job.seed}: {row.status.note}")
     _look(run_dir)
-    from clearhead.report.build import build_report
-
-    report = build_report(run_dir)
-    print_results(run_dir, as_json=as_json)
-    say(f"report: {report}")
-    if outcome.failed:
-        worst = outcome.failed[0]
-        count = f"{len(outcome.failed)} of {len(outcome.rows)} jobs failed"
-        name = f"{worst.task.label}, seed {worst.task.job.seed}"
-        fail(f"{count}; {name}: {worst.status.error}; its log: {worst.task.log}", code=1)
+    finish(outcome, run_dir, as_json=as_json)
 
 
 def _look(run_dir: Path) -> None:
@@ -72,5 +63,5 @@ def _look(run_dir: Path) -> None:
     try:
         if not is_current(run_dir):
             make_run_page(run_dir, say=say)
-    except (RunError, ValueError) as error:
+    except (RunError, ValueError, OSError) as error:
         say(f"no page of attention maps: {error}")

@@ -1,9 +1,27 @@
 """The results of a run in the terminal: the report's table and its answers."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from clearhead.cli.console import print_json
+from clearhead.cli.console import fail, print_json, say
 from clearhead.runs.files import read_object
+
+if TYPE_CHECKING:
+    from clearhead.train.comparison import ComparisonOutcome
+
+
+def finish(outcome: "ComparisonOutcome", run_dir: Path, *, as_json: bool) -> None:
+    """Write the report, print the results, and end with exit code 1 and the first failure where a job failed."""
+    from clearhead.report.build import build_report
+
+    report = build_report(run_dir)
+    print_results(run_dir, as_json=as_json)
+    say(f"report: {report}")
+    if outcome.failed:
+        worst = outcome.failed[0]
+        count = f"{len(outcome.failed)} of {len(outcome.rows)} jobs failed"
+        name = f"{worst.task.label}, seed {worst.task.job.seed}"
+        fail(f"{count}; {name}: {worst.status.error}; its log: {worst.task.log}", code=1)
 
 
 def print_results(run_dir: Path, *, as_json: bool = False) -> None:

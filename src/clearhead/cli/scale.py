@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clearhead.cli.console import AsJson, fail, interruptible, say
+from clearhead.cli.console import AsJson, interruptible, say
 
 if TYPE_CHECKING:
     from clearhead.runs.recipe import Recipe
@@ -51,21 +51,12 @@ def command(
 def scale(recipe: "Recipe", run_dir: Path, *, fresh: bool, as_json: bool = False) -> None:
     """The command without its interruption."""
     from clearhead.cli.progress import watcher
-    from clearhead.cli.results import print_results
+    from clearhead.cli.results import finish
     from clearhead.train.scale import run_scaling
 
     with watcher() as watch:
         outcome = run_scaling(recipe, run_dir, watcher=watch, say=say, fresh=fresh)
-    from clearhead.report.build import build_report
-
-    report = build_report(run_dir)
-    print_results(run_dir, as_json=as_json)
-    say(f"report: {report}")
-    if outcome.failed:
-        worst = outcome.failed[0]
-        count = f"{len(outcome.failed)} of {len(outcome.rows)} jobs failed"
-        name = f"{worst.task.label}, seed {worst.task.job.seed}"
-        fail(f"{count}; {name}: {worst.status.error}; its log: {worst.task.log}", code=1)
+    finish(outcome, run_dir, as_json=as_json)
 
 
 def print_plan(recipe: "Recipe") -> None:

@@ -65,6 +65,7 @@ def make_run_page(
                 limit=BYTES // len(jobs),
             )
         )
+        del subject  # The next model needs the memory.
     target = out or run / LOOK_PAGE
     write_text(target, page(views, f"the arms of {run.resolve().name}"))
     return target
@@ -112,10 +113,7 @@ def _decoded(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _in_recipe_order(run: Path, jobs: dict[str, Path]) -> list[Path]:
-    """The jobs in the order of the recipe's arms; those it does not name come last."""
-    if not (run / "recipe.toml").exists():
-        return list(jobs.values())
+    """The jobs in the order of the recipe's arms."""
     from clearhead.runs.results import load_run
 
-    order = [arm.slug for arm in load_run(run).arms]
-    return [jobs[slug] for slug in [*(s for s in order if s in jobs), *(s for s in jobs if s not in order)]]
+    return [jobs[arm.slug] for arm in load_run(run).arms if arm.slug in jobs]

@@ -9,18 +9,14 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from clearhead.report.build import build_report
+from clearhead.runs.directory import LOOK_PAGE
 from clearhead.runs.status import read_status
 
 LOOPBACK = "127.0.0.1"
 # What a report is made from; what it writes itself is not among it.
-_SOURCES = (
-    "recipe.toml",
-    "sweep.json",
-    "arms/*/seed-*/status.json",
-    "arms/*/seed-*/metrics.jsonl",
-    "arms/*/seed-*/cost.json",
-    "arms/*/seed-*/results/*.json",
-)
+_JOBS = ("arms/*/seed-*", "sizes/*/*/seed-*")
+_OF_JOBS = ("status.json", "metrics.jsonl", "cost.json", "size.json", "results/*.json", "*/results/*.json")
+_SOURCES = ("recipe.toml", "sweep.json", LOOK_PAGE, *(f"{job}/{file}" for job in _JOBS for file in _OF_JOBS))
 
 
 def watched(run: Path, every: float, say: Callable[[str], None], *, forever: bool = False) -> None:
@@ -62,12 +58,12 @@ def _stamp(run: Path) -> tuple[tuple[str, int, int], ...]:
 
 def _ended(run: Path) -> bool:
     """Whether every job that has begun is done; False before the first one."""
-    jobs = sorted(path.parent for path in run.glob("arms/*/seed-*/job.json"))
+    jobs = sorted(path.parent for job in _JOBS for path in run.glob(f"{job}/job.json"))
     return bool(jobs) and all(read_status(job).state in ("evaluated", "failed") for job in jobs)
 
 
 class _Pages(SimpleHTTPRequestHandler):
-    """The report and its charts, nothing else of the run."""
+    """The report, its charts and the page of attention maps, nothing else of the run."""
 
     def do_GET(self) -> None:
         if self._allowed():
@@ -82,7 +78,8 @@ class _Pages(SimpleHTTPRequestHandler):
             self.path = "/report.html"
         asked = Path(self.translate_path(self.path))
         root = Path(self.directory)
-        if asked == root / "report.html" or (asked.parent == root / "charts" and asked.is_file()):
+        pages = (root / "report.html", root / LOOK_PAGE)
+        if asked in pages or (asked.parent == root / "charts" and asked.is_file()):
             return True
         self.send_error(404)
         return False

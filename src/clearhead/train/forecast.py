@@ -88,7 +88,8 @@ class Forecast:
         if seen.learning is None:
             start = self._start() or 0.0
             start = max(0.0, start - (now - seen.started if seen.started is not None else 0.0))
-        return start + max(0, row.task.job.train.tokens - row.status.tokens) / speed + evaluation
+        tokens = row.task.job.steps * row.task.job.train.batch_tokens
+        return start + max(0, tokens - row.status.tokens) / speed + evaluation
 
     def _speeds(self, rows: Sequence[ProgressRow]) -> dict[str, float]:
         """Tokens a second of each arm that has run, by its jobs' own measure."""

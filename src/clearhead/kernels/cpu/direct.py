@@ -41,7 +41,10 @@ _memory = _Memory()
 
 
 def possible(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether nothing but the numbers of these is asked for: no graph, no mode, no subclass, no profiler."""
+    """Whether nothing but the numbers of these is asked for: no graph, no mode, no subclass, no profiler.
+
+    Views whose sign is only noted, and zeros without memory, have no numbers that C could read.
+    """
     if (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
@@ -51,7 +54,11 @@ def possible(tensors: Sequence[Tensor | None]) -> bool:
         or torch._C._autograd._profiler_enabled()
     ):
         return False
-    return all(x is None or (type(x) in (Tensor, nn.Parameter) and x.is_cpu) for x in tensors)
+    return all(x is None or _readable(x) for x in tensors)
+
+
+def _readable(x: Tensor) -> bool:
+    return type(x) in (Tensor, nn.Parameter) and x.is_cpu and not x.is_neg() and not x._is_zerotensor()
 
 
 def forward(heads: Streams, mask: MaskSpec, gate: Tensor | None, offset: int, scale: float) -> Tensor:
