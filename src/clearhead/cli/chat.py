@@ -86,7 +86,7 @@ class Talk:
 
         prompt = self._prompt(line)
         room = getattr(self.model.config, "max_position_embeddings", None)
-        if room is not None and len(prompt) + 1 > room and not self._past_its_length():
+        if room is not None and len(prompt) + 1 > room and not self._looks_at_length():
             say(f"(the conversation is {len(prompt):,} tokens long, the model was made for {room:,}: /reset)")
         ids = torch.tensor([prompt], device=self.model.device)
         produced = self.model.generate(
@@ -115,15 +115,17 @@ class Talk:
 
     def _cache(self, prompt: list[int]) -> Any:
         """The cache as far as the prompt begins with what it holds; a new one where it does not."""
-        if self.cache is None or self._past_its_length():
+        if self.cache is None or self._looks_at_length():
             return None
         held = self.cache.get_seq_length()
         return self.cache if prompt[:held] == self.ids[:held] and held < len(prompt) else None
 
-    def _past_its_length(self) -> bool:
+    def _looks_at_length(self) -> bool:
         """Whether the rope scaling turns keys by the length of the request, so that none may be kept for the next."""
         parameters = getattr(self.model.config, "rope_parameters", None) or {}
-        return parameters.get("rope_type") in ("dynamic", "longrope")
+        # One set for all layers, or one for each kind of them.
+        every = (parameters, *(one for one in parameters.values() if isinstance(one, dict)))
+        return any(one.get("rope_type") in ("dynamic", "longrope") for one in every)
 
     def _keep(self, line: str, prompt: list[int], produced: "torch.Tensor", cache: Any) -> str:
         answer = self.tokenizer.decode(produced[len(prompt) :], skip_special_tokens=True)

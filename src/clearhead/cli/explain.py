@@ -114,8 +114,8 @@ def _explain_devices(
 
     if subject.suffix != ".toml":
         raise ValueError(f"--on is for recipes, which say how a model is trained; {str(subject)!r} is none")
-    Console(highlight=False, soft_wrap=True).print(_cost_table(costs, length))
     print_footprint(models, load_recipe(subject, overrides), on, sharding, rows, length)
+    Console(highlight=False, soft_wrap=True).print("", _cost_table(costs, length))
 
 
 def _print(

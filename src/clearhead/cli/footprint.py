@@ -31,7 +31,10 @@ def print_footprint(
     if sharding not in ("fsdp", "none"):
         raise ValueError(f"--sharding {sharding!r} is none of fsdp, none")
     kind: Sharding = "fsdp" if sharding == "fsdp" else "none"
-    devices = fleet(on)
+    try:
+        devices = fleet(on)
+    except ValueError as error:
+        raise ValueError(f"--on {error}") from None
     console = Console(highlight=False, soft_wrap=True)
     shared = "sharded over all devices (FSDP)" if kind == "fsdp" else "whole on every device"
     console.print(

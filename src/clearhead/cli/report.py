@@ -32,6 +32,7 @@ def command(
 
         with interruptible("the report is no longer drawn; the run goes on"):
             if serve:
+                build_report(run)  # What is no run is refused before there is an address.
                 with served(run, port) as address:
                     say(f"the report is at {address} until Ctrl-C")
                     watched(run, every, say, forever=True)

@@ -59,9 +59,17 @@ def command(
         layers=layer_numbers(layers),
         options=option_values(option or []),
         heads=heads,
-        text=None if text is None else text.read_text(encoding="utf-8"),
+        text=None if text is None else _read(text),
         seed=seed,
     )
     with interruptible("interrupted; nothing was kept, and the same command begins again"):
         retrofit(source, out, plan, say=say)
     say(f"model: {out}")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
+        raise ValueError(f"--text {str(path)!r} cannot be read ({reason})") from error
