@@ -42,6 +42,7 @@ LAYOUTS: dict[str, Layout] = {
     "every other": (lambda x: x.repeat_interleave(2, 1), lambda y: y[:, 1::2]),
     "every other token": (lambda x: x.repeat_interleave(2, 2), lambda y: y[:, :, ::2]),
     "flipped": (lambda x: x.flip(2), lambda y: y.flip(2)),
+    "sign noted": (torch.neg, torch._neg_view),
     "same for the batch": (lambda x: x[: min(1, len(x))], lambda y: y),
     "same for all tokens": (lambda x: x[:, :, :1], lambda y: y),
 }
@@ -339,7 +340,8 @@ class Operation(Case):
         if self.streams == 2 and self.lam != "number":
             shape = {"call": (), "head": (H, 1, 1), "token": (B, H, self.queries, 1), "row": (B, 1, 1, 1)}
             wide = torch.promote_types(dtype, torch.float32) if draw.chance(0.7) else dtype
-            tensors.append((0.5 + draw.normal(*shape[self.lam])).to(wide))
+            lam = (0.5 + draw.normal(*shape[self.lam])).to(wide)
+            tensors.append(torch._neg_view(-lam) if draw.chance(0.1) else lam)
         if self.scale == "tensor":
             tensors.append(torch.tensor(draw.number(-1, 1), dtype=torch.promote_types(dtype, torch.float32)))
         cotangent = draw.normal(B, H, self.queries, self.value_width).to(dtype)
