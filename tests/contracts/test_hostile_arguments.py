@@ -245,3 +245,19 @@ def test_broken_oracle_is_noticed() -> None:
     q, k, v = problem(5)
     right = differential.differential_attention(q, k, v, 0.5, causal=True)
     assert float((differential_attention(q, k, v, -0.5, is_causal=True) - right).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "backend", ["auto", "cpu", "eager", "sdpa", pytest.param("flex", marks=pytest.mark.compiles)]
+)
+@torch.no_grad()
+def test_views_whose_sign_is_only_noted(backend: str) -> None:
+    skip_unless_possible(backend, torch.float32)
+    rng = torch.Generator().manual_seed(0)
+    shapes = ((1, 4, 6, 16), (1, 4, 9, 16), (1, 2, 9, 32), ())
+    plain = [torch.randn(shape, generator=rng) for shape in shapes]
+    noted = [torch._neg_view(-x) for x in plain]
+    assert all(x.is_neg() for x in noted)
+    expected = differential_attention(*(x.double() for x in plain), backend="eager")
+    found = differential_attention(*noted, backend=backend)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6)

@@ -65,14 +65,16 @@ class Flex(Engine):
 
     def __call__(self, call: SoftmaxCall, mask: FlexMask, scale: float) -> tuple[Tensor, Tensor | None]:
         run = _eager_flex() if torch.compiler.is_compiling() else _compiled_flex()
+        # PyTorch has no FlexAttention for views whose sign is only noted.
+        q, k, v = (x.resolve_neg() for x in (call.q, call.k, call.v))
         out = run(
-            call.q,
-            call.k,
-            call.v,
+            q,
+            k,
+            v,
             score_mod=mask.score,
             block_mask=mask.block_mask,
             scale=scale,
-            enable_gqa=call.q.shape[1] != call.k.shape[1],
+            enable_gqa=q.shape[1] != k.shape[1],
         )
         return out, None
 
