@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -259,6 +260,33 @@ def test_repeats_are_runs_of_words_to_be_copied() -> None:
         assert (labels[: 1 + len(run)] == IGNORE).all()
         assert np.array_equal(labels[1 + len(run) : 1 + 2 * len(run)], run)
     assert 0.35 < repeated / (repeated + pairs) < 0.65
+
+
+def test_separate_words_make_keys_and_values_of_different_words() -> None:
+    words = vocabulary(tokenizer()).words
+    for_keys, for_values = set(words[0::2].tolist()), set(words[1::2].tolist())
+    spec = NeedleSpec(96, 3, 2, key_tokens=2, value_tokens=2, separate_words=True)
+    for split in ("train", "validation"):
+        for index in range(20):
+            made = needle_document(
+                spec, seed=1, index=index, haystack=store(), split=split, tokenizer=tokenizer()
+            )
+            assert set(made.keys.ravel().tolist()) <= for_keys
+            assert set(made.values.ravel().tolist()) <= for_values
+    mixed = mixture(pair_share=0.5, needles=NeedleRange((24, 60), (1, 4), separate_words=True))
+    learned = [
+        row["input_ids"][row["labels"] != IGNORE]
+        for row in (mixed[i] for i in range(60) if mixed.kind(i) == "pairs")
+    ]
+    assert learned and set(np.concatenate(learned).tolist()) <= for_values
+
+
+def test_separate_words_leave_fewer_values_to_guess_from() -> None:
+    spec = NeedleSpec(96, value_tokens=1)
+    rare = replace(spec, separate_words=True)
+    words = vocabulary(tokenizer()).words[1::2][:, None]
+    held_out = int(in_validation(words, "value").sum())
+    assert chance_level(rare, tokenizer()) == 1 / held_out > chance_level(spec, tokenizer())
 
 
 def test_rows_without_repeats_are_as_they_were() -> None:

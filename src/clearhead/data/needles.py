@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Split = Literal["train", "validation"]
+Role = Literal["key", "value"]
 Ids = NDArray[np.int64]
 
 IGNORE = -100
@@ -69,6 +70,8 @@ class NeedleSpec:
     template, question: the sentence of a fact and of a question; each names `{key}` and then `{value}` once. The
         document ends with the value of its last question, so nothing may follow `{value}` in `question`.
     learn_context: also put labels on the text around the needles (never on the needles' own tokens).
+    separate_words: keys and values share no word: every other word of the vocabulary is for keys, the rest for values,
+        as a city and a number are different kinds of words.
     """
 
     length: int
@@ -79,6 +82,7 @@ class NeedleSpec:
     template: str = TEMPLATE
     question: str = QUESTION
     learn_context: bool = False
+    separate_words: bool = False
 
     def __post_init__(self) -> None:
         for name in ("length", "needles", "questions", "key_tokens", "value_tokens"):
@@ -178,7 +182,14 @@ def vocabulary(tokenizer: NeedleTokenizer) -> Words:
     return Words(tokenizer.bos_token_id, np.array(words))
 
 
-def in_validation(tuples: Ids, role: Literal["key", "value"]) -> NDArray[np.bool_]:
+def words_for(spec: NeedleSpec, language: Words, role: Role) -> Ids:
+    """The words that keys, or values, of `spec` are made of."""
+    if not spec.separate_words:
+        return language.words
+    return language.words[0 if role == "key" else 1 :: 2]
+
+
+def in_validation(tuples: Ids, role: Role) -> NDArray[np.bool_]:
     """(n, tokens) -> (n,): which tuples belong to the validation split, by a fixed 64-bit hash (splitmix64)."""
     with np.errstate(over="ignore"):
         state = np.full(len(tuples), _SALT[role], dtype=np.uint64)
@@ -207,7 +218,7 @@ def chance_level(spec: NeedleSpec, tokenizer: NeedleTokenizer, split: Split = "v
 
     A reader that copies the value of a random needle of the document, ignoring the key, reaches `1 / needles`.
     """
-    words = vocabulary(tokenizer).words
+    words = words_for(spec, vocabulary(tokenizer), "value")
     total = len(words) ** spec.value_tokens
     if total > 1_000_000:
         share = VALIDATION_SHARE if split == "validation" else 1 - VALIDATION_SHARE
@@ -217,9 +228,7 @@ def chance_level(spec: NeedleSpec, tokenizer: NeedleTokenizer, split: Split = "v
     return 1.0 / max(count, 1)
 
 
-def draw(
-    rng: np.random.Generator, words: Ids, count: int, size: int, role: Literal["key", "value"], split: Split
-) -> Ids:
+def draw(rng: np.random.Generator, words: Ids, count: int, size: int, role: Role, split: Split) -> Ids:
     """`count` distinct tuples of `size` words that belong to the split -> (count, size)"""
     found: dict[tuple[int, ...], None] = {}
     for _ in range(64):
@@ -232,6 +241,13 @@ def draw(
         f"needles: fewer than {count} distinct {role}s of {size} tokens in the {split} split; "
         f"raise {role}_tokens or tokenizer.vocab_size, or ask for fewer needles"
     )
+
+
+def draw_facts(rng: np.random.Generator, spec: NeedleSpec, language: Words, split: Split) -> tuple[Ids, Ids]:
+    """Distinct keys (needles, key_tokens) and distinct values (needles, value_tokens) of the split."""
+    keys = draw(rng, words_for(spec, language, "key"), spec.needles, spec.key_tokens, "key", split)
+    values = draw(rng, words_for(spec, language, "value"), spec.needles, spec.value_tokens, "value", split)
+    return keys, values
 
 
 def text_run(rng: np.random.Generator, haystack: NeedleHaystack, count: int) -> Ids:
@@ -267,8 +283,7 @@ def needle_document(
             f"not {spec.length}; raise the length or lower needles or questions"
         )
     rng = np.random.default_rng((seed, index, _STREAM[split]))
-    keys = draw(rng, language.words, spec.needles, spec.key_tokens, "key", split)
-    values = draw(rng, language.words, spec.needles, spec.value_tokens, "value", split)
+    keys, values = draw_facts(rng, spec, language, split)
     context = spec.length - 1 - spec.questions * question.size(spec)
     text = text_run(rng, haystack, context - spec.needles * size)
     # Needle 0 is the first one asked; `order` is how the needles follow one another in the context.

@@ -25,7 +25,7 @@ from clearhead.data.needles import (
     NeedleTokenizer,
     Split,
     chance_level,
-    draw,
+    draw_facts,
     in_validation,
     minimum_length,
     needle_document,
@@ -73,8 +73,7 @@ def pair_document(
     needle, question = sentences(spec, tokenizer)
     language = vocabulary(tokenizer)
     rng = np.random.default_rng((seed, index, _PAIRS[split]))
-    keys = draw(rng, language.words, spec.needles, spec.key_tokens, "key", split)
-    values = draw(rng, language.words, spec.needles, spec.value_tokens, "value", split)
+    keys, values = draw_facts(rng, spec, language, split)
     order = rng.permutation(spec.needles)
     asked = question.write(keys[order], values[order])
     labels = np.full(asked.shape, IGNORE)
@@ -119,6 +118,7 @@ class NeedleRange:
     question: str = QUESTION
     repeats: float = 0.0
     learn_context: bool = False
+    separate_words: bool = False
 
     def __post_init__(self) -> None:
         for name, (low, high) in (
@@ -141,6 +141,7 @@ class NeedleRange:
             self.template,
             self.question,
             self.learn_context,
+            self.separate_words,
         )
 
     def fitting(self, length: int, needles: int, tokenizer: NeedleTokenizer) -> NeedleSpec:

@@ -132,6 +132,7 @@ class NeedleRows(RecipeTable):
     question: Annotated[str, AfterValidator(_question)] = "\n# {key}{value}"
     repeats: Share = 0.0  # of the pair rows: random words, twice, to be copied
     learn_context: bool = False  # also learn the text around the needles
+    separate_words: bool = False  # keys and values are made of different words
 
     @model_validator(mode="after")
     def _check(self) -> Self:
