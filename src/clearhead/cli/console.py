@@ -1,9 +1,11 @@
 """What all verbs share: messages, exit codes, and the progress of jobs."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Timer
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -11,6 +13,9 @@ import typer
 AsJson = Annotated[
     bool, typer.Option("--json", help="Results as one JSON value on standard output, for programs.")
 ]
+
+
+AGAIN_SECONDS = 0.05
 
 
 class Interrupted(Exception):
@@ -44,7 +49,8 @@ def interruptible(message: str) -> Iterator[None]:
 
     The KeyboardInterrupt of a signal other than Ctrl-C has the signal's number as its argument.
 
-    A SIGHUP that is ignored, as under nohup, stays so.
+    A SIGHUP that is ignored, as under nohup, stays so. A signal that comes while Python runs something whose exceptions
+    it drops, such as a finaliser, is sent once more a moment later.
     """
     import signal
     from types import FrameType
@@ -52,15 +58,32 @@ def interruptible(message: str) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt(number)
 
+    waiting: list[Timer] = []
+    report = sys.unraisablehook
+
+    def again(dropped: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(dropped.exc_value, KeyboardInterrupt):
+            report(dropped)
+            return
+        number = dropped.exc_value.args[0] if dropped.exc_value.args else signal.SIGINT
+        timer = Timer(AGAIN_SECONDS, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        waiting.append(timer)
+        timer.start()
+
     earlier = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     for number, handler in earlier.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, stop)
+    sys.unraisablehook = again
     try:
         yield
     except KeyboardInterrupt:
         raise Interrupted(message) from None
     finally:
+        for timer in waiting:
+            timer.cancel()
+        sys.unraisablehook = report
         for number, handler in earlier.items():
             signal.signal(number, handler)
 
