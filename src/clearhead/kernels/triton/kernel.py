@@ -79,7 +79,7 @@ class Triton(Kernel):
             *(q1, q2, k1, k2, v, gate, mask.key_padding),
             None if mask.documents is None else mask.documents.long(),
             mask.offset if shifted else None,
-            None if mask.slopes is None else mask.slopes.to(v.device, torch.float32),
+            None if mask.slopes is None else mask.slopes.to(v.device, torch.float32, non_blocking=True),
             *(offset, mask.window or 0, mask.is_causal, scale, keep),
         )
         return out
