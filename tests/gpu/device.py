@@ -81,31 +81,19 @@ class OnCuda(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        target = kwargs.get("device")
-        if target is not None:
+        if kwargs.get("device") is not None:
+            # From PyTorch itself, to which every number is on the CPU: what programs ask for is seen in `_Factories`.
             kwargs["device"] = CPU
         flat, spec = tree_flatten((args, kwargs))
-        for x in flat:
-            if isinstance(x, Tensor) and not isinstance(x, OnCuda) and x.ndim > 0 and func not in _MIXED:
-                raise RuntimeError(
-                    f"{func}: expected all tensors to be on the same device, found cuda:0 and cpu"
-                )
         if func in _LOOKS or func in _SHAPES or (func is _aten.index.Tensor and _has_mask(args[1])):
             note(f"{func}")
         elif func is _aten.index.Tensor and not all(i is None or isinstance(i, OnCuda) for i in args[1]):
             note("an index that is on the CPU")
         bare_args, bare_kwargs = tree_unflatten([bare(x) for x in flat], spec)
         found = func(*bare_args, **bare_kwargs)
-        if func in (_aten._to_copy.default, _aten.copy_.default):
-            if target is not None and target.type == "cpu":
-                note("a copy to the CPU")
-                return found
-            if func is _aten.copy_.default and isinstance(args[0], OnCuda) != isinstance(args[1], OnCuda):
-                note("a copy between CPU and GPU")
+        if func is _aten.copy_.default and isinstance(args[0], OnCuda) != isinstance(args[1], OnCuda):
+            note("a copy between CPU and GPU")
         return _again(func, args, kwargs, found)
-
-
-_MIXED = {_aten.copy_.default, _aten.index.Tensor, _aten.index_put_.default}
 
 
 def _has_mask(indices: Any) -> bool:
@@ -140,6 +128,15 @@ def moved_to_cuda(module: nn.Module) -> nn.Module:
     return module
 
 
+def _check_devices(func: Any, args: Any, kwargs: Any) -> None:
+    """Only single numbers, and indices, may come from the CPU. Inside an operator PyTorch makes what it likes there."""
+    if getattr(func, "__name__", "") in ("copy_", "__getitem__", "__setitem__", "__get__", "__set__"):
+        return
+    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.ndim > 0]
+    if len({isinstance(x, OnCuda) for x in tensors}) > 1:
+        raise RuntimeError(f"{func}: expected all tensors to be on the same device, found cuda:0 and cpu")
+
+
 class _Factories(TorchFunctionMode):
     """Makes what is asked for on "cuda" there, and sees copies between the devices, which PyTorch's own code would not:
     to it every number is on the CPU."""
@@ -151,6 +148,7 @@ class _Factories(TorchFunctionMode):
         if func in _READS and isinstance(args[0], OnCuda):
             note(func.__name__)
             return func(args[0].numbers, *args[1:], **kwargs)
+        _check_devices(func, args, kwargs)
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             name = getattr(func, "__name__", "")

@@ -69,7 +69,7 @@ def kernel_of(problem: AttentionProblem, lowering: Lowering) -> tuple[str, tuple
     checks = {"flash": _against_flash, "cudnn": _against_cudnn, "efficient": _against_efficient}
     capability = compute_capability(problem.capability)
     first = ("cudnn",) if capability is not None and capability[0] in (9, 10) else ()
-    reasons = []
+    reasons: list[tuple[str, str]] = []
     for name in (*first, *_ORDER):
         reason = checks[name](problem, keys, values)
         if reason is None:
