@@ -73,6 +73,13 @@ class OnCuda(Tensor):
     def is_cpu(self) -> bool:  # type: ignore[override]
         return False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:  # type: ignore[override]
+        if id(self) not in memo:
+            copied = OnCuda(self.numbers.clone())
+            is_parameter = isinstance(self, nn.Parameter)
+            memo[id(self)] = nn.Parameter(copied, self.requires_grad) if is_parameter else copied
+        return memo[id(self)]
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"OnCuda({self.numbers})"
 
@@ -130,9 +137,19 @@ def moved_to_cuda(module: nn.Module) -> nn.Module:
 
 def _check_devices(func: Any, args: Any, kwargs: Any) -> None:
     """Only single numbers, and indices, may come from the CPU. Inside an operator PyTorch makes what it likes there."""
-    if getattr(func, "__name__", "") in ("copy_", "__getitem__", "__setitem__", "__get__", "__set__"):
+    if getattr(func, "__name__", "") in (
+        "copy_",
+        "__getitem__",
+        "__setitem__",
+        "__get__",
+        "__set__",
+        "__deepcopy__",
+        "_has_compatible_shallow_copy_type",
+    ):
         return
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.ndim > 0]
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
+        return
     if len({isinstance(x, OnCuda) for x in tensors}) > 1:
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, found cuda:0 and cpu")
 

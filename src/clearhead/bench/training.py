@@ -70,7 +70,8 @@ def build(arm: BenchArm, case: TrainCase) -> PreTrainedModel:
         else:
             model = ClearheadForCausalLM(config)
     model.set_attn_implementation(arm.backend)
-    return model.train()
+    # Some of DiffLlama's parameters are drawn by a function that does not know of the device around it.
+    return model.to(case.device).train()
 
 
 def timed_step(model: PreTrainedModel, case: TrainCase) -> Callable[[], object]:
