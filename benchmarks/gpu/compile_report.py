@@ -1,7 +1,7 @@
 """Compile the kernels for GPUs that need not be there, and report what the objects say of themselves.
 
     python benchmarks/gpu/compile_report.py            every configuration of the table -> results/triton_compile.jsonl
-    python benchmarks/gpu/compile_report.py --choose   rewrite the table: the largest tile that compiles without a spill
+    python benchmarks/gpu/compile_report.py --choose   rewrite the table: the largest tile without a spill
     python benchmarks/gpu/compile_report.py --check    compile again and compare with the committed report; writes nothing
 
 A table chosen so has been timed nowhere: `tune.py` measures on a GPU and takes what is fastest there.
@@ -119,7 +119,8 @@ def check(rows: list[dict[str, Any]], pool: ProcessPoolExecutor) -> int:
 
 def _told(row: dict[str, Any]) -> str:
     key = _key(row)
-    return f"{key.architecture} {key.direction} {key.bits} bits, {key.width} and {key.value_width} wide, {row['masks']}:"
+    widths = f"{key.width} and {key.value_width} wide"
+    return f"{key.architecture} {key.direction} {key.bits} bits, {widths}, {row['masks']}:"
 
 
 def _key(row: dict[str, Any]) -> Key:

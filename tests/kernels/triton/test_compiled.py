@@ -1,4 +1,4 @@
-"""The kernels compile for GPUs that are not here as the committed report says: some of its rows, all by `make compile`."""
+"""The kernels compile for GPUs that are not here as the report says: some of its rows, all by `make compile`."""
 
 import json
 import os
