@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/compile_report.py            every configuration of the table -> results/triton_compile.jsonl
     python benchmarks/gpu/compile_report.py --choose   rewrite the table: the largest tile without a spill
-    python benchmarks/gpu/compile_report.py --check    compile again and compare with the committed report; writes nothing
+    python benchmarks/gpu/compile_report.py --check    compile again and compare with the report; writes nothing
 
 A table chosen so has been timed nowhere: `tune.py` measures on a GPU and takes what is fastest there.
 """
