@@ -13,8 +13,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 from clearhead.bench import cuda, gpu_cases, machine, peers
-from clearhead.bench.cases import AttentionCase, TrainCase, cases_on, select
+from clearhead.bench.cases import AttentionCase, TrainCase, select
 from clearhead.bench.gate import check
+from clearhead.bench.gpu_cases import cases_on
 from clearhead.bench.records import named
 from clearhead.bench.training import ARMS
 from clearhead.cli.main import app
@@ -191,7 +192,7 @@ def test_peers_are_known_and_names_unique() -> None:
         for case in cases:
             assert case.device == "cuda"
             assert set(case.peers) <= set(ARMS if isinstance(case, TrainCase) else peers.PEERS)
-    assert len(select("attention", ["v1-d128-*-both-*"], "cuda")) == 4
+    assert len(select("attention", ["v1-d128-*-both-*"], cases_on("cuda"))) == 4
 
 
 @pytest.mark.parametrize("gives_sums", [False, True])

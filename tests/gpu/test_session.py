@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from clearhead.bench.cases import select
+from clearhead.bench.gpu_cases import cases_on
 
 GPU = Path(__file__).parents[2] / "benchmarks" / "gpu"
 
@@ -116,7 +117,7 @@ def test_its_commands_exist() -> None:
         if "bench" in words:
             what = words[words.index("bench") + 1]
             patterns = [words[at + 1] for at, word in enumerate(words) if word == "--case"]
-            assert select(what, patterns, "cuda")
+            assert select(what, patterns, cases_on("cuda"))
         else:
             assert Path(words[1]).is_file()
     assert session.BUDGET < 480 and all(step.least <= step.most for step in every)

@@ -246,24 +246,17 @@ def _train() -> tuple[TrainCase, ...]:
     )
 
 
-def cases_on(device: str) -> Mapping[str, Sequence[Case]]:
-    """The cases by verb for "cpu" or "cuda"."""
-    if device == "cpu":
-        return CASES
-    from clearhead.bench.gpu_cases import GPU_CASES
-
-    return GPU_CASES
-
-
 CASES: dict[str, Sequence[Case]] = {"attention": _attention(), "decode": _decode(), "train": _train()}
 
 
-def select(verb: str, patterns: Sequence[str], device: str = "cpu") -> list[Case]:
-    """The cases of `verb` for `device` whose names match any of `patterns` (all without patterns), in their order.
+def select(verb: str, patterns: Sequence[str], among: Mapping[str, Sequence[Case]] = CASES) -> list[Case]:
+    """The cases of `verb` whose names match any of `patterns` (all without patterns), in their order.
+
+    among: the cases by verb, those of a CPU or of a GPU.
 
     ValueError for a pattern that matches nothing, with the nearest name.
     """
-    cases = cases_on(device)[verb]
+    cases = among[verb]
     names = [case.name for case in cases]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):

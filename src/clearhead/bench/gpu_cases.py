@@ -1,10 +1,10 @@
 """What is measured on a GPU, as data. The first peer of a case is its reference."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
-from clearhead.bench.cases import NAIVE, SAME_QUERIES, TWIN, AttentionCase, Case, TrainCase, Variant
+from clearhead.bench.cases import CASES, NAIVE, SAME_QUERIES, TWIN, AttentionCase, Case, TrainCase, Variant
 
 TRITON = "clearhead triton"
 TRITON_ONE = "clearhead triton, one stream"
@@ -130,3 +130,8 @@ def _train() -> tuple[TrainCase, ...]:
 
 
 GPU_CASES: dict[str, Sequence[Case]] = {"attention": _attention(), "decode": _decode(), "train": _train()}
+
+
+def cases_on(device: str) -> Mapping[str, Sequence[Case]]:
+    """The cases by verb for "cpu" or "cuda"."""
+    return CASES if device == "cpu" else GPU_CASES

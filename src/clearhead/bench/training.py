@@ -71,7 +71,8 @@ def build(arm: BenchArm, case: TrainCase) -> PreTrainedModel:
             model = ClearheadForCausalLM(config)
     model.set_attn_implementation(arm.backend)
     # Some of DiffLlama's parameters are drawn by a function that does not know of the device around it.
-    return model.to(case.device).train()
+    nn.Module.to(model, case.device)
+    return model.train()
 
 
 def timed_step(model: PreTrainedModel, case: TrainCase) -> Callable[[], object]:

@@ -84,8 +84,9 @@ def command(
     Ctrl-C prints what has been measured so far.
     """
     from clearhead.bench.cases import select
+    from clearhead.bench.gpu_cases import cases_on
 
-    cases = select(what.value, case or [], device.value)
+    cases = select(what.value, case or [], cases_on(device.value))
     if list_cases:
         for found in cases:
             print(f"{found.name:42} {found.title}")
