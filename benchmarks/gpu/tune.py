@@ -108,7 +108,7 @@ def tune(key: Key, flush: Tensor) -> Config | None:
 def order(keys: list[Key]) -> list[Key]:
     """What most models ask for first: 16 bits, heads of 128 and 64, V1."""
     widths = {128: 0, 64: 1}
-    return sorted(keys, key=lambda k: (-k.bits % 32, widths.get(k.width, 2), -k.streams, -k.value_width))
+    return sorted(keys, key=lambda k: (k.bits, widths.get(k.width, 2), -k.streams, -k.value_width))
 
 
 def tuned(place: Path | None) -> set[Key]:

@@ -10,9 +10,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from clearhead.bench.cases import select
 from clearhead.bench.gpu_cases import cases_on
+from clearhead.kernels.triton import configs
 
 GPU = Path(__file__).parents[2] / "benchmarks" / "gpu"
 
@@ -132,6 +134,60 @@ def test_a_real_process(tmp_path: Path) -> None:
     assert run("print('hello')") == 0 and run("raise SystemExit(75)") == 75
     assert run("import time; time.sleep(60)", 11.0) is None
     assert log.read_text().startswith("hello")
+
+
+def test_the_gate_asks_every_feature_and_finds_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter; what is wrong by a percent, or raises, is red."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    gate = script("gate")
+    every = list(gate.problems())
+    assert len({name for name, _ in every}) == len(every) == 37
+    named = dict(every)
+    for name, dtype in (
+        ("window", torch.float16),
+        ("documents", torch.bfloat16),
+        ("one query", torch.float32),
+    ):
+        assert gate.wrong(named[name], dtype, "cpu") is None
+    right = gate.differential_attention
+    monkeypatch.setattr(gate, "differential_attention", lambda *x, **options: right(*x, **options) * 1.01)
+    assert "roundings off" in (gate.wrong(named["one query"], torch.float32, "cpu") or "")
+    monkeypatch.setattr(gate, "problems", lambda: iter([("one query", named["one query"])]))
+    assert gate.main([], "cpu") == 1
+    monkeypatch.setattr(gate, "differential_attention", right)
+    assert gate.main([], "cpu") == 0 and gate.main(["--seconds", "-1"], "cpu") == 0
+
+
+def test_tuning_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most asked for first; what its own table has is not measured again; rows that nothing beat stay as they were."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    tune = script("tune")
+    table, out, asked = dict(configs.table()), tmp_path / "tuned.json", []
+    moments = iter(range(0, 10_000, 10))
+    faster = configs.Config(32, 32, 4, 1)
+
+    def measured(key: Any, _: Any) -> Any:
+        asked.append(key)
+        return None if key.direction == "decode" else faster
+
+    monkeypatch.setattr(tune.configs, "table", lambda: table)
+    monkeypatch.setattr(tune, "tune", measured)
+    monkeypatch.setattr(tune, "TABLE", tmp_path / "configs.json")
+    monkeypatch.setattr(tune, "reason_against_cuda", lambda: None)
+    monkeypatch.setattr(tune.configs, "architecture", lambda _: "sm_90")
+    monkeypatch.setattr(tune.time, "monotonic", lambda: next(moments))
+    monkeypatch.setattr(tune.torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(sys, "argv", ["tune", "--seconds", "35", "--out", str(out)])
+    assert tune.main() == tune.UNFINISHED == session.UNFINISHED
+    assert [(k.bits, k.width, k.streams, k.value_width) for k in asked] == [(16, 128, 2, 256)] * 3
+    assert len(configs.read(out.read_text())) == 2
+    assert table[asked[0]] == faster and configs.read((tmp_path / "configs.json").read_text()) == table
+    monkeypatch.setattr(sys, "argv", ["tune", "--out", str(out)])
+    before = len(asked)
+    assert tune.main() == 0
+    # The decoding row, for which nothing was found, is asked again.
+    assert len(asked) - before == 54 - 2
+    assert {key.direction for key in set(asked[:before]) - set(asked[before:])} == {"forward", "backward"}
 
 
 def test_without_a_gpu_it_says_so() -> None:

@@ -105,11 +105,13 @@ def place(
         real = _fit(attention_mask != 0, batch, keys)
     if fresh and position_ids is not None:
         documents = _documents(position_ids.expand(batch, -1), real, packed)
+    # Looking costs nothing on a CPU, and may save a mask.
+    free = device.type == "cpu"
     if attention_mask is not None:
-        look = fresh or device.type == "cpu"
+        look = fresh or free
         padded, documents = has_padding(attention_mask, documents, look)
         padding = real if padded else None
-    elif documents is not None and packed is None and not _several(documents):
+    elif documents is not None and (free or packed is None) and not _several(documents):
         documents = None
     if position_ids is not None and not fresh and queries > 1:
         again = restarts(position_ids, None if padding is None else _own(padding, past, queries))
