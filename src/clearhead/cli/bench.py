@@ -73,7 +73,7 @@ def command(
         typer.Option(help="JSON lines to add to.", show_default="runs/bench/WHAT.jsonl, WHAT-cuda.jsonl"),
     ] = None,
     chart: Annotated[
-        bool, typer.Option("--chart", help="Also draw what was measured, as .png and .svg beside OUT.")
+        bool, typer.Option("--chart", help="Also draw the newest lines of OUT, as .png and .svg beside it.")
     ] = False,
     list_cases: Annotated[bool, typer.Option("--list", help="Only list the cases.")] = False,
     as_json: AsJson = False,
