@@ -182,7 +182,7 @@ def test_going_on_and_running_out_of_time(
     monkeypatch.setattr("clearhead.cli.bench.time", SimpleNamespace(monotonic=lambda: next(moments)))
     late = tmp_path / "late.jsonl"
     done = bench("decode", "--device", "cuda", "--seconds", "1", "--out", str(late))
-    assert done.exit_code == 0 and not late.exists()
+    assert done.exit_code == 75 and not late.exists()
 
 
 def test_peers_are_known_and_names_unique() -> None:
