@@ -8,8 +8,9 @@
 #                          TRL, PEFT, ONNX, torchao and Accelerate with saved models (downloads 60 MB, once)
 #   make test-retrofit     clearhead retrofit on SmolLM2-135M, every way to begin (downloads 93 MB, once)
 #   make fuzz              random calls against float64 oracles for SECONDS=600, then KILLS=40 comparisons killed on their way;
-#                          every finding with its seed (SEED=0)
+#                          every finding with its seed (SEED=0); before it EXAMPLES=5000 problems for the GPU kernels
 #   make test-wheel        the wheel in an environment with torch and NumPy alone
+#   make compile           every configuration of the GPU kernels compiled for its target, against the committed report
 #   make docs              the site into site/; SITE_VENV is where MkDocs is or will be installed
 # And, when there is an hour to spend (it downloads 93 MB, once):
 #   make evaluate-smollm2   every evaluation on SmolLM2-135M-Instruct, runs/smollm2/report.html; on English prose with
@@ -31,7 +32,7 @@ KERNEL_STAMP := $(VENV)/.kernel
 KERNEL_SUM := $(shell cat hatch_build.py $(KERNEL)/src/* | cksum | tr ' ' '-')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evaluate-smollm2 test test-long test-processors test-retrofit test-peers test-wheel docs fuzz install lint types pytest format clean
+.PHONY: help demo evaluate-smollm2 test test-long test-processors test-retrofit test-peers test-wheel compile docs fuzz install lint types pytest format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -113,6 +114,9 @@ $(PEERS): | install
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target "$(PEERS).part/clients" -r tests/peers/clients.txt
 	@rm -r "$(PEERS).part/get" && mv "$(PEERS).part" "$(PEERS)"
 
+compile: install
+	TRITON_INTERPRET=0 $(BIN)/python benchmarks/gpu/compile_report.py --check
+
 test-wheel: install
 	$(BIN)/python -m tests.wheel
 
@@ -131,7 +135,9 @@ $(SITE_VENV)/.installed: constraints.txt pyproject.toml
 SECONDS ?= 600
 SEED ?= 0
 KILLS ?= 40
+EXAMPLES ?= 5000
 fuzz: install
+	CLEARHEAD_TRITON_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/kernels/triton/test_fuzz.py
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m tests.fuzz \
 		--seconds $(SECONDS) --seed $(SEED) --kills $(KILLS)
 

@@ -1,7 +1,8 @@
 """Compile the kernels for GPUs that need not be there, and report what the objects say of themselves.
 
     python benchmarks/gpu/compile_report.py            every configuration of the table -> results/triton_compile.jsonl
-    python benchmarks/gpu/compile_report.py --choose   rewrite the table: the largest tile that compiles without a spill
+    python benchmarks/gpu/compile_report.py --choose   rewrite the table: the largest tile without a spill
+    python benchmarks/gpu/compile_report.py --check    compile again and compare with the report; writes nothing
 
 A table chosen so has been timed nowhere: `tune.py` measures on a GPU and takes what is fastest there.
 """
@@ -91,11 +92,52 @@ def report(key: Key, config: Config) -> list[dict[str, Any]]:
     ]
 
 
+def fault(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What is worse than the committed report says, or None. Another Triton may use other registers."""
+    if "refused" in now:
+        return None if "refused" in before else f"refused: {now['refused']}"
+    if not now["shared fits"]:
+        return f"{now['shared']} bytes of shared memory do not fit"
+    if now["spills"] > before.get("spills", 0):
+        return f"spills {now['spills']}, not {before.get('spills', 0)}"
+    if before["mix"]["matrix"] and not now["mix"]["matrix"]:
+        return "no tensor-core instructions"
+    return None
+
+
+def check(rows: list[dict[str, Any]], pool: ProcessPoolExecutor) -> int:
+    """Compile the committed rows again; how many are worse than they say."""
+    found = pool.map(compile_one, map(_key, rows), map(_config, rows), (row["masks"] for row in rows))
+    worse = 0
+    for row, now in zip(rows, found, strict=True):
+        reason = fault(row, now)
+        worse += reason is not None
+        print(_told(row), reason or "as reported", flush=True)
+    print(f"{len(rows) - worse} of {len(rows)} as reported")
+    return worse
+
+
+def _told(row: dict[str, Any]) -> str:
+    key = _key(row)
+    widths = f"{key.width} and {key.value_width} wide"
+    return f"{key.architecture} {key.direction} {key.bits} bits, {widths}, {row['masks']}:"
+
+
+def _key(row: dict[str, Any]) -> Key:
+    return Key(**{name: row[name] for name in Key.__dataclass_fields__})
+
+
+def _config(row: dict[str, Any]) -> Config:
+    return Config(**{name: row[name] for name in Config.__dataclass_fields__})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--choose", action="store_true", help="rewrite the table")
+    parser.add_argument("--check", action="store_true", help="compare with the committed report")
+    parser.add_argument("--sample", type=int, help="with --check: only so many rows, spread over the report")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument(
         "--bits", type=int, choices=(16, 32), help="only the rows for numbers of so many bits"
@@ -106,13 +148,26 @@ def main() -> None:
     parser.add_argument(
         "--architectures", nargs="+", default=list(ARCHITECTURES), help="only the rows of these"
     )
+    parser.add_argument(
+        "--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS, help="only the rows of these"
+    )
     arguments = parser.parse_args()
     wanted = [
         key
         for key in keys(tuple(arguments.widths))
-        if arguments.bits in (None, key.bits) and key.architecture in arguments.architectures
+        if arguments.bits in (None, key.bits)
+        and key.architecture in arguments.architectures
+        and key.direction in arguments.directions
     ]
     with ProcessPoolExecutor(arguments.processes) as pool:
+        if arguments.check:
+            rows = [row for row in _before() if _key(row) in wanted]
+            table = configs.table()
+            stale = [_told(row) for row in rows if table.get(_key(row)) != _config(row)]
+            if stale:
+                raise SystemExit(f"the report is of another table: {stale[0]} ... ({len(stale)} rows)")
+            step = 1 if arguments.sample is None else max(1, len(rows) // arguments.sample)
+            raise SystemExit(1 if check(rows[::step][: arguments.sample], pool) else 0)
         if arguments.choose:
             table = configs.read(TABLE.read_text()) if TABLE.exists() else {}
             for key, config in pool.map(choose, wanted):

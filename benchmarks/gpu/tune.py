@@ -2,6 +2,7 @@
 
     python benchmarks/gpu/tune.py            all rows of this GPU's architecture; about half a minute a row
     python benchmarks/gpu/tune.py --dry-run  what would be measured
+    python benchmarks/gpu/tune.py --seconds 90 --out tuned.json   as many rows as that takes; call again for the rest
 
 Each candidate that compiles is first checked against PyTorch's own attention in float32, then timed with CUDA events,
 in rounds that go through all candidates in turn; the least median wins. It has been run on no GPU so far.
@@ -9,17 +10,22 @@ in rounds that go through all candidates in turn; the least median wins. It has 
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from compile_report import FORMS, TABLE, WIDTHS, candidates, sums
 from torch import Tensor
 
+from clearhead.bench.cuda import reason_against_cuda
 from clearhead.functional import attention, differential_attention
 from clearhead.kernels.triton import configs
 from clearhead.kernels.triton.configs import Config, Key
 
 ROUNDS, REPEATS = 5, 5
+# What it ends with where rows are left, as `clearhead bench --seconds` does.
+UNFINISHED = 75
 LENGTHS = {"forward": (4096, 4096), "backward": (4096, 4096), "decode": (1, 32768)}
 
 
@@ -99,27 +105,54 @@ def tune(key: Key, flush: Tensor) -> Config | None:
     return min(times, key=lambda c: statistics.median(times[c])) if times else None
 
 
-def main() -> None:
+def order(keys: list[Key]) -> list[Key]:
+    """What most models ask for first: 16 bits, heads of 128 and 64, V1."""
+    widths = {128: 0, 64: 1}
+    return sorted(keys, key=lambda k: (k.bits, widths.get(k.width, 2), -k.streams, -k.value_width))
+
+
+def tuned(place: Path | None) -> set[Key]:
+    """The rows that an earlier call has measured on this GPU."""
+    return set(configs.read(place.read_text())) if place is not None and place.exists() else set()
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no row begins after so many")
+    parser.add_argument(
+        "--out", type=Path, help="a table of the measured rows alone; what it has is not measured again"
+    )
     arguments = parser.parse_args()
     if arguments.dry_run:
-        for key in wanted("sm_90"):
+        for key in order(wanted("sm_90")):
             print(key, sums(key), [(c.block_m, c.block_n, c.warps, c.stages) for c in candidates(key)])
-        return
-    if not torch.cuda.is_available():
-        raise SystemExit("there is no GPU here to tune on")
-    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    for key in wanted(configs.architecture(torch.device("cuda"))):
+        return 0
+    reason = reason_against_cuda()
+    if reason is not None:
+        raise SystemExit(f"nothing to tune on: {reason}")
+    began, flush = time.monotonic(), torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    done = tuned(arguments.out)
+    measured = {key: configs.table()[key] for key in done if key in configs.table()}
+    rows = [key for key in order(wanted(configs.architecture(torch.device("cuda")))) if key not in done]
+    for at, key in enumerate(rows):
+        if time.monotonic() - began > arguments.seconds:
+            print(f"{len(rows) - at} rows left: call again for them")
+            return UNFINISHED
         before = configs.table().get(key)
-        print(key)
-        found = tune(key, flush) or before
-        if found is not None:
-            configs.table()[key] = found
+        print(key, flush=True)
+        found = tune(key, flush)
+        kept = found or before
+        if kept is not None:
+            configs.table()[key] = kept
             TABLE.write_text(configs.write(configs.table()))
+        if found is not None and arguments.out is not None:
+            measured[key] = found
+            arguments.out.write_text(configs.write(measured))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

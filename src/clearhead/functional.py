@@ -132,7 +132,8 @@ def _gate(lam: float | Tensor, device: torch.device) -> Tensor:
     if not _is_number(lam):
         finite = "finite number" if isinstance(lam, float) else "number"
         raise ValueError(f"lam must be a {finite} or a tensor, not {lam!r}")
-    return torch.tensor(float(lam), device=device, dtype=torch.float64)
+    # Not `torch.tensor`, which waits for a device to take the number.
+    return torch.full((), float(lam), device=device, dtype=torch.float64)
 
 
 def _is_number(x: object) -> bool:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from clearhead.bench.measure import Spread, interleaved, ratios, spread, warm_up
+from clearhead.bench.measure import Spread, WallTimer, interleaved, ratios, spread, warm_up
 
 
 class Clock:
@@ -28,7 +28,7 @@ def test_a_slow_machine_moves_the_times_and_not_the_ratios() -> None:
         # Every round the machine is slower than before.
         clock.run(name, costs[name] * (1 + len(clock.calls) // 3))
 
-    rounds = list(interleaved({name: lambda name=name: peer(name) for name in costs}, 5, clock))  # type: ignore[misc]
+    rounds = list(interleaved({name: lambda name=name: peer(name) for name in costs}, 5, WallTimer(clock)))  # type: ignore[misc]
     assert spread([found["twin"] for found in rounds]) == Spread(3.0, 2.0, 4.0, 1.0)
     assert ratios(rounds, "fast", "twin") == Spread(0.5, 0.5, 0.5, 0.5)
     assert ratios(rounds, "slow", "twin") == Spread(3.0, 3.0, 3.0, 3.0)
@@ -38,7 +38,7 @@ def test_a_slow_machine_moves_the_times_and_not_the_ratios() -> None:
 def test_every_round_begins_with_another_peer() -> None:
     clock = Clock()
     calls = {name: lambda name=name: clock.run(name, 1.0) for name in "abc"}  # type: ignore[misc]
-    assert len(list(interleaved(calls, 4, clock))) == 4
+    assert len(list(interleaved(calls, 4, WallTimer(clock)))) == 4
     assert "".join(clock.calls) == "abcbcacababc"
 
 
@@ -52,7 +52,7 @@ def test_only_whole_rounds_are_given() -> None:
 
     done = []
     with pytest.raises(KeyboardInterrupt):
-        for found in interleaved({"a": lambda: clock.run("a", 1.0), "b": interrupt}, 9, clock):
+        for found in interleaved({"a": lambda: clock.run("a", 1.0), "b": interrupt}, 9, WallTimer(clock)):
             done.append(found)
     assert done == [{"a": 1.0, "b": 1.0}] * 2
 

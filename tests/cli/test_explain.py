@@ -35,11 +35,21 @@ def test_a_gpu_by_its_capability(recipe: str, capsys: pytest.CaptureFixture[str]
     assert any(line.endswith("bfloat16 on cuda:sm_90") for line in lines)
     assert not any("The CPU kernel" in line for line in lines)
     start = next(n for n, line in enumerate(lines) if line.startswith("training on packed rows"))
-    said = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[start + 1 : start + 8]}
+    said = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[start + 1 : start + 10]}
     assert said["cpu"] == "refused: it runs on cpu, not on cuda"
-    assert said["sdpa"] == "FlashDiffAttn_2, 4 calls <- auto"
+    kernel = "in PyTorch's cudnn kernel under a dense mask, 256 × 256"
+    assert said["sdpa"] == f"FlashDiffAttn_1, 2 calls, {kernel} <- auto"
     assert said["triton"] == "fused (not by itself: no GPU has timed it yet: name it to use it)"
-    assert said["flash_attention_2"] == "FlashDiffAttn_2, 4 calls"
+    assert said["flash_attention_2"] == said["flash_attention_4"] == "FlashDiffAttn_2, 4 calls"
+    situations = [line.partition(",")[0] for line in lines if line.endswith("bfloat16 on cuda:sm_90")]
+    assert situations == [
+        "training on rows of 256 tokens",
+        "training on packed rows of 256 tokens",
+        "reading a prompt of 256 tokens",
+        "generating token 256 from the cache",
+        "generating from a cache of fixed size",
+        "looking at attention maps",
+    ]
 
 
 def test_what_an_older_gpu_cannot(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """What is measured, as data. The first peer of a case is its reference."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -58,7 +58,7 @@ class AttentionCase:
     causal: queries and keys are the same tokens. With a single query nothing is hidden and causal is False.
     layers: so many attentions of this size, each with inputs of its own, are run in turn as one call, as a model's
         layers are: what one of them reads is not in the cache when its turn comes again.
-    memory: the peak of one call in a process of its own is measured, not the time.
+    memory: the peak of one call in a process of its own is measured, not the time; on a GPU that of PyTorch's memory.
     """
 
     name: str
@@ -75,6 +75,7 @@ class AttentionCase:
     batch: int = 1
     layers: int = 1
     memory: bool = False
+    device: str = "cpu"
 
     @property
     def streams(self) -> int:
@@ -148,6 +149,7 @@ class TrainCase:
     batch: int
     vocabulary: int
     dtype: Dtype = "float32"
+    device: str = "cpu"
 
     @property
     def title(self) -> str:
@@ -247,12 +249,14 @@ def _train() -> tuple[TrainCase, ...]:
 CASES: dict[str, Sequence[Case]] = {"attention": _attention(), "decode": _decode(), "train": _train()}
 
 
-def select(verb: str, patterns: Sequence[str]) -> list[Case]:
+def select(verb: str, patterns: Sequence[str], among: Mapping[str, Sequence[Case]] = CASES) -> list[Case]:
     """The cases of `verb` whose names match any of `patterns` (all without patterns), in their order.
+
+    among: the cases by verb, those of a CPU or of a GPU.
 
     ValueError for a pattern that matches nothing, with the nearest name.
     """
-    cases = CASES[verb]
+    cases = among[verb]
     names = [case.name for case in cases]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):

@@ -62,7 +62,8 @@ def _exam(case: AttentionCase, formula: Formula) -> Exam:
     inputs = made.map(lambda x: x.clone().requires_grad_(case.backward))
     double = made.map(lambda x: x.double().requires_grad_(case.backward))
     right = naive(double, case.causal)
-    cotangent = torch.randn(right.shape, generator=torch.Generator().manual_seed(1)).to(dtype_of(case))
+    cotangent = torch.randn(right.shape, generator=torch.Generator().manual_seed(1))
+    cotangent = cotangent.to(case.device, dtype_of(case))
     plain = results(naive(inputs, case.causal), inputs, cotangent)
     return Exam(inputs, cotangent, results(right, double, cotangent), plain)
 
@@ -100,7 +101,7 @@ def _stream(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     scores = (q @ k.transpose(-1, -2)).to(_statistics(q)) * q.shape[-1] ** -0.5
     if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(hidden, float("-inf"))
     return scores.softmax(dim=-1).to(v.dtype) @ v
 

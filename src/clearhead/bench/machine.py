@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from clearhead.bench.measure import Call, interleaved, spread, warm_up
+from clearhead.bench.cuda import device_facts, device_versions
+from clearhead.bench.measure import Call, Timed, interleaved, spread, warm_up
 from clearhead.runs.environment import environment
 
 # Instructions that decide which kernels run, beyond the level that PyTorch names.
 EXTENSIONS = ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "bf16", "sve")
-MATRIX_SIZE = 2048
+MATRIX_SIZE, MATRIX_SIZE_ON_GPUS = 2048, 8192
 # A yardstick is repeated for so many seconds, but not more often than that.
 YARDSTICK_SECONDS = 0.5
 YARDSTICK_ROUNDS = (5, 200)
@@ -21,28 +22,29 @@ YARDSTICK_ROUNDS = (5, 200)
 MEMORY_SHARE = 0.85
 
 
-def matrix_rate(dtype: torch.dtype) -> float:
+def matrix_rate(dtype: torch.dtype, device: str = "cpu", timed: Timed | None = None) -> float:
     """Floating-point operations per second of torch.mm of two square matrices, the same threads as all else."""
-    size = MATRIX_SIZE
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    size = MATRIX_SIZE if device == "cpu" else MATRIX_SIZE_ON_GPUS
+    a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=out))
+    return 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=out), timed)
 
 
-def _seconds(call: Call) -> float:
+def _seconds(call: Call, timed: Timed | None) -> float:
     """Median over as many calls as the peers' own medians need to be as steady."""
     peers = {"": call}
     warm_up(peers)
-    (first,) = interleaved(peers, 1)
+    (first,) = interleaved(peers, 1, timed)
     least, most = YARDSTICK_ROUNDS
     rounds = max(least, min(most, round(YARDSTICK_SECONDS / max(first[""], 1e-9))))
-    return spread([found[""] for found in interleaved(peers, rounds)]).median
+    return spread([found[""] for found in interleaved(peers, rounds, timed)]).median
 
 
-def facts() -> dict[str, Any]:
-    """What a line of results says about the machine; nothing that names it."""
+def facts(device: str = "cpu") -> dict[str, Any]:
+    """What a line of results says about the machine, and about its GPU for "cuda"; nothing that names it."""
     found = environment()
     return {
+        **(device_facts() if device == "cuda" else {}),
         "processor": found["processor"],
         "instruction_set": instruction_set(),
         "cores": found["cores"],
@@ -51,10 +53,11 @@ def facts() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
+def versions(device: str = "cpu") -> dict[str, str]:
     """Versions of what the peers are made of."""
     found = environment()["versions"]
-    return {name: found[name] for name in ("clearhead", "torch", "transformers") if name in found}
+    own = {name: found[name] for name in ("clearhead", "torch", "transformers") if name in found}
+    return own | (device_versions() if device == "cuda" else {})
 
 
 def instruction_set() -> str:

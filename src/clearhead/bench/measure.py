@@ -5,7 +5,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 Call = Callable[[], object]
+Timed = Callable[[Call], float]
 Round = Mapping[str, float]
 
 
@@ -42,27 +45,38 @@ def warm_up(peers: Mapping[str, Call], calls: int = 2) -> dict[str, str]:
 def reason_of(error: BaseException) -> str:
     """What went wrong, in one line."""
     lines = str(error).strip().splitlines()
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return "it needs more memory than is free"
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def interleaved(
-    peers: Mapping[str, Call], rounds: int, clock: Callable[[], float] = time.perf_counter
-) -> Iterator[Round]:
+class WallTimer:
+    """Seconds of a call by a clock of this machine."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+
+    def __call__(self, call: Call) -> float:
+        started = self.clock()
+        call()
+        return self.clock() - started
+
+
+def interleaved(peers: Mapping[str, Call], rounds: int, timed: Timed | None = None) -> Iterator[Round]:
     """Seconds of each peer, round by round: a slow moment of the machine hits all of them.
+
+    timed: gives the seconds of a call, by default by this machine's clock.
 
     Every round begins with another peer, so that none always runs in the same one's wake. A round is yielded when it
     is complete, so whoever stops early has whole rounds only.
     """
+    timed = timed or WallTimer()
     order = list(peers)
     for index in range(rounds):
         first = index % len(order) if order else 0
         seconds = {}
         for name in (*order[first:], *order[:first]):
-            started = clock()
-            peers[name]()
-            seconds[name] = clock() - started
+            seconds[name] = timed(peers[name])
         yield seconds
 
 

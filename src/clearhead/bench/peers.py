@@ -5,10 +5,12 @@ Legend: B batch, H output heads, G key-value heads, L queries, S keys, D key wid
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends import cuda as sdp
 
 from clearhead.bench.cases import (
     KERNEL,
@@ -20,6 +22,18 @@ from clearhead.bench.cases import (
     Case,
     Formula,
 )
+from clearhead.bench.gpu_cases import (
+    FLASH,
+    FLEX,
+    FLEX_ONE,
+    TRITON,
+    TRITON_ONE,
+    TWIN_CUDNN,
+    TWIN_FLASH,
+    WIDE_3,
+    WIDE_4,
+)
+from clearhead.bench.measure import reason_of
 from clearhead.core.attend import Prepared, attend, difference
 from clearhead.core.dispatch import AttentionProblem, Engine, Plan, load_backend
 from clearhead.core.lowering import Lowering
@@ -101,7 +115,7 @@ def make_inputs(case: AttentionCase, seed: int = 0) -> PeerInputs:
         gate = torch.full((1, 1, 1, 1), 0.4)
     elif case.variant == "differential_v2":
         gate = torch.randn(case.batch, case.heads, case.queries, 1, generator=rng).sigmoid()
-    return PeerInputs(q, k, v, gate).map(lambda x: x.requires_grad_(case.backward))
+    return PeerInputs(q, k, v, gate).map(lambda x: x.to(case.device).requires_grad_(case.backward))
 
 
 def timed_call(peer: Peer, case: AttentionCase) -> Callable[[], object]:
@@ -117,7 +131,8 @@ def _timed_layer(peer: Peer, case: AttentionCase, seed: int) -> Callable[[], obj
         return torch.no_grad()(lambda: peer.run(leaves))
     softmax = peer.formula == "softmax"
     heads, width = (case.streams * case.heads, case.width) if softmax else (case.heads, case.value_width)
-    cotangent = torch.randn(case.batch, heads, case.queries, width, dtype=dtype_of(case))
+    size = (case.batch, heads, case.queries, width)
+    cotangent = torch.randn(size, dtype=dtype_of(case), device=case.device)
     cotangent = peer.present(cotangent).contiguous()
     return lambda: torch.autograd.grad(peer.run(leaves), leaves.tensors(), cotangent)
 
@@ -177,14 +192,26 @@ def problem(case: AttentionCase, formula: Formula = "variant") -> AttentionProbl
         mask=MaskSpec(is_causal=case.causal),
         mixing="single" if len(heads) == 1 else "difference",
         dtype=dtype_of(case),
-        device=torch.device("cpu"),
+        device=torch.device(case.device),
         needs_grad=case.backward,
     )
 
 
+def missing_flash(name: str) -> str | None:
+    """Why transformers has no package for one of its flash implementations, or None. Nothing is fetched for it."""
+    from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX as KNOWN
+
+    known = KNOWN[int(name.rpartition("_")[2])]
+    return None if known["general_availability_check"]() else "transformers finds no package for it here"
+
+
 def refusal(backend: str, problem: AttentionProblem) -> str | None:
     """Why `backend` cannot run `problem`, or None."""
-    if backend not in (*names("kernels"), *names("engines")):
+    if backend.startswith("flash_attention"):
+        missing = missing_flash(backend)
+        if missing is not None:
+            return missing
+    elif backend not in (*names("kernels"), *names("engines")):
         return f"there is no kernel {backend!r} in this installation"
     return load_backend(backend).reason_against(problem)
 
@@ -208,11 +235,13 @@ def _through(backend: str, formula: Formula = "variant") -> Callable[[AttentionC
     return made
 
 
-def _lowered(lowering: Lowering) -> Callable[[AttentionCase], Peer]:
-    """PyTorch's SDPA with the streams rewritten in a given way, the library's choice or not."""
+def _lowered(lowering: Lowering, backend: str = "sdpa") -> Callable[[AttentionCase], Peer]:
+    """PyTorch's SDPA, or another engine, with the streams rewritten in a given way, the library's choice or not."""
 
     def made(case: AttentionCase) -> Peer:
-        mask, engine = MaskSpec(is_causal=case.causal), load_backend("sdpa")
+        if backend != "sdpa" and (reason := refusal(backend, problem(case))) is not None:
+            raise Unavailable(reason)
+        mask, engine = MaskSpec(is_causal=case.causal), load_backend(backend)
         assert isinstance(engine, Engine)
         form = engine.prepare(mask, problem(case), lowering)
         prepared = Prepared(Plan(engine, lowering), form)
@@ -263,16 +292,86 @@ def _diff_llama(case: AttentionCase) -> Peer:
     return Peer(run, arrange=_as_halves, tokens_first=True)
 
 
+def _sdpa_only(name: str) -> Callable[[AttentionCase], Peer]:
+    """PyTorch's SDPA with one of its kernels, where that takes the case."""
+
+    def made(case: AttentionCase) -> Peer:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        known = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+        can = {"flash": sdp.can_use_flash_attention, "cudnn": sdp.can_use_cudnn_attention}[name]
+        q, k, v = as_softmax(make_inputs(case.of_length(256))).tensors()[:3]
+        if not can(sdp.SDPAParams(q, k, v, None, 0.0, case.causal, q.shape[1] != k.shape[1])):
+            raise Unavailable(f"PyTorch's {name} kernel does not take it here")
+        plain = _sdpa(case)
+
+        def run(inputs: PeerInputs) -> Tensor:
+            with sdpa_kernel([known[name]]):
+                return plain.run(inputs)
+
+        return Peer(run, "softmax", as_softmax)
+
+    return made
+
+
+def _flash_itself(module: str) -> Callable[[AttentionCase], Peer]:
+    """Two calls of FlashAttention's own function with values twice as wide as keys, which versions 3 and 4 take."""
+
+    def made(case: AttentionCase) -> Peer:
+        try:
+            flash = import_module(module).flash_attn_func
+        except (ImportError, AttributeError) as error:
+            raise Unavailable(f"{module}.flash_attn_func cannot be imported: {error}") from None
+
+        def run(inputs: PeerInputs) -> Tensor:
+            heads = _streams(inputs)
+            outputs = []
+            for q, k in zip(heads.q, heads.own_keys, strict=True):
+                # Tokens first; some versions return the sums of the rows too.
+                arguments = (x.transpose(1, 2) for x in (q, k, heads.v))
+                found = flash(*arguments, softmax_scale=case.width**-0.5, causal=case.causal)
+                outputs.append((found[0] if isinstance(found, tuple) else found).transpose(1, 2))
+            return difference(tuple(outputs), heads.gate)
+
+        try:
+            with torch.no_grad():
+                run(make_inputs(case.of_length(256)))
+        except Exception as error:  # whatever it refuses these widths with
+            raise Unavailable(reason_of(error)) from None
+        return Peer(run)
+
+    return made
+
+
+_LOWERINGS = {
+    "FlashDiffAttn_1": Lowering("FlashDiffAttn_1", 2),
+    "FlashDiffAttn_1 padded": Lowering("FlashDiffAttn_1 padded", 2, pad=True),
+    "FlashDiffAttn_2": Lowering("FlashDiffAttn_2", 2, slices=2),
+    "stacked": Lowering("stacked", 2, stack=True, slices=2),
+    "grouped (SDPA)": Lowering("grouped", 2, stack=True, shares_keys=True),
+}
+
+
+def _through_flash(name: str) -> Callable[[AttentionCase], Peer]:
+    lowering, _, backend = name.partition(" (")
+    return _lowered(_LOWERINGS[lowering], backend.rstrip(")"))
+
+
 PEERS: dict[str, Callable[[AttentionCase], Peer]] = {
     TWIN: _sdpa,
     SAME_QUERIES: _sdpa,
     KERNEL: _through("cpu"),
     KERNEL_ONE: _through("cpu", "softmax"),
     NAIVE: _through("eager"),
-    "FlashDiffAttn_1": _lowered(Lowering("FlashDiffAttn_1", 2)),
-    "FlashDiffAttn_1 padded": _lowered(Lowering("FlashDiffAttn_1 padded", 2, pad=True)),
-    "FlashDiffAttn_2": _lowered(Lowering("FlashDiffAttn_2", 2, slices=2)),
-    "stacked": _lowered(Lowering("stacked", 2, stack=True, slices=2)),
-    "grouped (SDPA)": _lowered(Lowering("grouped", 2, stack=True, shares_keys=True)),
     "DiffLlama": _diff_llama,
+    **{name: _lowered(lowering) for name, lowering in _LOWERINGS.items()},
+    TRITON: _through("triton"),
+    TRITON_ONE: _through("triton", "softmax"),
+    FLEX: _through("flex"),
+    FLEX_ONE: _through("flex", "softmax"),
+    TWIN_FLASH: _sdpa_only("flash"),
+    TWIN_CUDNN: _sdpa_only("cudnn"),
+    WIDE_3: _flash_itself("flash_attn_interface"),
+    WIDE_4: _flash_itself("flash_attn.cute.interface"),
+    **{name: _through_flash(name) for name in FLASH},
 }

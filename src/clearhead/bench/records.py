@@ -1,5 +1,6 @@
 """Results as JSON lines, one a peer."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,8 @@ CHARTS = (".png", ".svg")
 def lines(verb: str, outcome: MeasuredCase) -> list[dict[str, Any]]:
     """One entry for every peer of a case that was measured, those that could not run with their reason."""
     case = {key: value for key, value in asdict(outcome.case).items() if key != "peers"}
-    common = {"machine": facts(), "versions": versions(), "date": date.today().isoformat()}
+    device = outcome.case.device
+    common = {"machine": facts(device), "versions": versions(device), "date": date.today().isoformat()}
     return [
         {
             "verb": verb,
@@ -42,6 +44,22 @@ def lines(verb: str, outcome: MeasuredCase) -> list[dict[str, Any]]:
         }
         for row in outcome.rows
     ]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The newest line of every peer of a case in `path`; what is half written is passed over."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            entry = json.loads(line)
+            found[entry["case"]["name"], entry["peer"]] = entry
+    return list(found.values())
+
+
+def named(path: Path) -> frozenset[str]:
+    """The names of the cases that `path` has lines of."""
+    return frozenset(entry["case"]["name"] for entry in read(path))
 
 
 def append(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:

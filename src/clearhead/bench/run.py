@@ -1,6 +1,7 @@
 """One case from the gate to its numbers."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -8,8 +9,20 @@ import torch
 
 from clearhead.bench import gate, peers, training
 from clearhead.bench.cases import AttentionCase, Case, TrainCase
+from clearhead.bench.cuda import EventTimer, peak_memory
 from clearhead.bench.machine import limited_memory, matrix_rate
-from clearhead.bench.measure import Call, Round, Spread, interleaved, ratios, reason_of, spread, warm_up
+from clearhead.bench.measure import (
+    Call,
+    Round,
+    Spread,
+    Timed,
+    WallTimer,
+    interleaved,
+    ratios,
+    reason_of,
+    spread,
+    warm_up,
+)
 from clearhead.bench.memory import extra_memory
 from clearhead.bench.peers import dtype_of
 
@@ -72,7 +85,8 @@ def run_case(case: Case, rounds: int, progress: Progress) -> MeasuredCase:
         return MeasuredCase(case, red=tuple(entered.red))
     if isinstance(case, AttentionCase) and case.memory:
         return _memory(case, entered, progress)
-    with limited_memory():
+    # A GPU's driver reserves addresses without end.
+    with limited_memory() if case.device == "cpu" else nullcontext():
         return _timed(case, entered, rounds, progress)
 
 
@@ -116,7 +130,8 @@ def _start_training(arm: training.BenchArm, case: TrainCase) -> tuple[Call, floa
 
 def _timed(case: Case, entered: _Field, rounds: int, progress: Progress) -> MeasuredCase:
     progress(f"{case.name}: measuring the machine")
-    matrix = matrix_rate(dtype_of(case))
+    timed = _timer(case)
+    matrix = matrix_rate(dtype_of(case), case.device, timed)
     calls: dict[str, Call] = {}
     flops: dict[str, float] = {}
     for name, start in entered.starts.items():
@@ -130,11 +145,11 @@ def _timed(case: Case, entered: _Field, rounds: int, progress: Progress) -> Meas
     calls = {name: call for name, call in calls.items() if name not in entered.reasons}
     read = _bytes_read(case)
     if read is not None:
-        calls[COPY] = _copying(read)
+        calls[COPY] = _copying(read, case.device)
     done: list[Round] = []
     interrupted = False
     try:
-        for found in interleaved(calls, rounds):
+        for found in interleaved(calls, rounds, timed):
             done.append(found)
             progress(f"{case.name}: round {len(done)} of {rounds}")
     except KeyboardInterrupt:
@@ -155,7 +170,7 @@ def _memory(case: AttentionCase, entered: _Field, progress: Progress) -> Measure
     try:
         for name in entered.starts:
             progress(f"{case.name}: {name}")
-            count, reason = extra_memory(case, name, torch.get_num_threads())
+            count, reason = _extra_memory(case, name, entered.starts[name])
             if count is None:
                 entered.reasons[name] = reason or "unknown"
             else:
@@ -184,8 +199,25 @@ def _row(name: str, case: Case, done: Sequence[Round], flops: float) -> Measured
     )
 
 
-def _copying(size: int) -> Call:
-    source = torch.ones(size // 4)
+def _timer(case: Case) -> Timed:
+    """By this machine's clock, or by the GPU's events: attention with a cold cache, training steps as they come."""
+    if case.device == "cpu":
+        return WallTimer()
+    return EventTimer(cold=isinstance(case, AttentionCase))
+
+
+def _extra_memory(case: AttentionCase, name: str, start: Start) -> tuple[int | None, str | None]:
+    if case.device == "cpu":
+        return extra_memory(case, name, torch.get_num_threads())
+    try:
+        call, _ = start()
+    except (RuntimeError, MemoryError) as error:
+        return None, reason_of(error)
+    return peak_memory(call)
+
+
+def _copying(size: int, device: str) -> Call:
+    source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 

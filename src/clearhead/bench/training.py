@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, PreTrainedModel
 from clearhead.bench.cases import TrainCase, attention_flops
 from clearhead.bench.gate import GateVerdict, Results, flat, judge
 from clearhead.bench.measure import reason_of
-from clearhead.bench.peers import Unavailable, refusal
+from clearhead.bench.peers import Unavailable, dtype_of, refusal
 from clearhead.core.dispatch import AttentionProblem
 from clearhead.core.masks import MaskSpec
 from clearhead.core.streams import Widths
@@ -20,6 +21,8 @@ from clearhead.models import ClearheadConfig, ClearheadForCausalLM
 
 # Tokens of a row when a model is checked against float64.
 GATE_CONTEXT = 96
+# And its layers on a GPU, where models are large.
+GATE_LAYERS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ def _arms() -> dict[str, BenchArm]:
     arms = {
         f"{name} ({backend})": BenchArm(attention, backend, options)
         for name, (attention, options) in variants.items()
-        for backend in ("cpu", "sdpa", "flex", "eager")
+        for backend in ("cpu", "triton", "sdpa", "flex", "eager")
     }
     return {**arms, "DiffLlama (sdpa)": BenchArm("differential", "sdpa", diff_llama=True)}
 
@@ -59,12 +62,16 @@ def build(arm: BenchArm, case: TrainCase) -> PreTrainedModel:
         raise Unavailable(reason)
     torch.manual_seed(0)
     model: PreTrainedModel
-    if arm.diff_llama:
-        sizes = {**_sizes(case), "intermediate_size": config.intermediate_size}
-        model = DiffLlamaForCausalLM(DiffLlamaConfig(**sizes))
-    else:
-        model = ClearheadForCausalLM(config)
+    # Made where it is used: a large model's numbers are drawn in seconds there.
+    with torch.device(case.device):
+        if arm.diff_llama:
+            sizes = {**_sizes(case), "intermediate_size": config.intermediate_size}
+            model = DiffLlamaForCausalLM(DiffLlamaConfig(**sizes))
+        else:
+            model = ClearheadForCausalLM(config)
     model.set_attn_implementation(arm.backend)
+    # Some of DiffLlama's parameters are drawn by a function that does not know of the device around it.
+    nn.Module.to(model, case.device)
     return model.train()
 
 
@@ -74,7 +81,9 @@ def timed_step(model: PreTrainedModel, case: TrainCase) -> Callable[[], object]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        with _precision(case):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -94,7 +103,8 @@ def step_flops(arm: BenchArm, model: PreTrainedModel, case: TrainCase) -> float:
 
 def check(arm: BenchArm, case: TrainCase) -> list[GateVerdict]:
     """Verdicts on logits and gradients at a short context, against the same weights, eager, in float64."""
-    reduced = replace(case, context=min(GATE_CONTEXT, case.context))
+    layers = case.layers if case.device == "cpu" else min(case.layers, GATE_LAYERS)
+    reduced = replace(case, context=min(GATE_CONTEXT, case.context), layers=layers)
     model = build(arm, reduced)
     plain = copy.deepcopy(model)
     plain.set_attn_implementation("eager")
@@ -103,19 +113,26 @@ def check(arm: BenchArm, case: TrainCase) -> list[GateVerdict]:
         found = _results(model, reduced)
     except Exception as error:  # whatever a peer raises is its answer
         return [GateVerdict("it raised", None, note=reason_of(error))]
-    return judge(found, _results(exact, reduced), _results(plain, reduced), torch.float32)
+    right = _results(exact, replace(reduced, dtype="float32"))
+    return judge(found, right, _results(plain, reduced), dtype_of(case))
 
 
 def _results(model: PreTrainedModel, case: TrainCase) -> Results:
     ids = _tokens(case)
-    output = model(input_ids=ids, labels=ids, use_cache=False)
+    with _precision(case):
+        output = model(input_ids=ids, labels=ids, use_cache=False)
     gradients = torch.autograd.grad(output.loss, list(model.parameters()))
     return {"logits": output.logits.detach(), "gradients": flat(gradients)}
 
 
 def _tokens(case: TrainCase) -> Tensor:
     rng = torch.Generator().manual_seed(0)
-    return torch.randint(0, case.vocabulary, (case.batch, case.context), generator=rng)
+    return torch.randint(0, case.vocabulary, (case.batch, case.context), generator=rng).to(case.device)
+
+
+def _precision(case: TrainCase) -> AbstractContextManager[Any]:
+    """Autocast in a case of 16 bits: weights, their gradients and moments stay in float32, as in training."""
+    return nullcontext() if case.dtype == "float32" else torch.autocast(case.device, dtype_of(case))
 
 
 def _sizes(case: TrainCase) -> dict[str, Any]:
@@ -144,8 +161,8 @@ def _refusal(arm: BenchArm, config: ClearheadConfig, case: TrainCase) -> str | N
         keys=case.context,
         mask=MaskSpec(is_causal=True),
         mixing=variant.mixing,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
+        dtype=dtype_of(case),
+        device=torch.device(case.device),
         needs_grad=True,
     )
     return refusal(arm.backend, found)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Seconds between two lines about one case where there is no terminal.
 LINE_SECONDS = 30.0
+# What sysexits.h calls a temporary failure: call again for the rest.
+UNFINISHED = 75
 # Characters of a line where there is no terminal to ask.
 FILE_WIDTH = 132
 
@@ -26,6 +28,13 @@ class What(StrEnum):
     attention = "attention"
     decode = "decode"
     train = "train"
+
+
+class Device(StrEnum):
+    """Where it is measured."""
+
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 def command(
@@ -42,15 +51,29 @@ def command(
         typer.Option(help="Only cases whose name matches, such as 'v1-2048-*'; may be given several times."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, max=100_000, help="Calls of every peer of a case.")] = 15,
+    device: Annotated[
+        Device, typer.Option(help="cpu, or cuda for the cases of a GPU of NVIDIA's or AMD's.")
+    ] = "cpu",  # type: ignore[assignment]
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="No case begins after so many seconds; exit code 75 where one was left out.",
+            show_default="no limit",
+        ),
+    ] = None,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Only cases that OUT has no lines of yet.")
+    ] = False,
     threads: Annotated[
         int | None, typer.Option(min=1, max=4096, help="Threads of PyTorch.", show_default="its own choice")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="JSON lines to add to.", show_default="runs/bench/WHAT.jsonl"),
+        typer.Option(help="JSON lines to add to.", show_default="runs/bench/WHAT.jsonl, WHAT-cuda.jsonl"),
     ] = None,
     chart: Annotated[
-        bool, typer.Option("--chart", help="Also draw what was measured, as .png and .svg beside OUT.")
+        bool, typer.Option("--chart", help="Also draw the newest lines of OUT, as .png and .svg beside it.")
     ] = False,
     list_cases: Annotated[bool, typer.Option("--list", help="Only list the cases.")] = False,
     as_json: AsJson = False,
@@ -61,8 +84,9 @@ def command(
     Ctrl-C prints what has been measured so far.
     """
     from clearhead.bench.cases import select
+    from clearhead.bench.gpu_cases import cases_on
 
-    cases = select(what.value, case or [])
+    cases = select(what.value, case or [], cases_on(device.value))
     if list_cases:
         for found in cases:
             print(f"{found.name:42} {found.title}")
@@ -71,24 +95,49 @@ def command(
         import torch
 
         torch.set_num_threads(threads)
-    passed, measured = run_cases(
-        what.value, cases, rounds, out or Path("runs/bench") / f"{what.value}.jsonl", chart, quiet=as_json
-    )
+    if device is Device.cuda:
+        from clearhead.bench.cuda import reason_against_cuda
+
+        reason = reason_against_cuda()
+        if reason is not None:
+            raise ValueError(f"--device cuda: {reason}; without it the cases of the CPU are measured")
+    name = what.value if device is Device.cpu else f"{what.value}-{device.value}"
+    target = out or Path("runs/bench") / f"{name}.jsonl"
+    if missing:
+        from clearhead.bench.records import named
+
+        there = named(target)
+        cases = [found for found in cases if found.name not in there]
+    passed, measured = run_cases(what.value, cases, rounds, target, chart, quiet=as_json, seconds=seconds)
     if as_json:
         print_json(measured)
     if not passed:
         raise typer.Exit(1)
+    if seconds is not None and not {found.name for found in cases} <= {
+        line["case"]["name"] for line in measured
+    }:
+        raise typer.Exit(UNFINISHED)
 
 
 def run_cases(
-    verb: str, cases: "Sequence[Case]", rounds: int, out: Path, chart: bool = False, *, quiet: bool = False
+    verb: str,
+    cases: "Sequence[Case]",
+    rounds: int,
+    out: Path,
+    chart: bool = False,
+    *,
+    quiet: bool = False,
+    seconds: float | None = None,
 ) -> tuple[bool, list[dict[str, Any]]]:
-    """Measure, print and record `cases`: whether all of them passed their gates, and the records of those that did."""
+    """Measure, print and record `cases`: whether all of them passed their gates, and the records of those that did.
+
+    seconds: after which no case begins any more.
+    """
     from rich.console import Console
 
     from clearhead.bench.chart import draw
     from clearhead.bench.machine import facts
-    from clearhead.bench.records import append, check_target, lines
+    from clearhead.bench.records import append, check_target, lines, read
     from clearhead.bench.run import run_case
     from clearhead.cli.bench_table import render
     from clearhead.runs.directory import check_writable
@@ -98,13 +147,18 @@ def run_cases(
     console = Console(highlight=False, stderr=quiet)
     if not console.is_terminal:
         console.width = FILE_WIDTH
+    found = facts(cases[0].device if cases else "cpu")
     console.print(
-        ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in facts().items()), markup=False
+        ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in found.items()), markup=False
     )
+    began = time.monotonic()
     measured: list[dict[str, Any]] = []
     passed = True
     with interruptible(f"interrupted; what was measured to its end is in {out}"):
-        for case in cases:
+        for index, case in enumerate(cases):
+            if seconds is not None and time.monotonic() - began > seconds:
+                say(f"{len(cases) - index} of {len(cases)} cases left out: {seconds:g} seconds are over")
+                break
             with _progress() as progress:
                 outcome = run_case(case, rounds, progress)
             console.print(render(outcome))
@@ -119,7 +173,7 @@ def run_cases(
     if measured:
         say(f"results: {out}")
     if measured and chart:
-        say(f"chart: {', '.join(str(path) for path in draw(measured, out))}")
+        say(f"chart: {', '.join(str(path) for path in draw(read(out), out))}")
     return passed, measured
 
 

@@ -27,7 +27,8 @@ def render(outcome: MeasuredCase) -> RenderableType:
 
 def _time_table(outcome: MeasuredCase) -> Table:
     decoding = any(row.reads for row in outcome.rows)
-    table = _table("peer", "median ms", "quartiles", "min", "time over the first's", "GFLOP/s")
+    unit, scale = _unit(outcome)
+    table = _table("peer", "median ms", "quartiles", "min", "time over the first's", unit)
     if decoding:
         table.add_column("over reading K, V", justify="right")
     for row in outcome.rows:
@@ -39,7 +40,7 @@ def _time_table(outcome: MeasuredCase) -> Table:
             f"{_ms(row.seconds.q1)} to {_ms(row.seconds.q3)}",
             _ms(row.seconds.least),
             _ratio(row.ratio),
-            _rate(row, outcome.matrix),
+            _rate(row, outcome.matrix, scale),
         ]
         if decoding:
             cells.append(_ratio(row.reads))
@@ -72,16 +73,22 @@ def _ratio(ratio: Spread | None) -> str:
     return "–" if ratio is None else f"{ratio.median:.2f} ({ratio.q1:.2f} to {ratio.q3:.2f})"
 
 
-def _rate(row: MeasuredPeer, matrix: float | None) -> str:
+def _unit(outcome: MeasuredCase) -> tuple[str, float]:
+    """What operations a second are counted in, and how many that is."""
+    return ("GFLOP/s", 1e9) if outcome.case.device == "cpu" else ("TFLOP/s", 1e12)
+
+
+def _rate(row: MeasuredPeer, matrix: float | None, scale: float) -> str:
     assert row.rate is not None and matrix is not None
-    return f"{row.rate / 1e9:.3g} ({row.rate / matrix:.0%})"
+    return f"{row.rate / scale:.3g} ({row.rate / matrix:.0%})"
 
 
 def _footer(outcome: MeasuredCase) -> Text:
     """What the table's last columns are measured against."""
     assert outcome.matrix is not None
     plural = "s" * (outcome.rounds != 1)
-    text = f"  {outcome.rounds} round{plural}; torch.mm reaches {outcome.matrix / 1e9:.0f} GFLOP/s"
+    unit, scale = _unit(outcome)
+    text = f"  {outcome.rounds} round{plural}; torch.mm reaches {outcome.matrix / scale:.0f} {unit}"
     text += f" in {outcome.case.dtype}"
     if outcome.copy is not None:
         text += f"; copying as many bytes as K and V have moves {outcome.copy / 1e9:.1f} GB/s"

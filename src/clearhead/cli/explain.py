@@ -11,7 +11,7 @@ from clearhead.cli.console import AsJson, print_json
 if TYPE_CHECKING:
     import torch
 
-    from clearhead.core.dispatch import AttentionProblem
+    from clearhead.core.dispatch import AttentionProblem, Plan
     from clearhead.models import ClearheadConfig
 
 Costs = Mapping[str, Mapping[str, int]]
@@ -20,8 +20,9 @@ Cautions = Mapping[str, Sequence[str]]
 """Model -> sentences on what a comparison with it does not show."""
 Plans = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]]
 """Model -> attention of its layers -> situation -> backend -> plan."""
-# Backends outside the registry that people ask about.
+# Backends outside the registry that people ask about, on a CPU and elsewhere.
 BESIDES = ("flash_attention_2",)
+BESIDES_ON_GPUS = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 # Differential heads of V1 below which small models often showed no gain.
 FEW_HEADS = 8
 
@@ -150,6 +151,8 @@ def _line(found: Mapping[str, Any]) -> str:
     if found["refused"] is not None:
         return f"[dim]refused: {escape(found['refused'])}[/dim]"
     text = str(found["plan"])
+    if found["remark"] is not None:
+        text += f", {escape(found['remark'])}"
     if found["auto"]:
         return text + " [green]<- auto[/green]"
     if found["passed_over"] is not None:
@@ -306,10 +309,14 @@ def _problems(
     slopes = config.make_positions()[kind.position].slopes(variant.sizes.heads)
     causal = MaskSpec(is_causal=True, slopes=slopes, window=kind.window)
     documents = replace(causal, documents=torch.zeros(1, length, dtype=torch.long, device="meta"))
+    # In a cache of fixed size the query's position is a tensor, and the keys behind it are not written yet.
+    fixed = replace(causal, offset=torch.zeros((), dtype=torch.long, device="meta"))
     return {
+        f"training on rows of {length} tokens": problem(length, causal, training=True),
         f"training on packed rows of {length} tokens": problem(length, documents, training=True),
         f"reading a prompt of {length} tokens": problem(length, causal),
         f"generating token {length} from the cache": problem(1, causal),
+        f"generating from a cache of fixed size, {length} tokens": problem(1, fixed),
         "looking at attention maps": problem(length, causal, maps=True),
     }
 
@@ -321,6 +328,14 @@ def _cpu_kernel() -> str:
     return f"instruction set {library.load().isa()}" if reason is None else reason.removesuffix(".")
 
 
+def _remark(planned: "Plan", problem: "AttentionProblem") -> str | None:
+    from clearhead.core.dispatch import Engine
+
+    if not isinstance(planned.backend, Engine) or planned.lowering is None:
+        return None
+    return planned.backend.remark(problem, planned.lowering)
+
+
 def _plans(problem: "AttentionProblem") -> dict[str, dict[str, Any]]:
     """Backend -> how it would run the problem, or its reason not to; whether `auto` takes it, or why not."""
     from clearhead.core.dispatch import load_backend, plan
@@ -329,12 +344,15 @@ def _plans(problem: "AttentionProblem") -> dict[str, dict[str, Any]]:
     automatic = plan(problem)
     passed_over = dict(automatic.refusals)
     found: dict[str, dict[str, Any]] = {}
-    for name in (*names("kernels"), *names("engines"), *BESIDES):
+    besides = BESIDES if problem.device == "cpu" else BESIDES_ON_GPUS
+    for name in (*names("kernels"), *names("engines"), *besides):
         backend = load_backend(name)
         reason = backend.reason_against(problem)
+        planned = None if reason is not None else plan(problem, name)
         auto = reason is None and backend is automatic.backend
         found[name] = {
-            "plan": None if reason is not None else str(plan(problem, name)).partition(": ")[2],
+            "plan": None if planned is None else str(planned).partition(": ")[2],
+            "remark": None if planned is None else _remark(planned, problem),
             "refused": reason,
             "auto": auto,
             "passed_over": None if auto or reason is not None else passed_over.get(name),

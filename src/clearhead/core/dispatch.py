@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from clearhead.core.capability import capability_of
+from clearhead.core.capability import capability_of, compute_capability
 from clearhead.core.lowering import Lowering, SoftmaxCall, WideValues, lower_for
 from clearhead.core.masks import MaskSpec
 from clearhead.core.modes import MODES, active_modes
@@ -122,6 +122,7 @@ class Caps:
     one_call:    it keeps state by layer and must be called once.
     max_width:   widest key or value it takes, None for any.
     modes:       which of `MODES` it is right in.
+    capability:  the least compute capability of an NVIDIA GPU, None for any; amd: whether it runs on AMD's.
     """
 
     wide_values: WideValues = "native"
@@ -133,6 +134,8 @@ class Caps:
     grads: bool = True
     maps: bool = False
     modes: frozenset[str] = frozenset()
+    capability: tuple[int, int] | None = None
+    amd: bool = True
 
 
 class Backend(ABC):
@@ -183,6 +186,9 @@ class Engine(Backend):
         caps = self.caps(problem.device)
         if caps.devices is not None and problem.device not in caps.devices:
             return f"it runs on {', '.join(sorted(caps.devices))}, not on {problem.device}"
+        too_old = _against_gpu(problem.capability, caps)
+        if too_old is not None:
+            return too_old
         if problem.dtype not in caps.dtypes:
             able = ", ".join(sorted(dtype_name(dtype) for dtype in caps.dtypes))
             return f"it computes in {able}, not in {dtype_name(problem.dtype)}"
@@ -205,6 +211,10 @@ class Engine(Backend):
             return f"it takes heads up to {caps.max_width} wide, not {width}"
         return None
 
+    def remark(self, problem: AttentionProblem, lowering: Lowering) -> str | None:
+        """What else there is to know of how it would run `problem`, for a reader of the plan; None for nothing."""
+        return None
+
     def lowering(self, problem: AttentionProblem) -> Lowering | str:
         """The rewriting that makes `problem` legal here, or the reason why there is none."""
         caps = self.caps(problem.device)
@@ -217,6 +227,17 @@ class Engine(Backend):
             caps.one_call,
             problem.stream_heads,
         )
+
+
+def _against_gpu(capability: str | None, caps: Caps) -> str | None:
+    """Why it does not run on a GPU of this capability; None where it does, and where there is none to ask."""
+    if capability is not None and capability.startswith("gfx") and not caps.amd:
+        return f"it does not run on AMD's GPUs ({capability})"
+    found = compute_capability(capability)
+    if found is None or caps.capability is None or found >= caps.capability:
+        return None
+    least = ".".join(map(str, caps.capability))
+    return f"it needs a GPU of compute capability {least} or higher, not {found[0]}.{found[1]}"
 
 
 def refused_modes(problem: AttentionProblem, known: frozenset[str]) -> str | None:

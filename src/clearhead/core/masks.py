@@ -165,7 +165,7 @@ class MaskSpec:
             hidden = hidden | (away > 0)
         if self.window is not None:
             hidden = hidden | (away.abs() >= self.window)
-        bias = -self.slopes.to(dtype).to(device)[:, None] * away.abs().to(dtype)
+        bias = -self.slopes.to(dtype).to(device, non_blocking=True)[:, None] * away.abs().to(dtype)
         return bias.masked_fill(hidden, float("-inf"))
 
     def _bias(self, queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
@@ -179,7 +179,7 @@ class MaskSpec:
         else:
             own, theirs = self.places
             distance = theirs[:, None, None, :] - own[:, None, :, None]
-        bias = -self.slopes.to(dtype).to(device)[:, None, None] * distance.abs().to(dtype)
+        bias = -self.slopes.to(dtype).to(device, non_blocking=True)[:, None, None] * distance.abs().to(dtype)
         return bias if dense is None else bias + _cast(_as_four(dense), dtype)
 
     def validate(

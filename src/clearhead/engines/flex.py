@@ -47,7 +47,7 @@ class Flex(Engine):
         score = None
         if mask.slopes is not None:
             slopes = lower_slopes(mask.slopes, lowering, problem.kv_heads)
-            slopes = slopes.to(torch.float32).to(device)
+            slopes = slopes.to(torch.float32).to(device, non_blocking=True)
             score = _score_mod(slopes, _offset(mask, queries, keys, device), mask.places)
         visibility = replace(mask, slopes=None, places=None)
         if visibility.is_open(queries, keys):
@@ -92,7 +92,9 @@ def _eager_flex() -> Callable[..., Tensor]:
 
 
 def _offset(mask: MaskSpec, queries: int, keys: int, device: str) -> Tensor:
-    return torch.as_tensor(keys - queries if mask.offset is None else mask.offset, device=device)
+    offset = keys - queries if mask.offset is None else mask.offset
+    # Not `as_tensor`, which waits for a device to take the number.
+    return offset.to(device) if isinstance(offset, Tensor) else torch.full((), offset, device=device)
 
 
 def _score_mod(slopes: Tensor, offset: Tensor, places: tuple[Tensor, Tensor] | None) -> Callable[..., Tensor]:

@@ -7,22 +7,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clearhead.core.capability import compute_capability
 from clearhead.core.dispatch import AttentionProblem, Backend, Caps, Engine, register_factory
 from clearhead.core.lowering import Lowering, SoftmaxCall
 from clearhead.core.masks import MaskSpec
 
 _INDEXED = frozenset({"causal", "window", "padding", "documents"})
+# Values in slices for all of them: Hugging Face's `flash_attention_forward` pads a value to the query's width, and so
+# would cut a wider one. FlashAttention-3 itself takes keys up to 64 with values up to 512 in its forward pass, 4 takes
+# 128 with 256 on sm_90 and 64 with 128 on both.
 _FLASH = Caps(
     wide_values="split",
     masks=_INDEXED,
     dtypes=frozenset({torch.float16, torch.bfloat16}),
     devices=frozenset({"cuda", "xpu", "npu"}),
     max_width=256,
+    capability=(8, 0),
 )
+_CUDA = frozenset({"cuda"})
+# GPUs: Hugging Face's `FLASH_ATTENTION_COMPATIBILITY_MATRIX` and `FLASH_ATTN_KERNEL_DEVICES` (transformers 5.23).
 KNOWN_CAPS = {
     "flash_attention_2": _FLASH,
-    "flash_attention_3": _FLASH,
+    "flash_attention_3": replace(_FLASH, devices=_CUDA),
+    "flash_attention_4": replace(_FLASH, devices=_CUDA, capability=(9, 0), amd=False),
 }
+# The widest heads of FlashAttention-4 on GPUs after Hopper, whose tensor memory holds no more.
+_FLASH_4_WIDEST = {10: 128, 11: 128}
 # An unknown function gets what every one of them must manage: values as wide as keys, masks that its own mask
 # function can say.
 CAUTIOUS = Caps(wide_values="split", masks=_INDEXED)
@@ -82,7 +92,18 @@ class HuggingFace(Engine):
             return (
                 "Hugging Face's AttentionMaskInterface has no mask function for it, so padding would be lost"
             )
-        return super().refusal(problem) or (_unsayable(problem) if self._flash_like() else None)
+        reason = super().refusal(problem) or (_unsayable(problem) if self._flash_like() else None)
+        return reason or (self._too_wide(problem) if self.name == "flash_attention_4" else None)
+
+    @staticmethod
+    def _too_wide(problem: AttentionProblem) -> str | None:
+        capability = compute_capability(problem.capability)
+        most = None if capability is None else _FLASH_4_WIDEST.get(capability[0])
+        width = problem.key_width
+        # 256 alone has a kernel of its own.
+        if most is None or width <= most or width == 256:
+            return None
+        return f"on {problem.capability} it takes heads up to {most} wide, or 256, not {width}"
 
     def _flash_like(self) -> bool:
         # Such a function never sees a mask of queries against keys: only lengths of sequences, or (B, S) padding.

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clearhead.core.dispatch import MASK_FEATURES, AttentionProblem, Caps, Engine
-from clearhead.core.lowering import Lowering, SoftmaxCall, lower_mask, lower_slopes
+from clearhead.core.lowering import Lowering, SoftmaxCall, lower_for, lower_mask, lower_slopes
 from clearhead.core.masks import MaskSpec
+from clearhead.core.streams import repeat_kv
+from clearhead.engines.sdpa_kernels import is_masked, kernel_of, repeats_keys, takes_wide_values
 
 _CAUSAL = "causal"
 # Queries of one call under slopes: fewer see fewer keys in vain, more make fewer calls.
@@ -34,7 +36,8 @@ class Sdpa(Engine):
 
     Its fused kernels want values as wide as keys. On CPU keys padded to the value's width are faster than two slices
     (one softmax instead of two, larger products: `benchmarks/`); elsewhere the slices keep the kernels for narrow
-    heads.
+    heads. On CUDA `sdpa_kernels` has what PyTorch's own choice rests on: under a mask, and in float32, values up to 128
+    wide go in as they are, and the key-value heads of groups are repeated, as PyTorch would write out every map.
 
     ALiBi on CPU only, whose kernels take a float32 mask beside any dtype; elsewhere a mask has the query's, and
     bfloat16 loses distances past 256. Where distance decides everything (causal or not, windows, any cache) the mask
@@ -55,6 +58,23 @@ class Sdpa(Engine):
         if "alibi" in problem.mask and problem.device != "cpu":
             return f"on {problem.device} it takes no bias more precise than the query, so ALiBi would lose distances"
         return super().refusal(problem)
+
+    def lowering(self, problem: AttentionProblem) -> Lowering | str:
+        if problem.device != "cuda" or not takes_wide_values(problem):
+            return super().lowering(problem)
+        widths = (problem.key_width, problem.value_width)
+        return lower_for(
+            problem.streams, problem.shares_keys, *widths, "native", stream_heads=problem.stream_heads
+        )
+
+    def remark(self, problem: AttentionProblem, lowering: Lowering) -> str | None:
+        if problem.device != "cuda":
+            return None
+        name, passed = kernel_of(problem, lowering)
+        why = "; ".join(f"{other}: {reason}" for other, reason in passed)
+        dense = f" under a dense mask, {problem.queries} × {problem.keys}" if is_masked(problem) else ""
+        maps = ", which writes out every map" if name == "math" else ""
+        return f"in PyTorch's {name} kernel{dense}{maps}{f' ({why})' if why else ''}"
 
     def prepare(self, mask: MaskSpec, problem: AttentionProblem, lowering: Lowering) -> Any:
         queries, keys, device = problem.queries, problem.keys, torch.device(problem.device)
@@ -84,6 +104,10 @@ class Sdpa(Engine):
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
     causal = isinstance(mask, str)
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.device.type == "cuda" and repeats_keys(q.dtype, mask is not None and not causal):
+        k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
+        grouped = False
     out = F.scaled_dot_product_attention(
         q,
         k,
@@ -91,7 +115,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
         attn_mask=None if causal else mask,
         is_causal=causal,
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=grouped,
     )
     if out.requires_grad and not torch.compiler.is_compiling():
         _name_what_is_missing(out)

@@ -115,14 +115,14 @@ def check_mask_shape(mask: Tensor, batch: int, queries: int, past: int | Tensor,
         )
 
 
-def has_padding(mask: Tensor, documents: Tensor | None) -> tuple[bool, Tensor | None]:
+def has_padding(mask: Tensor, documents: Tensor | None, look: bool = True) -> tuple[bool, Tensor | None]:
     """Whether anything of a (B, S) mask is padded, and `documents` where there is more than one.
 
-    Looked at together, once; where nothing can be looked at the answers are yes.
+    Looked at together, once; without `look`, and where nothing can be looked at, the answers are yes.
 
     ValueError for a mask that holds anything but 0 and 1, or is floating point and all 0: such masks are added.
     """
-    if not readable(mask):
+    if not (look and readable(mask)):
         odd = (mask != 0) & (mask != 1)
         demand(~odd.any(), _BINARY.format(found=""))
         return True, documents

@@ -168,7 +168,8 @@ class ClearheadModel(ClearheadPreTrainedModel):
         methods, (batch, queries) = self.position_methods(), inputs_embeds.shape[:2]
         kinds = {layer: self.kinds[layer] for layer in dict.fromkeys(self._alike.values())}
         slopes = {
-            layer: _slopes(methods[kind.position], self._variant(layer)) for layer, kind in kinds.items()
+            layer: _slopes(methods[kind.position], self._variant(layer), inputs_embeds)
+            for layer, kind in kinds.items()
         }
         placed = place(
             inputs_embeds,
@@ -306,10 +307,14 @@ class ClearheadModel(ClearheadPreTrainedModel):
         return inputs_embeds.dtype
 
 
-def _slopes(method: Position, variant: Variant) -> Tensor | None:
-    """Those of the heads that are here."""
+def _slopes(method: Position, variant: Variant, inputs_embeds: Tensor) -> Tensor | None:
+    """Those of the heads that are here, on the device of the embeddings; no device is waited for."""
     found = method.slopes(variant.sizes.heads * variant.parts)
-    return found if found is None or variant.parts == 1 else found.chunk(variant.parts)[variant.rank]
+    if found is None:
+        return None
+    own = found if variant.parts == 1 else found.chunk(variant.parts)[variant.rank]
+    wide = torch.promote_types(torch.float32, inputs_embeds.dtype)
+    return own.to(wide).to(inputs_embeds.device, non_blocking=True)
 
 
 _ARGUMENTS = inspect.signature(ClearheadModel.forward).parameters

@@ -75,7 +75,8 @@ def place(
     packed:    (B or 1, L) document numbers that were given as such.
     distances: whether a layer asks for `Placed.places`.
     layer:     whose cache has every key, where one has. Windows are left to the layers that have them.
-    On an accelerator at most one value is waited for: whether anything is padded, or packed.
+    On an accelerator one value is waited for at most, whether anything is padded, or packed; none behind a cache, where
+    a mask counts as one with padding, and none for documents that were given as such.
     """
     batch, queries = inputs_embeds.shape[:2]
     device = inputs_embeds.device
@@ -104,10 +105,13 @@ def place(
         real = _fit(attention_mask != 0, batch, keys)
     if fresh and position_ids is not None:
         documents = _documents(position_ids.expand(batch, -1), real, packed)
+    # Looking costs nothing on a CPU, and may save a mask.
+    free = device.type == "cpu"
     if attention_mask is not None:
-        padded, documents = has_padding(attention_mask, documents)
+        look = fresh or free
+        padded, documents = has_padding(attention_mask, documents, look)
         padding = real if padded else None
-    elif documents is not None and readable(documents) and not bool((documents > 1).any()):
+    elif documents is not None and (free or packed is None) and not _several(documents):
         documents = None
     if position_ids is not None and not fresh and queries > 1:
         again = restarts(position_ids, None if padding is None else _own(padding, past, queries))
@@ -126,6 +130,11 @@ def place(
         places = places_behind(positions, counted, padding, slots, keys, position_ids is not None)
     mask = MaskSpec(is_causal=True, offset=past, key_padding=padding, documents=documents)
     return Placed(mask, positions, keys, known, places)
+
+
+def _several(documents: Tensor) -> bool:
+    """Whether there is more than one in a row; yes where nobody may look."""
+    return not readable(documents) or bool((documents > 1).any())
 
 
 def _held(cache: Cache | None, queries: int, keys: int) -> int:

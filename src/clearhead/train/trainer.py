@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
+from clearhead.core.masks import packed_documents
 from clearhead.data.cache import digest_json
 from clearhead.data.instructions import InstructionRows
 from clearhead.data.prepare import PreparedData, prepare
@@ -214,7 +215,9 @@ class ComparisonTrainer(Trainer):
         ).view_as(targets)
         with torch.no_grad():
             counted = (targets != IGNORE) & is_text[:, None]
-            self._text += torch.stack([(losses * counted).sum(), counted.sum()]).double().cpu()
+            text = torch.stack([(losses * counted).sum(), counted.sum()]).double()
+            # Where the loss is: a step that moved it would wait for its device.
+            self._text = self._text.to(text.device) + text
         # A retrieval row has a dozen labels, a text row hundreds: by rows, the recipe's shares are shares of the loss.
         loss = (losses.sum(dim=1) / (targets != IGNORE).sum(dim=1).clamp(min=1)).mean()
         self._loss = self._loss.to(loss.device) + torch.stack([loss.detach(), torch.ones_like(loss)])
@@ -225,7 +228,7 @@ class ComparisonTrainer(Trainer):
             return
         text = self.accelerator.reduce(self._text.float().to(self.args.device), reduction="sum")
         nats, count = text.tolist()
-        self._text.zero_()
+        self._text = torch.zeros_like(self._text)
         # Not Trainer's own mean, which after a resumption leaves out the steps before it.
         total, steps = self.accelerator.gather(self._loss[None]).mean(dim=0).tolist()
         self._loss = torch.zeros_like(self._loss)
@@ -314,6 +317,12 @@ def _collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     keys = ("input_ids", "labels", "position_ids")
     batch = {key: torch.stack([torch.from_numpy(row[key]) for row in rows]) for key in keys}
     batch["is_text"] = torch.tensor([row["is_text"] for row in rows])
+    # What the model would have to look at on its device, and wait for: whether a row has several documents.
+    positions = batch["position_ids"]
+    if torch.equal(positions, torch.arange(positions.shape[1]).expand_as(positions)):
+        del batch["position_ids"]
+    else:
+        batch["seq_idx"] = packed_documents(positions)
     return batch
 
 

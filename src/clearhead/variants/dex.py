@@ -38,7 +38,8 @@ class DexSubtraction(nn.Module):
         factor = self.factor()
         if self.heads is None:
             return o - (factor * (o @ self.weight)).to(o.dtype)
-        chosen = torch.tensor(self.heads, device=o.device)
+        # Made here and handed over: a tensor made on the device of `o` would wait for it.
+        chosen = torch.tensor(self.heads).to(o.device, non_blocking=True)
         taken = factor * (o.index_select(1, chosen) @ self.weight)
         return o.index_add(1, chosen, -taken.to(o.dtype))
 

@@ -2,8 +2,9 @@
 
 import os
 
+import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from tests.kernels.support import (
@@ -18,8 +19,9 @@ from tests.kernels.support import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Half a second each in the interpreter: a few every time, thousands where there is an hour.
-EXAMPLES = int(os.environ.get("CLEARHEAD_TRITON_EXAMPLES", "12"))
+# A quarter of a second each in the interpreter; thousands where there is an hour.
+EXAMPLES = int(os.environ.get("CLEARHEAD_TRITON_EXAMPLES", "500"))
+PARTS = 10
 # The backward pass visits every pair of tiles in Python.
 MOST_ROWS = 48
 
@@ -55,14 +57,19 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(case=cases(), dtype=st.sampled_from(DTYPES), grad=st.booleans())
-def test_any_problem(case: Case, dtype: torch.dtype, grad: bool) -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_any_problem(part: int) -> None:
+    """In parts, each with problems of its own, so that two processes share them."""
+    few = settings(
+        max_examples=max(1, EXAMPLES // PARTS),
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    seed(part)(few(given(cases(), st.sampled_from(DTYPES), st.booleans())(check)))()
+
+
+def check(case: Case, dtype: torch.dtype, grad: bool) -> None:
     inputs = make_inputs(case, dtype)
     found = answers(op_of(case, "triton"), inputs, dtype, case.layout, grad)
     units = rounding(case, inputs, dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from clearhead.core.capability import compute_capability
 from clearhead.core.dispatch import AttentionProblem, Kernel, dtype_name
 from clearhead.core.masks import MaskSpec
-from clearhead.core.streams import Streams
+from clearhead.core.streams import Streams, repeat_kv
 from clearhead.kernels.triton import ops as _ops  # noqa: F401  (registers the operators)
 
 MASKS = frozenset({"causal", "padding", "documents", "window", "alibi"})
@@ -29,10 +29,14 @@ def interpreted() -> bool:
 class Triton(Kernel):
     """One or two softmax maps combined and applied without being held, on NVIDIA and AMD GPUs.
 
+    A second stream with fewer heads than the first (grouped differential attention) has its queries repeated: the same
+    arithmetic as with equally many heads, and only those queries are copied.
+
     The algorithm and its arithmetic are in the docstrings of `forward.py` and `backward.py`.
     """
 
     name = "triton"
+    unequal_heads = True
     passed_over = "no GPU has timed it yet: name it to use it"
 
     def __init__(self) -> None:
@@ -54,6 +58,8 @@ class Triton(Kernel):
             return f"it computes in bfloat16, float16, float32, not in {dtype_name(problem.dtype)}"
         if _MIXING.get(problem.streams) != problem.mixing:
             return f"it knows one stream, or the difference of two, not {problem.streams} with another mixing"
+        if problem.stream_heads is not None and (reason := _against_heads(problem)) is not None:
+            return reason
         if problem.mask - MASKS:
             return f"it cannot express a mask with {', '.join(sorted(problem.mask - MASKS))}"
         if problem.key_width > WIDEST_KEY or problem.value_width > WIDEST_VALUE:
@@ -67,7 +73,7 @@ class Triton(Kernel):
 
     def run(self, heads: Streams, mask: MaskSpec, scale: float) -> Tensor:
         q1, k1, v, gate = heads.q[0], heads.k[0], heads.v, heads.gate
-        q2 = heads.q[1] if len(heads.q) == 2 else None
+        q2 = repeat_kv(heads.q[1], q1.shape[1]) if len(heads.q) == 2 else None
         k2 = heads.k[1] if len(heads.k) == 2 else None
         if gate is not None:
             gate = gate.float().expand(*q1.shape[:3], 1)
@@ -79,10 +85,22 @@ class Triton(Kernel):
             *(q1, q2, k1, k2, v, gate, mask.key_padding),
             None if mask.documents is None else mask.documents.long(),
             mask.offset if shifted else None,
-            None if mask.slopes is None else mask.slopes.to(v.device, torch.float32),
+            None if mask.slopes is None else mask.slopes.to(v.device, torch.float32, non_blocking=True),
             *(offset, mask.window or 0, mask.is_causal, scale, keep),
         )
         return out
+
+
+def _against_heads(problem: AttentionProblem) -> str | None:
+    """Why it does not take streams with these numbers of heads, or None."""
+    counts = problem.stream_heads or ()
+    if len(counts) != 2 or counts[0] % counts[1]:
+        return (
+            f"it takes a second stream whose heads divide the first's, not {' and '.join(map(str, counts))}"
+        )
+    if problem.differs_by_head:
+        return "a mask or ALiBi's slopes by head need streams with equally many heads"
+    return None
 
 
 def _missing() -> str | None:
