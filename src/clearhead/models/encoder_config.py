@@ -20,7 +20,7 @@ class ClearheadEncoderConfig(ClearheadConfig):
 
     position:           rope or alibi (by |m − n|). Refused: what is defined for causal attention alone (xpos), and
         "nope" in every layer, which would leave a text without order; in some layers it may be.
-    sliding_window:     a query sees keys fewer than so many tokens away, on either side: 2 · sliding_window − 1 of them.
+    sliding_window:     a query sees keys fewer than so many tokens away on either side, 2 · sliding_window − 1 in all;
         ModernBERT's local_attention = 128 is sliding_window = 65 here.
     layers:             as there; ModernBERT's pattern is [{}, {"sliding_window": 65}, {"sliding_window": 65}].
     tie_word_embeddings: the head for masked tokens has the embedding's matrix, by default, as in ModernBERT.

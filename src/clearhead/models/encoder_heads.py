@@ -85,15 +85,15 @@ class ClearheadForMaskedLM(ClearheadEncoderPreTrainedModel):
 
 
 class _Classifier(ClearheadEncoderPreTrainedModel):
-    """An encoder, the prediction head, dropout and one last matrix with `outputs` rows."""
+    """An encoder, the prediction head, dropout and one last matrix of `outputs` rows, by default one a label."""
 
-    def __init__(self, config: ClearheadEncoderConfig, outputs: int) -> None:
+    def __init__(self, config: ClearheadEncoderConfig, outputs: int | None = None) -> None:
         super().__init__(config)
-        self.num_labels = outputs
+        self.num_labels = config.num_labels if outputs is None else outputs
         self.model = ClearheadEncoderModel(config)
         self.head = PredictionHead(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, outputs)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     def _judge(self, states: Tensor) -> Tensor:
@@ -107,9 +107,6 @@ class ClearheadEncoderForSequenceClassification(_Classifier):
     They read the mean of the text's tokens, or its first one: `config.classifier_pooling`. labels (B,): classes;
     floating point for one label (squared error); (B, num_labels) floating point for several at once.
     """
-
-    def __init__(self, config: ClearheadEncoderConfig) -> None:
-        super().__init__(config, config.num_labels)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -138,9 +135,6 @@ class ClearheadEncoderForSequenceClassification(_Classifier):
 
 class ClearheadEncoderForTokenClassification(_Classifier):
     """One of `config.num_labels` classes for each token: logits (B, L, num_labels). labels (B, L): −100 is ignored."""
-
-    def __init__(self, config: ClearheadEncoderConfig) -> None:
-        super().__init__(config, config.num_labels)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
