@@ -89,11 +89,13 @@ class _Classifier(ClearheadEncoderPreTrainedModel):
 
     def __init__(self, config: ClearheadEncoderConfig, outputs: int | None = None) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels if outputs is None else outputs
+        rows = config.num_labels if outputs is None else outputs
+        assert rows is not None
+        self.num_labels = rows
         self.model = ClearheadEncoderModel(config)
         self.head = PredictionHead(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, rows)
         self.post_init()
 
     def _judge(self, states: Tensor) -> Tensor:
