@@ -21,6 +21,11 @@ from clearhead.models.encoder import ClearheadEncoderModel, ClearheadEncoderPreT
 from clearhead.models.encoder_config import ClearheadEncoderConfig
 from clearhead.models.pooling import pool
 
+_PIPELINE = {
+    "head": (["hidden_states"], ["hidden_states"]),
+    "lm_head": (["hidden_states"], ["logits"]),
+}
+
 
 class PredictionHead(nn.Module):
     """RMSNorm(gelu(W x)), what stands before the last matrix of every head, as in ModernBERT.
@@ -43,6 +48,9 @@ class ClearheadForMaskedLM(ClearheadEncoderPreTrainedModel):
 
     # The loss divides by `num_items_in_batch`, so Trainer's gradient accumulation and averaging over devices are exact.
     accepts_loss_kwargs = True
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan: Any = _PIPELINE
+    _fsdp_plan = dict.fromkeys(_PIPELINE, "keep_full_weight")
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: ClearheadEncoderConfig) -> None:
