@@ -220,8 +220,30 @@ class ClearheadStack(ClearheadPreTrainedModel):
         output_attentions: bool,
         bits: int | None,
     ) -> Plans:
+        implementation = self.config._attn_implementation or AUTOMATIC
+        backends, automatic = backends_for(implementation), implementation == AUTOMATIC
+        problem = self._problem(inputs_embeds, layer, mask, keys, output_attentions, bits)
+        if mask.key_padding is not None and not mask.is_causal and not automatic:
+            # FlashAttention leaves out the queries at padded places too, which only cross-attention would notice; it is
+            # told so by lengths.
+            apart = mask.padding_as_documents()
+            other = self._problem(inputs_embeds, layer, apart, keys, output_attentions, bits)
+            (backend,) = backends
+            if backend.reason_against(problem) is not None and backend.reason_against(other) is None:
+                problem, mask = other, apart
+        return Plans.make(problem, mask, backends, automatic)
+
+    def _problem(
+        self,
+        inputs_embeds: Tensor,
+        layer: int,
+        mask: MaskSpec,
+        keys: int,
+        output_attentions: bool,
+        bits: int | None,
+    ) -> AttentionProblem:
         variant = self._variant(layer)
-        problem = AttentionProblem.of_widths(
+        return AttentionProblem.of_widths(
             variant.sizes,
             queries=inputs_embeds.shape[1],
             keys=keys,
@@ -234,8 +256,6 @@ class ClearheadStack(ClearheadPreTrainedModel):
             needs_maps=output_attentions,
             held_bits=bits,
         )
-        implementation = self.config._attn_implementation or AUTOMATIC
-        return Plans.make(problem, mask, backends_for(implementation), implementation == AUTOMATIC)
 
     def _variant(self, layer: int) -> Variant:
         return cast(ClearheadLayer, self.layers[layer]).self_attn.variant
