@@ -31,7 +31,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 TWIN = "softmax (sdpa)"
 LENGTHS = (512, 1024)
-VOCABULARY, WIDTH, LAYERS, HEADS = 2048, 512, 4, 8
+VOCABULARY, WIDTH, LAYERS, HEADS = 2048, 512, 2, 8
 
 
 def attention(variant: str, backend: str, length: int, batch: int) -> Call:
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--what", choices=("all", "attention", "model", "packing"), default="all")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/encoder.jsonl"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
