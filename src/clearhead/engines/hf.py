@@ -84,11 +84,15 @@ class HuggingFace(Engine):
             )
         return super().refusal(problem) or (_unsayable(problem) if self._flash_like() else None)
 
+    @property
+    def drops_padded_queries(self) -> bool:
+        return self._flash_like()
+
     def _flash_like(self) -> bool:
         # Such a function never sees a mask of queries against keys: only lengths of sequences, or (B, S) padding.
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 
-        return ALL_MASK_ATTENTION_FUNCTIONS[self.name] is flash_attention_mask
+        return ALL_MASK_ATTENTION_FUNCTIONS.get(self.name) is flash_attention_mask
 
     def prepare(self, mask: MaskSpec, problem: AttentionProblem, lowering: Lowering) -> HfMask:
         from transformers.masking_utils import (

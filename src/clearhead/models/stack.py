@@ -169,6 +169,7 @@ class ClearheadStack(ClearheadPreTrainedModel):
                     mask = replace(mask, slopes=own, offset=placed.past, places=placed.places)
                 if partial:
                     mask = seen.of(mask, 0 if placed.past is None else placed.past, kind.window)
+                mask = self._with_padding_said(mask)
                 bits = held_bits(given.cache, layer)
                 plans[asked] = self._plan(inputs_embeds, layer, mask, seen.count, output_attentions, bits)
             table = self._table(layer, rotations[turned], inputs_embeds) if compact else None
@@ -220,30 +221,8 @@ class ClearheadStack(ClearheadPreTrainedModel):
         output_attentions: bool,
         bits: int | None,
     ) -> Plans:
-        implementation = self.config._attn_implementation or AUTOMATIC
-        backends, automatic = backends_for(implementation), implementation == AUTOMATIC
-        problem = self._problem(inputs_embeds, layer, mask, keys, output_attentions, bits)
-        if mask.key_padding is not None and not mask.is_causal and not automatic:
-            # FlashAttention leaves out the queries at padded places too, which only cross-attention would notice; it is
-            # told so by lengths.
-            apart = mask.padding_as_documents()
-            other = self._problem(inputs_embeds, layer, apart, keys, output_attentions, bits)
-            (backend,) = backends
-            if backend.reason_against(problem) is not None and backend.reason_against(other) is None:
-                problem, mask = other, apart
-        return Plans.make(problem, mask, backends, automatic)
-
-    def _problem(
-        self,
-        inputs_embeds: Tensor,
-        layer: int,
-        mask: MaskSpec,
-        keys: int,
-        output_attentions: bool,
-        bits: int | None,
-    ) -> AttentionProblem:
         variant = self._variant(layer)
-        return AttentionProblem.of_widths(
+        problem = AttentionProblem.of_widths(
             variant.sizes,
             queries=inputs_embeds.shape[1],
             keys=keys,
@@ -256,6 +235,8 @@ class ClearheadStack(ClearheadPreTrainedModel):
             needs_maps=output_attentions,
             held_bits=bits,
         )
+        implementation = self.config._attn_implementation or AUTOMATIC
+        return Plans.make(problem, mask, backends_for(implementation), implementation == AUTOMATIC)
 
     def _variant(self, layer: int) -> Variant:
         return cast(ClearheadLayer, self.layers[layer]).self_attn.variant
@@ -263,6 +244,14 @@ class ClearheadStack(ClearheadPreTrainedModel):
     def own_layers(self) -> list[ClearheadLayer]:
         """The layers that are here: all of them, or those of one stage of a pipeline."""
         return [layer for layer in self.layers if isinstance(layer, ClearheadLayer)]
+
+    def _with_padding_said(self, mask: MaskSpec) -> MaskSpec:
+        """The same as the backend can be told it, where nobody asks for the queries at padded places."""
+        implementation = self.config._attn_implementation or AUTOMATIC
+        if implementation == AUTOMATIC or mask.key_padding is None or mask.is_causal:
+            return mask
+        (backend,) = backends_for(implementation)
+        return mask.padding_as_documents() if backend.drops_padded_queries else mask
 
     def _compute_dtype(self, inputs_embeds: Tensor) -> torch.dtype:
         device = inputs_embeds.device.type
