@@ -34,7 +34,7 @@ from clearhead.variants.base import Variant
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Extras:
     """What a forward pass is to give back beside its last states."""
 
     maps: bool
@@ -95,15 +95,15 @@ class ClearheadStack(ClearheadPreTrainedModel):
             raise ValueError("the input has no tokens")
         return inputs_embeds
 
-    def _asked(self, maps: bool | None, states: bool | None) -> Asked:
+    def _asked(self, maps: bool | None, states: bool | None) -> Extras:
         """What to give back: as asked, or as the configuration says."""
-        return Asked(
+        return Extras(
             bool(self.config.output_attentions if maps is None else maps),
             bool(self.config.output_hidden_states if states is None else states),
         )
 
     def _through(
-        self, hidden_states: Tensor, shared: dict[int, Shared], asked: Asked, **handed: Any
+        self, hidden_states: Tensor, shared: dict[int, Shared], asked: Extras, **handed: Any
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         """(B, L, hidden_size) through all layers and the norm; every layer's input, the last output; effective maps."""
         states: tuple[Tensor, ...] = ()
