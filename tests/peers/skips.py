@@ -22,12 +22,6 @@ OURS: dict[str, str] = {
     ),
 }
 
-# Positions without angles have nothing to scale, and say so.
-WITHOUT_ANGLES: dict[str, str] = {
-    f"test_model_rope_scaling_from_config_{kind}": "there are no angles to scale, and a scaling is refused"
-    for kind in ("0_linear", "2_yarn")
-}
-
 ENCODERS: dict[str, str] = {
     "test_tp_generation": "an encoder does not generate; BERT and ModernBERT have no plan, so it skips theirs",
 }
@@ -38,4 +32,10 @@ SMALL_LOGITS: dict[str, str] = {
         "with matrices of 0.02 a scaling moves outputs by less than the test's 1e-5; with those of 0.1 it does, and "
         "tests/contracts holds it against the oracle"
     ),
+}
+
+# Positions without angles have nothing to scale, and say so.
+WITHOUT_ANGLES: dict[str, str] = {
+    f"test_model_rope_scaling_from_config_{kind}": "there are no angles to scale, and a scaling is refused"
+    for kind in ("0_linear", "2_yarn")
 }
