@@ -21,9 +21,7 @@ from clearhead.models.forward_inputs import Given, Placed
 from clearhead.models.seq2seq_config import ClearheadSeq2SeqConfig
 from clearhead.models.shared import Shared
 
-_PACKED = (
-    "packed documents: nothing says which tokens of the target and of the source belong together, so give each pair a row"
-)
+_PACKED = "packed documents: nothing says which tokens of the target and of the source belong together, so give each pair a row"
 
 
 class ClearheadCrossDecoder(ClearheadModel):
@@ -36,9 +34,11 @@ class ClearheadCrossDecoder(ClearheadModel):
         for index, layer in enumerate(self._cross_layers()):
             layer.look_at(config, index)
         self.cross_position = config.make_cross_position()
-        for layer in self._cross_layers():
-            for name in layer.cross_attn.variant.float32_parameters:
-                self._keep_in_fp32_modules_strict.append(f"cross_attn.variant.{name}")
+        declared = {n for layer in self._cross_layers() for n in layer.cross_attn.variant.float32_parameters}
+        self._keep_in_fp32_modules_strict = [
+            *self._keep_in_fp32_modules_strict,
+            *(f"cross_attn.variant.{name}" for name in sorted(declared)),
+        ]
         self.post_init()
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -114,6 +114,11 @@ class ClearheadCrossDecoder(ClearheadModel):
             raise ValueError(
                 f"past_key_values must be an EncoderDecoderCache, one half for each attention, not {type(given).__name__}"
             )
+        if any(given.cross_attention_cache.is_sliding):
+            raise ValueError(
+                "past_key_values would drop tokens of the source: make the cross-attention half without the decoder's "
+                "configuration, whose windows are of its own tokens"
+            )
         self._check_cache(given.self_attention_cache)
         return given
 
@@ -144,10 +149,9 @@ class ClearheadCrossDecoder(ClearheadModel):
             # A cache of fixed size holds more keys than there are tokens.
             everything = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device)
             real = F.pad(everything if real is None else real, (0, keys - count), value=False)
-        layer = self._cross_layers()[0]
-        plans = self._plan(
-            inputs_embeds, layer.cross_attn.variant, MaskSpec(key_padding=real), keys, output_attentions, None
-        )
+        variant = self._cross_layers()[0].cross_attn.variant
+        visible = MaskSpec(key_padding=real)
+        plans = self._plan(variant, inputs_embeds, visible, keys, output_attentions, source=source)
         return Shared(inputs_embeds.device, rotation, plans)
 
     def _cross_layers(self) -> list[ClearheadCrossLayer]:

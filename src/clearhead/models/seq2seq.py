@@ -40,7 +40,10 @@ class ClearheadSeq2SeqPreTrainedModel(ClearheadPreTrainedModel):
         mesh_manager: TransformersDeviceMesh | None,
     ) -> nn.Module:
         """ValueError where layers or heads were to be shared out: no plan says how for cross-attention."""
-        if distributed_config is not None and max(distributed_config.tp_size or 1, distributed_config.pp_size or 1) > 1:
+        if (
+            distributed_config is not None
+            and max(distributed_config.tp_size or 1, distributed_config.pp_size or 1) > 1
+        ):
             raise ValueError(
                 "encoder-decoders are not shared out over processes by heads or layers (tp_size, pp_size); device_map and "
                 "FSDP do without a plan"
@@ -269,9 +272,13 @@ class ClearheadForConditionalGeneration(ClearheadSeq2SeqPreTrainedModel, Seq2Seq
         """
         start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
         if start is None:
-            raise ValueError("labels cannot be shifted: the configuration has no decoder_start_token_id or bos_token_id")
+            raise ValueError(
+                "labels cannot be shifted: the configuration has no decoder_start_token_id or bos_token_id"
+            )
         if pad is None:
-            raise ValueError("labels cannot be shifted: the configuration has no pad_token_id to put in place of −100")
+            raise ValueError(
+                "labels cannot be shifted: the configuration has no pad_token_id to put in place of −100"
+            )
         shifted = labels.new_full(labels.shape, start)
         shifted[..., 1:] = labels[..., :-1]
         return shifted.masked_fill(shifted == -100, pad)
