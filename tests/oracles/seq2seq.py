@@ -2,9 +2,9 @@
 
 The encoder's tokens see each other both ways; its embedding is normed, and its first attention is not once more, as in
 ModernBERT. A block of the decoder is x + self-attention, + cross-attention, + SwiGLU,
-each of the RMSNorm of what came before; cross-attention has queries and λ(x) of the decoder's tokens, keys and values of
-the encoder's last states after their final norm. Where cross-attention has positions, a query stands at its place in the
-target and a key at its place in the source.
+each of the RMSNorm of what came before; cross-attention has queries and λ(x) of the decoder's tokens, keys and values
+of the encoder's last states after their final norm. Where cross-attention has positions, a query stands at its place in
+the target and a key at its place in the source.
 """
 
 from dataclasses import dataclass, replace
@@ -64,7 +64,7 @@ def decode(
     real: Tensor | None = None,
     source_real: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """States (B, L, d_model) after the final norm; maps of self-attention (B, H, L, L) and cross-attention (B, H, L, S)."""
+    """States (B, L, d_model) after the final norm; maps of self- (B, H, L, L) and cross-attention (B, H, L, S)."""
     assert stack.cross is not None and stack.crosses is not None
     x, maps, cross_maps = stack.embedding[tokens], [], []
     here, there = counted(tokens, real), counted(states, source_real)

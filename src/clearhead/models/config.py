@@ -11,7 +11,6 @@ from transformers import PreTrainedConfig
 from clearhead.core.lowering import one_call
 from clearhead.core.streams import HeadShape, Widths
 from clearhead.models import plans
-from clearhead.models.autoload import AutoMap
 from clearhead.models.kinds import (
     TWIN_KEYS,
     LayerKind,
@@ -67,7 +66,6 @@ class ClearheadConfig(SavedConfig):
 
     model_type = "clearhead"
     keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
-    auto_map = AutoMap()
     # Whether a token sees no later one.
     causal: ClassVar[bool] = True
 

@@ -3,14 +3,14 @@
 Legend: B batch, H output heads, L tokens of the decoder, S tokens of the encoder.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from clearhead.core.norm import RMSNorm
 from clearhead.core.streams import Streams
-from clearhead.models.blocks import ClearheadLayer
+from clearhead.models.blocks import ClearheadDecoderLayer
 from clearhead.models.shared import Shared
 from clearhead.nn import ProjectedAttention
 
@@ -22,14 +22,14 @@ class ClearheadCrossAttention(ProjectedAttention):
     """Cross-attention of one decoder layer: queries, and V2's λ(x), of the decoder's tokens; keys and values of the
     encoder's.
 
-    A difference is one of two maps over the encoder's tokens, which every query sees all of. Keys and values are made at
-    a request's first call, and kept in the cross-attention half of an `EncoderDecoderCache` from there on.
+    A difference is one of two maps over the encoder's tokens, which every query sees all of. Keys and values are made
+    at a request's first call, and kept in the cross-attention half of an `EncoderDecoderCache` from there on.
     """
 
     is_causal = False
 
     def __init__(self, config: "ClearheadSeq2SeqConfig", layer_idx: int) -> None:
-        super().__init__(config.make_cross_variant(layer_idx), context_dim=config.encoder.hidden_size)
+        super().__init__(config.make_cross_variant(layer_idx), context_dim=config.sides[0].hidden_size)
 
     def forward(
         self,
@@ -55,13 +55,13 @@ class ClearheadCrossAttention(ProjectedAttention):
         if not is_written(past_key_values, self.layer_idx):
             past_key_values.is_updated[self.layer_idx] = True
             return self.project(x, context, here.rotation, cache)
-        held = cache.layers[self.layer_idx]
+        held: Any = cache.layers[self.layer_idx]
         # No token of the context: what it has to say is in the cache.
         heads = self.project(x, context[:, :0], here.rotation)
         return heads.with_cached(held.keys.to(x.device), held.values.to(x.device))
 
 
-class ClearheadCrossLayer(ClearheadLayer):
+class ClearheadCrossLayer(ClearheadDecoderLayer):
     """y = x + Attention(RMSNorm(x)); z = y + CrossAttention(RMSNorm(y), encoder); z + SwiGLU(RMSNorm(z)).
 
     `look_at` adds the cross-attention, whose configuration is the whole model's.
@@ -70,7 +70,8 @@ class ClearheadCrossLayer(ClearheadLayer):
     def look_at(self, config: "ClearheadSeq2SeqConfig", layer_idx: int) -> None:
         """Give the layer its cross-attention and the norm before it."""
         self.cross_attn = ClearheadCrossAttention(config, layer_idx)
-        self.cross_attention_layernorm = RMSNorm(config.decoder.hidden_size, config.decoder.rms_norm_eps)
+        decoder = config.sides[1]
+        self.cross_attention_layernorm = RMSNorm(decoder.hidden_size, decoder.rms_norm_eps)
 
     def forward(  # type: ignore[override]
         self,

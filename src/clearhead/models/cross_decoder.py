@@ -21,7 +21,7 @@ from clearhead.models.forward_inputs import Given, Placed
 from clearhead.models.seq2seq_config import ClearheadSeq2SeqConfig
 from clearhead.models.shared import Shared
 
-_PACKED = "packed documents: nothing says which tokens of the target and of the source belong together, so give each pair a row"
+_PACKED = "packed documents: nothing says which tokens of target and source belong together, so give each pair a row"
 
 
 class ClearheadCrossDecoder(ClearheadModel):
@@ -36,7 +36,7 @@ class ClearheadCrossDecoder(ClearheadModel):
         self.cross_position = config.make_cross_position()
         declared = {n for layer in self._cross_layers() for n in layer.cross_attn.variant.float32_parameters}
         self._keep_in_fp32_modules_strict = [
-            *self._keep_in_fp32_modules_strict,
+            *(self._keep_in_fp32_modules_strict or ()),
             *(f"cross_attn.variant.{name}" for name in sorted(declared)),
         ]
         self.post_init()
@@ -112,7 +112,8 @@ class ClearheadCrossDecoder(ClearheadModel):
             return made if use_cache else None
         if not isinstance(given, EncoderDecoderCache):
             raise ValueError(
-                f"past_key_values must be an EncoderDecoderCache, one half for each attention, not {type(given).__name__}"
+                "past_key_values must be an EncoderDecoderCache, which has a half for each attention, not "
+                f"{type(given).__name__}"
             )
         if any(given.cross_attention_cache.is_sliding):
             raise ValueError(
@@ -163,27 +164,27 @@ def _check_source(source: Tensor, mask: Tensor | None, inputs_embeds: Tensor) ->
     batch = inputs_embeds.shape[0]
     if source.ndim != 3 or source.shape[0] != batch or source.shape[1] == 0:
         raise ValueError(
-            f"encoder_hidden_states have shape {tuple(source.shape)}; expected ({batch}, tokens, width), a row for each "
-            "row of the decoder"
+            f"encoder_hidden_states have shape {tuple(source.shape)}; expected ({batch}, tokens, width), a row for "
+            "each row of the decoder"
         )
     if mask is None:
         return
     if mask.ndim != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] != source.shape[1]:
         raise ValueError(
-            f"the mask of the source has shape {tuple(mask.shape)}; cross-attention expects ({batch}, {source.shape[1]}), "
-            "1 for real tokens and 0 for padding, and no other"
+            f"the mask of the source has shape {tuple(mask.shape)}; cross-attention expects "
+            f"({batch}, {source.shape[1]}), 1 for real tokens and 0 for padding, and no other"
         )
 
 
 def _cross_keys(cache: EncoderDecoderCache, count: int, written: bool) -> int:
     """How many keys cross-attention will see; ValueError for a cache of another source."""
-    layers = cache.cross_attention_cache.layers
+    layers: list[Any] = cache.cross_attention_cache.layers
     widest = layers[0].get_max_length() if layers else -1
     held = layers[0].keys.shape[-2] if written else count
     if 0 <= widest < count or (widest < 0 and held != count):
         raise ValueError(
-            f"past_key_values hold cross keys of {held if widest < 0 else widest} tokens, but the source has {count}: a "
-            "cache belongs to one source"
+            f"past_key_values hold cross keys of {held if widest < 0 else widest} tokens, but the source has {count}: "
+            "a cache belongs to one source"
         )
     return max(held, widest)
 

@@ -7,7 +7,15 @@ from typing import Any, Self
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from clearhead.models.autoload import auto_map, family_of, is_own, tell_peft, without_own, write_module
+from clearhead.models.autoload import (
+    AutoMap,
+    auto_map,
+    family_of,
+    is_own,
+    tell_peft,
+    without_own,
+    write_module,
+)
 
 # The attn_implementation of models that chooses a backend for each forward pass, as `backend="auto"` does for a layer.
 AUTOMATIC = "clearhead"
@@ -16,6 +24,8 @@ AUTOMATIC = "clearhead"
 @strict
 class SavedConfig(PreTrainedConfig):
     """A configuration of this package: saved with what lets any tool of Hugging Face load its model."""
+
+    auto_map = AutoMap()
 
     def __post_init__(self, **kwargs: Any) -> None:
         if others := without_own(kwargs.pop("auto_map", None), family_of(type(self))):

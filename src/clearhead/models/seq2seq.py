@@ -28,7 +28,7 @@ from clearhead.positions.base import Position
 class ClearheadSeq2SeqPreTrainedModel(ClearheadPreTrainedModel):
     """Loading, saving and initialisation of encoder-decoders."""
 
-    config_class = ClearheadSeq2SeqConfig
+    config_class = ClearheadSeq2SeqConfig  # type: ignore[assignment]
     config: ClearheadSeq2SeqConfig  # type: ignore[assignment]
     _no_split_modules = ["ClearheadCrossLayer", "ClearheadEncoderLayer"]  # noqa: RUF012
 
@@ -45,8 +45,8 @@ class ClearheadSeq2SeqPreTrainedModel(ClearheadPreTrainedModel):
             and max(distributed_config.tp_size or 1, distributed_config.pp_size or 1) > 1
         ):
             raise ValueError(
-                "encoder-decoders are not shared out over processes by heads or layers (tp_size, pp_size); device_map and "
-                "FSDP do without a plan"
+                "encoder-decoders are not shared out over processes by heads or layers (tp_size, pp_size); device_map "
+                "and FSDP do without a plan"
             )
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
@@ -78,9 +78,9 @@ class ClearheadSeq2SeqModel(ClearheadSeq2SeqPreTrainedModel):
         return self.encoder.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.encoder.embed_tokens = value
+        self.encoder.set_input_embeddings(value)
         if self.config.tie_word_embeddings:
-            self.decoder.embed_tokens = value
+            self.decoder.set_input_embeddings(value)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -112,8 +112,10 @@ class ClearheadSeq2SeqModel(ClearheadSeq2SeqPreTrainedModel):
         Raises ValueError without a source or a target, and for packed documents.
         """
         keywords = check_keywords(kwargs, _ARGUMENTS)
-        maps = self.config.output_attentions if output_attentions is None else output_attentions
-        states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        maps = bool(self.config.output_attentions if output_attentions is None else output_attentions)
+        states = bool(
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError(
                 "the decoder has nothing to read: give decoder_input_ids or decoder_inputs_embeds; "
@@ -174,7 +176,7 @@ class ClearheadSeq2SeqModel(ClearheadSeq2SeqPreTrainedModel):
 
 # Hugging Face looks for its mixin among the direct bases.
 class ClearheadForConditionalGeneration(ClearheadSeq2SeqPreTrainedModel, Seq2SeqGeneration, GenerationMixin):
-    """An encoder-decoder language model with any attention variant on each side and between them; used like T5 or BART."""
+    """An encoder-decoder language model, with any attention on each side and between them; used like T5 or BART."""
 
     # The loss divides by `num_items_in_batch`, so Trainer's gradient accumulation and averaging over devices are exact.
     accepts_loss_kwargs = True
@@ -222,8 +224,9 @@ class ClearheadForConditionalGeneration(ClearheadSeq2SeqPreTrainedModel, Seq2Seq
         """Token ids of source (B, S) and target (B, L) to logits (B, L, V), and the loss in nats a token with labels.
 
         labels (B, L): the target itself, −100 is ignored. The decoder reads them shifted to the right, behind
-        `decoder_start_token_id`, unless it is given something else. `num_items_in_batch` divides the summed loss instead
-        of the number of labels here, for gradient accumulation. The rest as for `ClearheadSeq2SeqModel.forward`.
+        `decoder_start_token_id`, unless it is given something else. `num_items_in_batch` divides the summed loss
+        instead of the number of labels here, for gradient accumulation. The rest as for
+        `ClearheadSeq2SeqModel.forward`.
         """
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from clearhead.models.autoload import AutoMap
 from clearhead.models.config import ClearheadConfig
 from clearhead.models.encoder_config import ClearheadEncoderConfig
 from clearhead.models.saved_config import SavedConfig
@@ -28,10 +27,10 @@ FLAT = frozenset(
 class ClearheadSeq2SeqConfig(SavedConfig):
     """Sizes and choices of an encoder-decoder, each side with any attention and position.
 
-    encoder, decoder: tables with the keys of `ClearheadEncoderConfig` and `ClearheadConfig`, or such configurations. Keys
-        that both have (vocab_size, hidden_size, attention, position, ...) may be given once, beside the tables, for both;
-        a table's own key goes before them. Two configurations that differ in `attention` alone are twins. Read from here,
-        such a key is the decoder's; set here, it is set on both sides.
+    encoder, decoder: tables with the keys of `ClearheadEncoderConfig` and `ClearheadConfig`, or such configurations.
+        Keys that both have (vocab_size, hidden_size, attention, position, ...) may be given once for both, beside the
+        tables; a table's own key goes before them. Two configurations that differ in `attention` alone are twins. Read
+        from here, such a key is the decoder's; set here, it is set on both sides.
     cross_attention:  a registered variant for the attention of the decoder to the encoder. By default the decoder's;
         where that one is defined by rotary angles and `cross_position` has none, what it is without them: softmax for
         collinear, differential and differential_v2 for their collinear forms.
@@ -39,8 +38,8 @@ class ClearheadSeq2SeqConfig(SavedConfig):
     cross_position:   what positions mean between the two sequences: "nope", nothing, or "rope", where a query is turned
         by its place in the target and a key by its place in the source, both counted from 0 over real tokens, with the
         decoder's `rope_parameters`. Collinear cross-attention is defined by these angles and needs them. Refused: xpos,
-        whose factor grows without bound for keys behind the query, and alibi, whose slopes are made for distances within
-        one causal sequence.
+        whose factor grows without bound for keys behind the query, and alibi, whose slopes are made for distances
+        within one causal sequence.
     tie_word_embeddings: encoder, decoder and the head have one matrix, as in T5 and BART.
     decoder_start_token_id: what the decoder reads first; by default bos_token_id.
     Raises ValueError as `ClearheadConfig` does; keys of a side are named with it.
@@ -48,8 +47,10 @@ class ClearheadSeq2SeqConfig(SavedConfig):
 
     model_type = "clearhead_seq2seq"
     keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
-    sub_configs_defaults: ClassVar = {"encoder": ClearheadEncoderConfig, "decoder": ClearheadConfig}
-    auto_map = AutoMap()
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        "encoder": ClearheadEncoderConfig,
+        "decoder": ClearheadConfig,
+    }
 
     encoder: ClearheadEncoderConfig | dict[str, Any] | None = None
     decoder: ClearheadConfig | dict[str, Any] | None = None
@@ -121,25 +122,25 @@ class ClearheadSeq2SeqConfig(SavedConfig):
         method = resolve("positions", self.cross_position)
         if method.causal_only:
             raise ValueError(
-                f"cross_position {self.cross_position!r} is defined for causal attention only: its factor grows without "
-                "bound towards later keys, and the source of a short target lies behind it"
+                f"cross_position {self.cross_position!r} is defined for causal attention only: its factor grows "
+                "without bound towards later keys, and the source of a short target lies behind it"
             )
         if not method.rotates and self.cross_position != "nope":
             raise ValueError(
-                f"cross_position {self.cross_position!r} takes distances between places of one sequence; a token of the "
-                "target and one of the source have none: it must be nope, or a rotary position if asked for (rope)"
+                f"cross_position {self.cross_position!r} takes distances within one sequence; a token of the target "
+                "and one of the source have none: it must be nope, or a rotary position if asked for (rope)"
             )
         if self.cross_position != "nope" and self.make_cross_position().depends_on_length:
             kind = (self.sides[1].rope_parameters or {}).get("rope_type")
             raise ValueError(
-                f"cross_position {self.cross_position!r} with rope_type {kind!r}: the angles would depend on the length of "
-                "a target that is not written yet, while the source's keys are turned once; give nope"
+                f"cross_position {self.cross_position!r} with rope_type {kind!r}: the angles would depend on the "
+                "length of a target that is not written yet, while the source's keys are turned once; give nope"
             )
         variant = resolve("variants", self.cross_variant[0])
         if variant.needs_rotation and not method.rotates:
             raise ValueError(
-                f"cross_attention {self.cross_variant[0]!r} is defined by rotary angles: cross_position must be rope, not "
-                f"{self.cross_position!r}"
+                f"cross_attention {self.cross_variant[0]!r} is defined by rotary angles: cross_position must be rope, "
+                f"not {self.cross_position!r}"
             )
 
     @property
@@ -197,8 +198,8 @@ def _side(
             )
         if flat:
             raise ValueError(
-                f"{side} is a whole configuration, so {', '.join(sorted(flat))} cannot be given beside it: give a table of "
-                "what differs"
+                f"{side} is a whole configuration, so {', '.join(sorted(flat))} cannot be given beside it: give a "
+                "table of what differs"
             )
         return given
     own = {name: value for name, value in (given or {}).items() if name != "model_type"}

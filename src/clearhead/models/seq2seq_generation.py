@@ -47,7 +47,7 @@ class Seq2SeqGeneration(ClearheadGeneration):
         cache = model_kwargs.get("past_key_values")
         if given is None and isinstance(cache, EncoderDecoderCache):
             tokens = model_kwargs["encoder_outputs"][0].shape[1]
-            layers = cache.cross_attention_cache.layers
+            layers: list[Any] = cache.cross_attention_cache.layers
             for index, layer in enumerate(layers):
                 if layer.is_sliding:
                     layers[index] = StaticLayer(tokens) if isinstance(layer, StaticLayer) else DynamicLayer()
