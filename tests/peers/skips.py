@@ -30,3 +30,12 @@ WITHOUT_ANGLES: dict[str, str] = {
 
 BERT: dict[str, str] = {}
 MODERNBERT: dict[str, str] = {}
+
+# For encoder-decoders, T5 and BART among them.
+SEQ2SEQ: dict[str, str] = {
+    "test_training_overfit": "it generates from a prompt of the decoder alone, as for causal models",
+}
+OUR_SEQ2SEQ: dict[str, str] = {
+    f"test_tp_{kind}": "not shared out over processes, as T5 and BART are not: the tests see the decoder's plan alone"
+    for kind in ("forward_0", "forward_1", "backward", "generation")
+}
