@@ -36,6 +36,13 @@ SEQ2SEQ: dict[str, str] = {
     "test_training_overfit": "it generates from a prompt of the decoder alone, as for causal models",
 }
 OUR_SEQ2SEQ: dict[str, str] = {
-    f"test_tp_{kind}": "not shared out over processes, as T5 and BART are not: the tests see the decoder's plan alone"
-    for kind in ("forward_0", "forward_1", "backward", "generation")
+    name: "not shared out over processes, as T5 and BART are not: the tests see the plan of the decoder inside"
+    for name in (
+        "test_tp_forward_0",
+        "test_tp_forward_1",
+        "test_tp_backward",
+        "test_tp_generation",
+        "test_tp_plan_matches_params",
+        "test_tied_head_has_a_tp_plan_entry",
+    )
 }
