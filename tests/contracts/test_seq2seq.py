@@ -1,5 +1,7 @@
 """Encoder-decoders against the oracle, and everything a Hugging Face encoder-decoder is expected to do."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -281,3 +283,22 @@ def test_a_source_that_is_all_padding_adds_nothing() -> None:
     model, ids = make_seq2seq("differential"), tokens(2, 5)
     mask = torch.tensor([[1] * 5, [0] * 5])
     assert bool(model(ids, attention_mask=mask, decoder_input_ids=ids).logits.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, False),
+        ({"cross_position": "rope"}, True),
+        ({"encoder": {"hidden_size": SOURCE_WIDTH, "layers": [{"attention": "softmax"}, {}]}}, True),
+    ],
+)
+@torch.no_grad()
+def test_a_source_and_its_mirror_image(changes: dict[str, Any], told: bool) -> None:
+    """Exact collinear attention in every encoder layer is even in m − n, and attention without places sees no order."""
+    model = make_seq2seq("collinear", dtype=torch.float64, **changes)
+    source, target = tokens(2, 6), tokens(2, 4)
+    ahead, back = (model(ids, decoder_input_ids=target).logits for ids in (source, source.flip(1)))
+    assert (distance(ahead, back) > 1e-3) == told
+    if not told:
+        assert distance(ahead, back) < 1e-10
