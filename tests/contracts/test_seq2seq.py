@@ -302,3 +302,17 @@ def test_a_source_and_its_mirror_image(changes: dict[str, Any], told: bool) -> N
     assert (distance(ahead, back) > 1e-3) == told
     if not told:
         assert distance(ahead, back) < 1e-10
+
+
+@torch.no_grad()
+def test_weights_that_are_kept_elsewhere_are_brought_in() -> None:
+    """Accelerate's offloading: every weight comes when its module is called, cached cross keys need none."""
+    from accelerate import cpu_offload
+
+    source, mask = padded_source()
+    arguments = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    expected = make_seq2seq("differential_v2").generate(source, **arguments)
+    model = make_seq2seq("differential_v2")
+    cpu_offload(model, torch.device("cpu"))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert torch.equal(model.generate(source, **arguments), expected)
