@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.contracts.encoder_cases import weights_of
 from tests.contracts.model_cases import HEAD, LAYERS, LAYOUTS, VARIANTS, WIDTH, tokens
 from tests.contracts.seq2seq_cases import (
     CASES,
@@ -14,7 +15,6 @@ from tests.contracts.seq2seq_cases import (
     START,
     make_seq2seq,
     seq2seq_oracle,
-    weights_of,
 )
 from tests.contracts.support import assert_within, distance, relative_error
 from tests.oracles.seq2seq import loss, shifted
