@@ -59,7 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 for _name, _settings in CASES.items():
     _skipped = OurEncoders.skipped | (skips.WITHOUT_ANGLES if "position" in _settings else {})
-    if _settings["attention"] == "differential_v2_collinear":
+    if "collinear" in _settings["attention"]:
         _skipped |= skips.SMALL_LOGITS
     _members = {"settings": _settings, "skipped": _skipped}
     globals()[f"TestEncoder{_name}"] = type(f"TestEncoder{_name}", (OurEncoders, unittest.TestCase), _members)
