@@ -13,8 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from clearhead.convert.run import convert
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
-from clearhead.models.autoload import AUTO_MAP, CLASSES, MODULE_FILE, MODULE_TEXT
+from clearhead.models.autoload import FAMILIES, MODULE_FILE, auto_map, module_text
 from tests.evals import tiny
+
+AUTO_MAP = auto_map("clearhead")
 
 READER = """
 import sys, torch
@@ -82,13 +84,13 @@ def test_the_module_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(
         ImportError, match=r"needs the package clearhead, which is not installed: pip install clearhead$"
     ):
-        exec(MODULE_TEXT, {})
+        exec(module_text("clearhead"), {})
 
 
 def test_the_module_says_that_the_package_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("clearhead.models.ClearheadForTokenClassification")
     with pytest.raises(ImportError, match=r"newer clearhead .*: pip install --upgrade clearhead"):
-        exec(MODULE_TEXT, {})
+        exec(module_text("clearhead"), {})
 
 
 def test_only_what_is_written_names_the_module(tmp_path: Path) -> None:
@@ -96,7 +98,7 @@ def test_only_what_is_written_names_the_module(tmp_path: Path) -> None:
     config = ClearheadConfig(num_hidden_layers=1)
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
-    assert (tmp_path / MODULE_FILE).read_text() == MODULE_TEXT
+    assert (tmp_path / MODULE_FILE).read_text() == module_text("clearhead")
     read = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
     assert type(read) is ClearheadConfig and read._auto_class is None
     for each in (config, read):
@@ -141,6 +143,6 @@ def test_tools_find_the_classes_by_name() -> None:
 
     held = clearhead.models.transformers
     # The two may differ: transformers makes its top module anew once its processors are loaded.
-    for auto, name in CLASSES.items():
+    for auto, name in FAMILIES["clearhead"].items():
         for module in (held, transformers):
             assert getattr(module, name) is getattr(clearhead.models, name), auto

@@ -105,7 +105,7 @@ def test_heads_that_do_not_divide_are_refused(
     name: str, heads: int, kv_heads: int, parts: int, has: str
 ) -> None:
     model = make_model(name, num_attention_heads=heads, num_key_value_heads=kv_heads)
-    variants = [layer.self_attn.variant for layer in model.model._decoder_layers()]
+    variants = [layer.self_attn.variant for layer in model.model.own_layers()]
     sizes = [variant.sizes for variant in variants]
     said = f"tp_size {parts} does not fit layer 0, a \\w+ layer: {has}, the number .* num_key_value_heads {kv_heads}, "
     with pytest.raises(ValueError, match=said):
@@ -115,7 +115,7 @@ def test_heads_that_do_not_divide_are_refused(
 
 def test_a_later_layer_that_does_not_divide_leaves_all_as_they_were() -> None:
     model = make_model("softmax", num_key_value_heads=2, layers=[{}, {"attention": "differential"}])
-    variants = [layer.self_attn.variant for layer in model.model._decoder_layers()]
+    variants = [layer.self_attn.variant for layer in model.model.own_layers()]
     with pytest.raises(ValueError, match="layer 1, a Differential layer"):
         plans.share_heads(variants, 0, 2)
     assert [variant.parts for variant in variants] == [1, 1]

@@ -8,7 +8,7 @@ import torch
 from clearhead.convert.base import INVALID, Computation, Converter, NameLine, NameTable, Source
 from clearhead.convert.computing import ModelComputation
 from clearhead.convert.weights import ConversionError, Weights, reason
-from clearhead.models.autoload import AUTO_MAP, MODULE_FILE, MODULE_TEXT
+from clearhead.models.autoload import MODULE_FILE, auto_map, module_text
 from clearhead.models.config import ClearheadConfig
 
 
@@ -39,10 +39,14 @@ class Clearhead(Converter):
         return ModelComputation(ClearheadForCausalLM, ClearheadConfig.from_dict(dict(config)), dtype)
 
     def written(self, config: ClearheadConfig) -> dict[str, Any]:
-        return {**config.to_diff_dict(), "architectures": ["ClearheadForCausalLM"], "auto_map": AUTO_MAP}
+        return {
+            **config.to_diff_dict(),
+            "architectures": ["ClearheadForCausalLM"],
+            "auto_map": auto_map(config.model_type),
+        }
 
     def beside(self) -> dict[str, str]:
-        return {MODULE_FILE: MODULE_TEXT}
+        return {MODULE_FILE: module_text(ClearheadConfig.model_type)}
 
     def shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         from clearhead.models.causal import ClearheadForCausalLM

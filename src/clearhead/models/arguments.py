@@ -23,11 +23,13 @@ _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 KNOWN = frozenset({*TransformersKwargs.__annotations__, *_PACKING, "cache_position", "shift_labels"})
 
 
-def check_keywords(keywords: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+def check_keywords(
+    keywords: Mapping[str, Any], own: Mapping[str, Any], causal: bool = True
+) -> Mapping[str, Any]:
     """The keywords; those that a pipeline of transformers binds to a signature come once more as `kwargs`.
 
-    TypeError for a keyword that neither `own`, the arguments by name, nor transformers' models have. ValueError for
-    `is_causal=False`, which would ask for another model.
+    TypeError for a keyword that neither `own`, the arguments by name, nor transformers' models have. ValueError for an
+    `is_causal` that is not `causal`, which would ask for another model.
     """
     if isinstance(bound := keywords.get("kwargs"), Mapping):
         keywords = {name: value for name, value in keywords.items() if name != "kwargs"} | dict(bound)
@@ -35,9 +37,10 @@ def check_keywords(keywords: Mapping[str, Any], own: Mapping[str, Any]) -> Mappi
         if name not in KNOWN:
             known = sorted({*KNOWN, *own} - {"self", "kwargs"})
             raise TypeError(f"forward has no argument {name!r}: {did_you_mean(name, known)}")
-    if keywords.get("is_causal") is False:
+    if keywords.get("is_causal") is (not causal):
+        kind = "causal models" if causal else "encoders, whose tokens see those behind them"
         raise ValueError(
-            "is_causal=False: these are causal models; a mask of 4 dimensions says who sees whom"
+            f"is_causal={not causal}: these are {kind}; a mask of 4 dimensions says who sees whom"
         )
     return keywords
 

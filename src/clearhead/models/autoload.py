@@ -9,25 +9,50 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Hugging Face's Auto classes and the classes of this package that they make.
-CLASSES = {
-    "AutoConfig": "ClearheadConfig",
-    "AutoModel": "ClearheadModel",
-    "AutoModelForCausalLM": "ClearheadForCausalLM",
-    "AutoModelForSequenceClassification": "ClearheadForSequenceClassification",
-    "AutoModelForTokenClassification": "ClearheadForTokenClassification",
-    "AutoModelForQuestionAnswering": "ClearheadForQuestionAnswering",
+# Of each family, by the `model_type` of its configuration: Hugging Face's Auto classes and what they make.
+FAMILIES = {
+    "clearhead": {
+        "AutoConfig": "ClearheadConfig",
+        "AutoModel": "ClearheadModel",
+        "AutoModelForCausalLM": "ClearheadForCausalLM",
+        "AutoModelForSequenceClassification": "ClearheadForSequenceClassification",
+        "AutoModelForTokenClassification": "ClearheadForTokenClassification",
+        "AutoModelForQuestionAnswering": "ClearheadForQuestionAnswering",
+    },
+    "clearhead_encoder": {
+        "AutoConfig": "ClearheadEncoderConfig",
+        "AutoModel": "ClearheadEncoderModel",
+        "AutoModelForMaskedLM": "ClearheadForMaskedLM",
+        "AutoModelForSequenceClassification": "ClearheadEncoderForSequenceClassification",
+        "AutoModelForTokenClassification": "ClearheadEncoderForTokenClassification",
+        "AutoModelForQuestionAnswering": "ClearheadEncoderForQuestionAnswering",
+        "AutoModelForMultipleChoice": "ClearheadEncoderForMultipleChoice",
+    },
 }
 MODULE = "modeling_clearhead"
 MODULE_FILE = f"{MODULE}.py"
-AUTO_MAP = {auto: f"{MODULE}.{name}" for auto, name in CLASSES.items()}
 
-# In a `try` transformers does not look for packages that are missing, so the sentence is this one.
-MODULE_TEXT = f'''"""The classes of this model, from the package clearhead: what trust_remote_code=True imports."""
+
+def family_of(config_class: type) -> str:
+    """The family of a configuration: its own, or that of the class here that it comes from."""
+    return next(
+        kind for base in config_class.__mro__ if (kind := vars(base).get("model_type", "")) in FAMILIES
+    )
+
+
+def auto_map(family: str) -> dict[str, str]:
+    """What a saved configuration of the family names its classes by."""
+    return {auto: f"{MODULE}.{name}" for auto, name in FAMILIES[family].items()}
+
+
+def module_text(family: str) -> str:
+    """The module that `auto_map` names."""
+    # In a `try` transformers does not look for packages that are missing, so the sentence is this one.
+    return f'''"""The classes of this model, from the package clearhead: what trust_remote_code=True imports."""
 
 try:
     from clearhead.models import (
-{"".join(f"        {name},{chr(10)}" for name in CLASSES.values())}    )
+{"".join(f"        {name},{chr(10)}" for name in FAMILIES[family].values())}    )
 except ModuleNotFoundError as error:
     if error.name != "clearhead":
         raise
@@ -44,18 +69,19 @@ class AutoMap:
     """
 
     def __get__(self, config: Any, owner: type) -> dict[str, str]:
-        return dict(AUTO_MAP)
+        return auto_map(family_of(owner))
 
 
-def write_module(folder: str | os.PathLike[str]) -> None:
-    """Put the module into `folder`, which is made if it is missing."""
+def write_module(folder: str | os.PathLike[str], family: str) -> None:
+    """Put the family's module into `folder`, which is made if it is missing."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / MODULE_FILE).write_text(MODULE_TEXT, encoding="utf-8")
+    (Path(folder) / MODULE_FILE).write_text(module_text(family), encoding="utf-8")
 
 
-def without_own(auto_map: dict[str, str] | None) -> dict[str, str]:
+def without_own(saved: dict[str, str] | None, family: str) -> dict[str, str]:
     """The entries of a saved `auto_map` that others made."""
-    return {key: value for key, value in (auto_map or {}).items() if AUTO_MAP.get(key) != value}
+    own = auto_map(family)
+    return {key: value for key, value in (saved or {}).items() if own.get(key) != value}
 
 
 def is_own(cls: type) -> bool:

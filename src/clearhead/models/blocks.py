@@ -1,4 +1,4 @@
-"""The blocks of a decoder layer around its attention."""
+"""The layers of decoder and encoder: attention, and the blocks around it."""
 
 from typing import Any
 
@@ -28,7 +28,8 @@ class ClearheadAttention(ProjectedAttention):
     def __init__(self, config: ClearheadConfig, layer_idx: int) -> None:
         super().__init__(config.make_variant(layer_idx))
         self.config = config
-        self.is_causal = True
+        # Serving stacks tell encoders from decoders by it.
+        self.is_causal = config.causal
         self.scaling = self.scale
         self.sliding_window = config.layer_kinds[layer_idx].window
         self.call = one_call(self.variant.sizes)
@@ -92,7 +93,7 @@ class SwiGLU(nn.Module):
         return out
 
 
-class ClearheadDecoderLayer(GradientCheckpointingLayer):
+class ClearheadLayer(GradientCheckpointingLayer):
     """y = x + Attention(RMSNorm(x)); y + SwiGLU(RMSNorm(y))."""
 
     def __init__(self, config: ClearheadConfig, layer_idx: int) -> None:
@@ -100,7 +101,7 @@ class ClearheadDecoderLayer(GradientCheckpointingLayer):
         assert config.intermediate_size is not None
         self.self_attn = ClearheadAttention(config, layer_idx)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm: nn.Module = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
@@ -117,3 +118,16 @@ class ClearheadDecoderLayer(GradientCheckpointingLayer):
         )
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), maps
+
+
+class ClearheadDecoderLayer(ClearheadLayer):
+    """A layer of the decoder, by a name of its own: tools that wrap or place whole layers are told it."""
+
+
+class ClearheadEncoderLayer(ClearheadLayer):
+    """A layer of the encoder. The first has no norm before its attention: the embedding has one, as in ModernBERT."""
+
+    def __init__(self, config: ClearheadConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        if layer_idx == 0:
+            self.input_layernorm = nn.Identity()

@@ -117,4 +117,4 @@ class ClearheadForCausalLM(ClearheadPreTrainedModel, ClearheadGeneration, Genera
             outputs = self.model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
             return cast(tuple[Tensor, ...], outputs.hidden_states)
 
-        return diagnostics_of(self.model._decoder_layers(), None if input_ids is None else states)
+        return diagnostics_of(self.model.own_layers(), None if input_ids is None else states)

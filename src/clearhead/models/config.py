@@ -13,7 +13,15 @@ from transformers import PreTrainedConfig
 from clearhead.core.lowering import one_call
 from clearhead.core.streams import HeadShape, Widths
 from clearhead.models import plans
-from clearhead.models.autoload import AUTO_MAP, AutoMap, is_own, tell_peft, without_own, write_module
+from clearhead.models.autoload import (
+    AutoMap,
+    auto_map,
+    family_of,
+    is_own,
+    tell_peft,
+    without_own,
+    write_module,
+)
 from clearhead.models.kinds import (
     TWIN_KEYS,
     LayerKind,
@@ -70,6 +78,8 @@ class ClearheadConfig(PreTrainedConfig):
     model_type = "clearhead"
     keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
     auto_map = AutoMap()
+    # Whether a token sees no later one.
+    causal: ClassVar[bool] = True
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -112,7 +122,7 @@ class ClearheadConfig(PreTrainedConfig):
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
         if self.attention_options is None:
             self.attention_options = {}
-        if others := without_own(kwargs.pop("auto_map", None)):
+        if others := without_own(kwargs.pop("auto_map", None), family_of(type(self))):
             kwargs["auto_map"] = others
         super().__post_init__(**kwargs)
 
@@ -156,7 +166,7 @@ class ClearheadConfig(PreTrainedConfig):
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
         """Write it with the `auto_map` that lets tools without this library's import load what it belongs to."""
         values = json.loads(self.to_json_string(use_diff=use_diff))
-        values["auto_map"] = AUTO_MAP | values.get("auto_map", {})
+        values["auto_map"] = auto_map(family_of(type(self))) | values.get("auto_map", {})
         with open(json_file_path, "w", encoding="utf-8") as file:
             file.write(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
@@ -165,7 +175,7 @@ class ClearheadConfig(PreTrainedConfig):
     ) -> None:
         """As Hugging Face's, with the module that `auto_map` names beside it."""
         if not os.path.isfile(save_directory):
-            write_module(save_directory)
+            write_module(save_directory, family_of(type(self)))
         if self._auto_class is not None:
             self.auto_map = dict(self.auto_map)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)

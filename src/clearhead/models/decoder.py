@@ -4,71 +4,32 @@ Legend: B batch, H output heads, L queries, S keys.
 """
 
 import inspect
-import math
-from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from clearhead.core.dispatch import AttentionProblem
-from clearhead.core.masks import MaskSpec
-from clearhead.core.norm import RMSNorm
-from clearhead.models.arguments import check_keywords, packed_numbers
+from clearhead.models.arguments import check_keywords
 from clearhead.models.blocks import ClearheadDecoderLayer
-from clearhead.models.config import AUTOMATIC, ClearheadConfig
-from clearhead.models.forward_inputs import (
-    Given,
-    key_positions,
-    place,
-    request_lengths,
-    shortest_trained_length,
-)
-from clearhead.models.kinds import CacheSizes, Present, held_bits, present
-from clearhead.models.pretrained import ClearheadPreTrainedModel, backends_for
-from clearhead.models.serving import Masks, check_request, is_served, is_server, reason_against
-from clearhead.models.shared import Plans, Shared
-from clearhead.positions.base import Position, Rotation
-from clearhead.positions.length import warn_of_unknown_lengths
-from clearhead.variants.base import Variant
+from clearhead.models.config import ClearheadConfig
+from clearhead.models.forward_inputs import Given
+from clearhead.models.kinds import CacheSizes
+from clearhead.models.serving import is_served
+from clearhead.models.shared import Shared
+from clearhead.models.stack import ClearheadStack
 
 
-class ClearheadModel(ClearheadPreTrainedModel):
+class ClearheadModel(ClearheadStack):
     """Token embedding, decoder layers and a final norm."""
+
+    layer_class = ClearheadDecoderLayer
 
     def __init__(self, config: ClearheadConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(ClearheadDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        # One instance for each distinct method; `layer_positions` says which layer has which.
-        self.positions = nn.ModuleDict(config.make_positions())
-        self.kinds = config.layer_kinds
         self._caches = CacheSizes(config)
-        self.look_around()
-        self.gradient_checkpointing = False
-        calls = [layer.self_attn.call for layer in self._decoder_layers()]
-        # Looked up here: a compiled forward pass has nothing to ask.
-        self._reasons = tuple(
-            reason_against(config, calls, self.position_methods(), paged) for paged in (False, True)
-        )
-        if is_server(config._attn_implementation) and self._reasons[False]:
-            raise ValueError(self._reasons[False])
-        declared = {n for layer in self._decoder_layers() for n in layer.self_attn.variant.float32_parameters}
-        self._keep_in_fp32_modules_strict = [f"self_attn.variant.{name}" for name in sorted(declared)]
         self.post_init()
-
-    def look_around(self) -> None:
-        """Note which layers are here: all of them, or those of one stage of a pipeline."""
-        here = [i for i, layer in enumerate(self.layers) if isinstance(layer, ClearheadDecoderLayer)]
-        # For every layer here the first one of its kind, which stands for the kind in a forward pass.
-        first = {kind: layer for layer, kind in reversed([(layer, self.kinds[layer]) for layer in here])}
-        self._alike = {layer: first[self.kinds[layer]] for layer in here}
-        # A layer that sees every key, whose cache has them all; the one with the widest window where all have one.
-        self._widest = max(here, key=lambda layer: self.kinds[layer].window or math.inf, default=0)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -106,25 +67,10 @@ class ClearheadModel(ClearheadPreTrainedModel):
         """
         served = is_served(self.config._attn_implementation, kwargs)
         keywords = kwargs if served else check_keywords(kwargs, _ARGUMENTS)
-        if torch.jit.is_tracing():  # type: ignore[attr-defined]
-            raise ValueError(
-                "torch.jit.trace keeps what it sees of its example (nothing is padded, say) for every input after it; "
-                "export with torch.export"
-            )
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if inputs_embeds.shape[1] == 0:
-            raise ValueError("the input has no tokens")
+        inputs_embeds = self._embedded(input_ids, inputs_embeds)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         use_cache = use_cache and not (self.gradient_checkpointing and self.training)
-        output_attentions = bool(
-            self.config.output_attentions if output_attentions is None else output_attentions
-        )
-        output_hidden_states = bool(
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        )
+        asked = self._asked(output_attentions, output_hidden_states)
 
         if past_key_values is not None:
             self._check_cache(past_key_values)
@@ -133,148 +79,20 @@ class ClearheadModel(ClearheadPreTrainedModel):
         given = Given(attention_mask, position_ids, rope_length, past_key_values, keywords)
         handed: dict[str, Any] = {}
         if served:
-            shared = self._share_with_server(inputs_embeds, given, output_attentions)
+            shared = self._share_with_server(inputs_embeds, given, asked.maps)
             handed = {**kwargs, "position_ids": position_ids}
         else:
-            shared = self._share(inputs_embeds, given, output_attentions)
+            shared = self._share(inputs_embeds, given, asked.maps)
 
-        hidden_states = inputs_embeds
-        states: tuple[Tensor, ...] = ()
-        maps: tuple[Tensor, ...] = ()
-        for layer, alike in self._alike.items():
-            if output_hidden_states:
-                states = (*states, hidden_states)
-            found = self.layers[layer](
-                hidden_states,
-                shared[alike],
-                past_key_values=past_key_values,
-                output_attentions=output_attentions,
-                **handed,
-            )
-            # What stands in for layers of other ranks, in vLLM, gives back what it got.
-            hidden_states, layer_map = found if isinstance(found, tuple) else (found, None)
-            if layer_map is not None:
-                maps = (*maps, layer_map)
-        hidden_states = self.norm(hidden_states)
+        hidden_states, states, maps = self._through(
+            inputs_embeds, shared, asked, past_key_values=past_key_values, **handed
+        )
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
-            hidden_states=(*states, hidden_states) if output_hidden_states else None,
-            attentions=maps if output_attentions else None,
+            hidden_states=states,
+            attentions=maps,
         )
-
-    def _share(self, inputs_embeds: Tensor, given: Given, output_attentions: bool) -> dict[int, Shared]:
-        """What the layers of a kind are handed, by the first layer of the kind: made once a pass."""
-        methods, (batch, queries) = self.position_methods(), inputs_embeds.shape[:2]
-        kinds = {layer: self.kinds[layer] for layer in dict.fromkeys(self._alike.values())}
-        slopes = {
-            layer: _slopes(methods[kind.position], self._variant(layer)) for layer, kind in kinds.items()
-        }
-        placed = place(
-            inputs_embeds,
-            given.attention_mask,
-            given.position_ids,
-            given.cache,
-            packed_numbers(given.kwargs, batch, queries),
-            distances=any(found is not None for found in slopes.values()),
-            layer=self._widest,
-        )
-        length = request_lengths(methods.values(), given.rope_length, placed, batch, given.cache)
-        if length is not None and not given.told and not self.training:
-            warn_of_unknown_lengths(shortest_trained_length(methods.values()), batch, placed.keys)
-        compact = self.config.compact_cache and given.cache is not None
-        keys = key_positions(placed) if compact else None
-        rotations: dict[Any, Rotation] = {}
-        plans: dict[Any, Plans] = {}
-        shared = {}
-        for layer, kind in kinds.items():
-            seen = Present(0, placed.keys)
-            partial = kind.window is not None or hasattr(given.cache, "kept_padding")
-            if partial:
-                seen = present(given.cache, queries, layer, placed.keys)
-            # Without keys to turn, a window is nothing to a rotation.
-            turned = (kind.position, None if keys is None else kind.window)
-            if turned not in rotations:
-                here = None if keys is None else keys[:, seen.first : seen.first + seen.count]
-                rotations[turned] = methods[kind.position](
-                    placed.positions, here, length, inputs_embeds.dtype
-                )
-            # Kinds that differ in what a plan does not ask share theirs: a position without slopes is no part of it.
-            own = slopes[layer]
-            asked = (kind.attention, str(kind.options), kind.window, None if own is None else kind.position)
-            if asked not in plans:
-                mask = placed.mask
-                if own is not None:
-                    mask = replace(mask, slopes=own, offset=placed.past, places=placed.places)
-                if partial:
-                    mask = seen.of(mask, 0 if placed.past is None else placed.past, kind.window)
-                bits = held_bits(given.cache, layer)
-                plans[asked] = self._plan(inputs_embeds, layer, mask, seen.count, output_attentions, bits)
-            table = self._table(layer, rotations[turned], inputs_embeds) if compact else None
-            shared[layer] = Shared(inputs_embeds.device, rotations[turned], plans[asked], table)
-        return shared
-
-    def _share_with_server(
-        self, inputs_embeds: Tensor, given: Given, output_attentions: bool
-    ) -> dict[int, Shared]:
-        """The same in a server's forward pass: rotations at the given positions, and the server's masks."""
-        check_request(self.config, given, output_attentions, self._reasons)
-        assert given.position_ids is not None
-        rotations = {
-            name: method(given.position_ids, None, None, inputs_embeds.dtype)
-            for name, method in self.position_methods().items()
-        }
-        masks = Masks(given.attention_mask)
-        return {
-            layer: Shared(
-                inputs_embeds.device, rotations[self.kinds[layer].position], plans=None, masks=masks
-            )
-            for layer in dict.fromkeys(self._alike.values())
-        }
-
-    def reason_against_serving(self, paged: bool = True) -> str | None:
-        """Why no server can run this model as it stands, in one sentence; None where one can.
-
-        paged: asks for Hugging Face's continuous batching, which does not look at the number of query heads.
-        """
-        return self._reasons[paged]
-
-    def _table(self, layer: int, rotation: Rotation, inputs_embeds: Tensor) -> Tensor:
-        """What turns held keys into keys; in float64 for float64 models."""
-        placement = self._variant(layer).placement
-        assert placement is not None
-        wide = torch.promote_types(torch.float32, inputs_embeds.dtype)
-        return placement.table(rotation, inputs_embeds.device, wide)
-
-    def position_methods(self) -> dict[str, Position]:
-        """The position methods in use, by name."""
-        return {name: cast(Position, method) for name, method in self.positions.items()}
-
-    def _plan(
-        self,
-        inputs_embeds: Tensor,
-        layer: int,
-        mask: MaskSpec,
-        keys: int,
-        output_attentions: bool,
-        bits: int | None,
-    ) -> Plans:
-        variant = self._variant(layer)
-        problem = AttentionProblem.of_widths(
-            variant.sizes,
-            queries=inputs_embeds.shape[1],
-            keys=keys,
-            mask=mask,
-            mixing=variant.mixing,
-            dtype=self._compute_dtype(inputs_embeds),
-            device=inputs_embeds.device,
-            needs_grad=torch.is_grad_enabled()
-            and (inputs_embeds.requires_grad or any(p.requires_grad for p in self.parameters())),
-            needs_maps=output_attentions,
-            held_bits=bits,
-        )
-        implementation = self.config._attn_implementation or AUTOMATIC
-        return Plans.make(problem, mask, backends_for(implementation), implementation == AUTOMATIC)
 
     def _check_cache(self, cache: Cache) -> None:
         """ValueError for keys and values that no layer here has written."""
@@ -292,24 +110,6 @@ class ClearheadModel(ClearheadPreTrainedModel):
                 f"{self.kinds[own].attention!r}{compact} has {sizes.kv_heads} heads, {width} wide. PEFT's prefix "
                 "tuning makes keys for the Transformer twin and cannot be used here; prompt tuning and LoRA can"
             )
-
-    def _variant(self, layer: int) -> Variant:
-        return cast(ClearheadDecoderLayer, self.layers[layer]).self_attn.variant
-
-    def _decoder_layers(self) -> list[ClearheadDecoderLayer]:
-        return [layer for layer in self.layers if isinstance(layer, ClearheadDecoderLayer)]
-
-    def _compute_dtype(self, inputs_embeds: Tensor) -> torch.dtype:
-        device = inputs_embeds.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-        return inputs_embeds.dtype
-
-
-def _slopes(method: Position, variant: Variant) -> Tensor | None:
-    """Those of the heads that are here."""
-    found = method.slopes(variant.sizes.heads * variant.parts)
-    return found if found is None or variant.parts == 1 else found.chunk(variant.parts)[variant.rank]
 
 
 _ARGUMENTS = inspect.signature(ClearheadModel.forward).parameters

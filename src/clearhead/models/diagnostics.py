@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from clearhead.models.blocks import ClearheadDecoderLayer
+from clearhead.models.blocks import ClearheadLayer
 
 
 @torch.no_grad()
 def diagnostics_of(
-    layers: Sequence[ClearheadDecoderLayer], states: Callable[[], Sequence[Tensor]] | None
+    layers: Sequence[ClearheadLayer], states: Callable[[], Sequence[Tensor]] | None
 ) -> dict[str, dict[int, float]]:
     """What each layer's variant says (`Variant.diagnostics`), by name, then by layer.
 

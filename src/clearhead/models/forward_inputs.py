@@ -69,12 +69,14 @@ def place(
     packed: Tensor | None = None,
     distances: bool = False,
     layer: int = 0,
+    causal: bool = True,
 ) -> Placed:
     """What `ClearheadModel.forward` says about its arguments, in one value.
 
     packed:    (B or 1, L) document numbers that were given as such.
     distances: whether a layer asks for `Placed.places`.
     layer:     whose cache has every key, where one has. Windows are left to the layers that have them.
+    causal:    whether a query sees no later key.
     On an accelerator at most one value is waited for: whether anything is padded, or packed.
     """
     batch, queries = inputs_embeds.shape[:2]
@@ -124,7 +126,7 @@ def place(
         places = places_of_row(positions, real, documents, keys)
     elif distances and not fresh:
         places = places_behind(positions, counted, padding, slots, keys, position_ids is not None)
-    mask = MaskSpec(is_causal=True, offset=past, key_padding=padding, documents=documents)
+    mask = MaskSpec(is_causal=causal, offset=past, key_padding=padding, documents=documents)
     return Placed(mask, positions, keys, known, places)
 
 

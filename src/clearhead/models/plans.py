@@ -30,6 +30,12 @@ PIPELINE = {
     "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
     "norm": (["hidden_states"], ["hidden_states"]),
 }
+ENCODER_PIPELINE = {
+    "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+    "embed_norm": (["inputs_embeds"], ["inputs_embeds"]),
+    "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+    "norm": (["hidden_states"], ["hidden_states"]),
+}
 _GATHERED = {"embed_tokens": "free_full_weight", "layers.*": "free_full_weight", "norm": "keep_full_weight"}
 _ATTENTION = "layers.*.self_attn."
 

@@ -45,7 +45,7 @@ class ClearheadPreTrainedModel(PreTrainedModel):
     config: ClearheadConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ClearheadDecoderLayer"]  # noqa: RUF012
+    _no_split_modules = ["ClearheadDecoderLayer", "ClearheadEncoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
