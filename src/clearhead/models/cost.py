@@ -3,6 +3,8 @@
 Legend: H heads of one stream, G key-value heads, D key width, E value width, K key streams.
 """
 
+from typing import Any
+
 import torch
 
 from clearhead.models.config import ClearheadConfig
@@ -10,12 +12,15 @@ from clearhead.models.kinds import LayerKind
 from clearhead.variants.base import Variant
 
 
-def parameters(config: ClearheadConfig) -> int:
-    """Weights of the language model, tied ones once. Builds it without memory."""
-    from clearhead.models.causal import ClearheadForCausalLM
+def parameters(config: ClearheadConfig, model_class: Any = None) -> int:
+    """Weights of the model, tied ones once. Builds it without memory.
+
+    model_class: what is built, by default the language model of the family.
+    """
+    from clearhead.models.tasks import task_of_config
 
     with torch.device("meta"):
-        model = ClearheadForCausalLM(config)
+        model = (model_class or task_of_config(config).model_class)(config)
     return sum(weight.numel() for weight in model.parameters())
 
 

@@ -5,17 +5,29 @@ from typing import Any
 
 from torch import Tensor
 
-from clearhead.models import ClearheadForCausalLM
+from clearhead.models.diagnostics import diagnostics_of
 
 ByLayer = dict[str, dict[str, float]]
 
 
-def measure(model: ClearheadForCausalLM, tokens: Tensor) -> ByLayer:
-    """Each diagnostic by its name, then by layer."""
+def measure(model: Any, tokens: Tensor) -> ByLayer:
+    """Each diagnostic of a model by its name, then by layer."""
     return {
         name: {str(layer): round(value, 6) for layer, value in values.items()}
-        for name, values in model.diagnostics(tokens).items()
+        for name, values in _found(model, tokens).items()
     }
+
+
+def _found(model: Any, tokens: Tensor) -> dict[str, dict[int, float]]:
+    if hasattr(model, "diagnostics"):
+        found: dict[str, dict[int, float]] = model.diagnostics(tokens)
+        return found
+    stack = model.base_model
+
+    def states() -> Any:
+        return stack(input_ids=tokens, output_hidden_states=True).hidden_states
+
+    return diagnostics_of(stack.own_layers(), states)
 
 
 def as_record(found: ByLayer) -> dict[str, Any]:

@@ -1,0 +1,34 @@
+"""What a model is trained for: one class a task, found by the name that recipes use."""
+
+from typing import Any
+
+from clearhead.models.tasks.base import Task, TrainingRows, collate, mean_by_row
+from clearhead.models.tasks.causal import CausalTask
+from clearhead.models.tasks.classify import ClassifyTask
+from clearhead.models.tasks.masked import MaskedTask
+from clearhead.runs.recipe import RecipeError
+
+__all__ = ["TASKS", "Task", "TrainingRows", "collate", "mean_by_row", "task_of", "task_of_config"]
+
+TASKS: dict[str, Task] = {task.name: task for task in (CausalTask(), MaskedTask(), ClassifyTask())}
+
+
+def task_of(name: str) -> Task:
+    """The task of a recipe or a job by its name. Raises RecipeError for one that cannot be trained."""
+    if name not in TASKS:
+        raise RecipeError(f"task = {name!r} cannot be trained yet; {', '.join(TASKS)} can")
+    return TASKS[name]
+
+
+def task_of_config(config: Any) -> Task:
+    """The task of a model by its configuration: of its saved class, or else the first of its family.
+
+    Raises ValueError for a model that is none of this library's, or that has a head for something else.
+    """
+    saved = (config.architectures or [None])[0]
+    alike = [task for task in TASKS.values() if task.model_type == config.model_type]
+    for task in alike:
+        if saved in (None, task.model_class.__name__):
+            return task
+    known = ", ".join(task.model_class.__name__ for task in TASKS.values())
+    raise ValueError(f"a {saved or config.model_type!r} is none of the models that a task trains: {known}")
