@@ -81,7 +81,7 @@ def read_examples(
     pairs = tuple(dict.fromkeys(clear))
     if len(pairs) < 2 * folds:
         raise CorpusError(
-            f"'{path}' holds {len(pairs)} different examples, too few for {folds} folds: at least {2 * folds} are needed"
+            f"'{path}' holds {len(pairs)} different examples, too few for {folds} folds: give at least {2 * folds}"
         )
     found = ExampleSet(
         pairs, divide(pairs, folds, seed, labelled), len(clear) - len(pairs), len(rows) - len(clear)
@@ -170,8 +170,9 @@ def padded(ids: NDArray[np.int64], length: int, fill: int) -> NDArray[np.int64]:
 class ExampleRows:
     """One example a row, `length` tokens with padding; each epoch takes them in an order of (seed, epoch).
 
-    A row is {"input_ids", "attention_mask", "labels"}: `labels` is the number of the label, or with `targets` the ids of
-    the target and eos, −100 behind them, and there is "decoder_input_ids", the same moved by one behind bos.
+    A row is {"input_ids", "attention_mask", "labels"}. Without `target_length` the last is the number of the label;
+    with it the ids of the target and eos, −100 behind them, and "decoder_input_ids" are the same, moved by one behind
+    bos.
     """
 
     def __init__(

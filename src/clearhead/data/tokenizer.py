@@ -39,8 +39,8 @@ def get_tokenizer(
     stands in, else its pad token; without a pad token its eos or bos token does. With `mask` one that has no mask token
     is given `<|mask|>`, behind its vocabulary.
 
-    Raises CorpusError when `vocab_size` is below 259 (260 with `mask`), when the tokenizer cannot be loaded (offline, wrong name) or
-    has no token that can begin a document.
+    Raises CorpusError when `vocab_size` is below 259, when the tokenizer cannot be loaded (offline, wrong name) or has
+    no token that can begin a document.
     """
     if source != "bpe":
         return load_pretrained(source, mask=mask)
@@ -82,7 +82,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, mask: bool = False) -> Toke
     return tokenizer
 
 
-def wrap(tokenizer: Tokenizer, mask: bool) -> PreTrainedTokenizerFast:
+def wrap(tokenizer: Tokenizer, mask: bool = False) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     also = {"mask_token": MASK} if mask else {}
