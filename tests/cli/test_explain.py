@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from clearhead.cli.main import app
+from clearhead.models import ClearheadEncoderConfig
 
 RECIPE = """
 name = "t"
@@ -62,3 +63,18 @@ def test_what_speaks_against_a_comparison_is_said(recipe: str, capsys: pytest.Ca
     assert "A: initializer_range 0.02 is small for a width of 64" in text and "takes 0.079" in text
     text = " ".join(explain(capsys, recipe, "arms.0.attention=differential_v2"))
     assert "differential heads" not in text
+
+
+def test_an_encoder_and_that_it_cannot_tell_before_from_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"vocab_size": 50, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for mode in ("exact", "slack"):
+        config = ClearheadEncoderConfig(
+            **sizes, attention="collinear", attention_options={"mode": mode}, initializer_range=0.08
+        )
+        config.save_pretrained(tmp_path / mode)
+        lines = explain(capsys, str(tmp_path / mode), "--context", "100")
+        assert any(line.startswith("reading texts padded to 100 tokens") for line in lines)
+        assert not any("cache" in line and "generating" in line for line in lines)
+        assert ("cannot tell what stands before a token" in " ".join(lines)) == (mode == "exact")

@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
 from clearhead.variants.schedule import advance
@@ -37,9 +37,14 @@ def layout_of(name: str, layout: str) -> tuple[int, int]:
 
 
 def make_config(name: str, layout: str = "gqa", **changes: Any) -> ClearheadConfig:
+    return ClearheadConfig(**settings_of(name, layout) | changes)
+
+
+def settings_of(name: str, layout: str) -> dict[str, Any]:
+    """The keys of a small configuration, of a decoder or an encoder."""
     attention, options = VARIANTS[name]
     heads, kv_heads = layout_of(name, layout)
-    settings: dict[str, Any] = {
+    return {
         "vocab_size": VOCABULARY,
         "hidden_size": WIDTH,
         "intermediate_size": 32,
@@ -55,7 +60,6 @@ def make_config(name: str, layout: str = "gqa", **changes: Any) -> ClearheadConf
         "bos_token_id": 1,
         "eos_token_id": None,
     }
-    return ClearheadConfig(**(settings | changes))
 
 
 def make_model(
@@ -63,7 +67,12 @@ def make_model(
 ) -> ClearheadForCausalLM:
     torch.manual_seed(11)
     model = ClearheadForCausalLM(make_config(name, layout, **changes)).to(dtype).eval()
-    # Of those with a schedule.
+    shake(model)
+    return model
+
+
+def shake(model: nn.Module) -> None:
+    """Move what starts at a special value: schedules, norms and λ."""
     advance(model, 3)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -71,7 +80,6 @@ def make_model(
                 parameter.add_(0.3 * torch.randn_like(parameter))
             elif "lambda_" in key and "proj" not in key:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
@@ -97,12 +105,30 @@ def oracle_of(
     **arguments: Any,
 ) -> Any:
     """Logits and effective maps of the oracle with this model's weights."""
+    state = {key: value.double() for key, value in model.state_dict().items()}
+    blocks = blocks_of(state, model.config.num_hidden_layers)
+    spec = spec_of(name, layout, state, base)
+    embedding, norm, head = (
+        state[key] for key in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+    )
+    return decoder(spec, embedding, blocks, norm, head, ids, **arguments)
+
+
+def spec_of(name: str, layout: str, state: dict[str, Tensor], base: float | Turning = 10_000.0) -> LayerSpec:
+    """What the oracle's layers are, for a model with these tensors."""
     attention, options = VARIANTS[name]
     heads, kv_heads = layout_of(name, layout)
-    state = {key: value.double() for key, value in model.state_dict().items()}
+    shares = {float(value) for key, value in state.items() if key.endswith("progress")} or {1.0}
+    (progress,) = shares
+    told = {**options, "progress": progress}
+    return LayerSpec(attention, heads, kv_heads, HEAD, base=base, options=told)
+
+
+def blocks_of(state: dict[str, Tensor], layers: int, stack: str = "model") -> list[dict[str, Tensor]]:
+    """The layers' weights under the oracle's names."""
     blocks = []
-    for index in range(model.config.num_hidden_layers):
-        prefix = f"model.layers.{index}."
+    for index in range(layers):
+        prefix = f"{stack}.layers.{index}."
         block = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         attention_part = {
             key.removeprefix("self_attn.").removeprefix("variant.").removesuffix(".weight"): value
@@ -110,21 +136,15 @@ def oracle_of(
             if key.startswith("self_attn.")
         }
         rest = {
-            "attention_norm": block["input_layernorm.weight"],
             "mlp_norm": block["post_attention_layernorm.weight"],
             "gate": block["mlp.gate_proj.weight"],
             "up": block["mlp.up_proj.weight"],
             "down": block["mlp.down_proj.weight"],
         }
+        if "input_layernorm.weight" in block:
+            rest["attention_norm"] = block["input_layernorm.weight"]
         blocks.append(attention_part | rest)
-    shares = {float(value) for key, value in state.items() if key.endswith("progress")} or {1.0}
-    (progress,) = shares
-    told = {**options, "progress": progress}
-    spec = LayerSpec(attention, heads, kv_heads, HEAD, base=base, options=told)
-    embedding, norm, head = (
-        state[key] for key in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
-    )
-    return decoder(spec, embedding, blocks, norm, head, ids, **arguments)
+    return blocks
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from clearhead.convert.run import convert
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
 from clearhead.models.autoload import FAMILIES, MODULE_FILE, auto_map, module_text
+from tests.contracts.encoder_cases import make_encoder
 from tests.evals import tiny
 
 AUTO_MAP = auto_map("clearhead")
@@ -75,6 +76,51 @@ def test_every_auto_class_and_a_pipeline_in_a_process_that_imports_nothing(tmp_p
     given = words("The grass", return_tensors="pt")["input_ids"]
     expected = words.decode(model.generate(given, max_new_tokens=4, do_sample=False)[0, given.shape[1] :])
     assert bytes(found["text"].tolist()).decode() == expected
+
+
+ENCODER_READER = """
+import sys, torch
+import transformers
+from safetensors.torch import load_file, save_file
+out, folder = sys.argv[1:]
+ids = load_file(out + "/ids.safetensors")["ids"]
+trust = {"trust_remote_code": True}
+assert not any(name.partition(".")[0] == "clearhead" for name in sys.modules)
+found = {}
+for name in ("Model", "ModelForMaskedLM"):
+    model = getattr(transformers, "Auto" + name).from_pretrained(folder, **trust)
+    with torch.no_grad():
+        found[name] = model(ids)[0].contiguous()
+for name in ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"):
+    model = getattr(transformers, "AutoModelFor" + name).from_pretrained(folder, **trust)
+    found[name] = model.head.dense.weight.detach().clone()
+    assert type(model).__name__ == "ClearheadEncoderFor" + name
+pipe = transformers.pipeline("fill-mask", model=folder, **trust)
+(best, *_) = pipe("The gr" + pipe.tokenizer.mask_token + "ss", top_k=3)
+found["token"] = torch.tensor([best["token"]])
+save_file(found, out + "/found.safetensors")
+"""
+
+
+@torch.no_grad()
+def test_every_auto_class_of_an_encoder_and_its_pipeline(tmp_path: Path) -> None:
+    words = tiny.tokenizer()
+    words.add_special_tokens({"mask_token": "<mask>"})
+    model = make_encoder("differential", vocab_size=len(words), pad_token_id=None)
+    saved = tiny.save(tmp_path / "saved", model, tokenizer=words)
+    ids = torch.tensor([[5, 9, 26, 33, 7]])
+    save_file({"ids": ids}, tmp_path / "ids.safetensors")
+    done = alone(ENCODER_READER, str(tmp_path), str(saved), HF_MODULES_CACHE=str(tmp_path / "m"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = load_file(tmp_path / "found.safetensors")
+    assert torch.equal(found["ModelForMaskedLM"], model(ids).logits)
+    assert torch.equal(found["Model"], model.model(ids).last_hidden_state)
+    for name in ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"):
+        assert torch.equal(found[name], model.head.dense.weight)
+    given = words("The gr<mask>ss", return_tensors="pt")["input_ids"]
+    (where,) = (given[0] == words.mask_token_id).nonzero().flatten().tolist()
+    assert found["token"].item() == model(given).logits[0, where].argmax().item()
+    assert (saved / MODULE_FILE).read_text() == module_text("clearhead_encoder")
 
 
 def test_the_module_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +189,7 @@ def test_tools_find_the_classes_by_name() -> None:
 
     held = clearhead.models.transformers
     # The two may differ: transformers makes its top module anew once its processors are loaded.
-    for auto, name in FAMILIES["clearhead"].items():
-        for module in (held, transformers):
-            assert getattr(module, name) is getattr(clearhead.models, name), auto
+    for classes in FAMILIES.values():
+        for auto, name in classes.items():
+            for module in (held, transformers):
+                assert getattr(module, name) is getattr(clearhead.models, name), auto

@@ -6,16 +6,23 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
 
 from clearhead.models import (
+    ClearheadEncoderForMultipleChoice,
+    ClearheadEncoderForQuestionAnswering,
+    ClearheadEncoderForSequenceClassification,
+    ClearheadEncoderForTokenClassification,
     ClearheadForQuestionAnswering,
     ClearheadForSequenceClassification,
     ClearheadForTokenClassification,
 )
+from tests.contracts.encoder_cases import encoder_config, make_encoder
 from tests.contracts.model_cases import VARIANTS, make_config, make_model, tokens
 from tests.contracts.support import distance
 
@@ -29,6 +36,13 @@ LABELS: dict[Any, dict[str, torch.Tensor]] = {
         "end_positions": IDS.argmax(-1),
     },
 }
+# The encoder's read the whole text: also a class by the first token, and which of three texts it is.
+LABELS |= {
+    ClearheadEncoderForSequenceClassification: {"labels": IDS[:, 0] % 3},
+    ClearheadEncoderForTokenClassification: {"labels": IDS.roll(-1, 1) % 3},
+    ClearheadEncoderForQuestionAnswering: LABELS[ClearheadForQuestionAnswering],
+    ClearheadEncoderForMultipleChoice: {"labels": torch.tensor([1, 0])},
+}
 each_head = pytest.mark.parametrize("head", LABELS)
 
 
@@ -36,12 +50,15 @@ each_head = pytest.mark.parametrize("head", LABELS)
 @pytest.mark.parametrize("name", ["softmax", "differential", "differential_v2_collinear"])
 def test_a_head_learns_and_its_gradient_reaches_all(head: Any, name: str) -> None:
     torch.manual_seed(0)
-    model = head(make_config(name, num_labels=3))
+    choices = head is ClearheadEncoderForMultipleChoice
+    config = encoder_config if "Encoder" in head.__name__ else make_config
+    model = head(config(name, num_labels=3))
     model.train()
+    given = IDS.view(2, 3, -1) if choices else IDS
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     losses = []
     for _ in range(25):
-        loss = model(input_ids=IDS, **LABELS[head]).loss
+        loss = model(input_ids=given, **LABELS[head]).loss
         optimizer.zero_grad()
         loss.backward()
         losses.append(float(loss.detach()))
@@ -74,20 +91,28 @@ def test_a_batch_without_a_padding_token_is_refused() -> None:
 
 
 @each_head
-def test_a_head_takes_the_decoder_of_a_language_model_and_gives_it_back(head: Any, tmp_path: Any) -> None:
-    language = make_model("differential", num_labels=3)
+def test_a_head_takes_the_layers_of_a_language_model_and_gives_them_back(head: Any, tmp_path: Any) -> None:
+    encoder = "Encoder" in head.__name__
+    language = (make_encoder if encoder else make_model)("differential", num_labels=3)
     language.save_pretrained(tmp_path / "language")
-    auto = {
-        ClearheadForSequenceClassification: AutoModelForSequenceClassification,
-        ClearheadForTokenClassification: AutoModelForTokenClassification,
-        ClearheadForQuestionAnswering: AutoModelForQuestionAnswering,
-    }[head]
+    (auto,) = (
+        auto
+        for auto in (
+            AutoModelForSequenceClassification,
+            AutoModelForTokenClassification,
+            AutoModelForQuestionAnswering,
+            AutoModelForMultipleChoice,
+        )
+        if head.__name__.endswith(auto.__name__.removeprefix("AutoModel"))
+    )
     model = auto.from_pretrained(tmp_path / "language")
     assert type(model) is head
     model.save_pretrained(tmp_path / "head")
     again = auto.from_pretrained(tmp_path / "head")
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
-    back = AutoModelForCausalLM.from_pretrained(tmp_path / "head")
+    if encoder:
+        assert torch.equal(model.head.dense.weight, language.head.dense.weight)
+    back = (AutoModelForMaskedLM if encoder else AutoModelForCausalLM).from_pretrained(tmp_path / "head")
     assert torch.equal(back.model.layers[1].mlp.up_proj.weight, language.model.layers[1].mlp.up_proj.weight)
 
 
@@ -97,5 +122,32 @@ def test_an_answer_is_where_its_logits_say() -> None:
     found = model(input_ids=IDS)
     states = model.model(input_ids=IDS).last_hidden_state
     expected = states @ model.qa_outputs.weight.T + model.qa_outputs.bias
+    assert distance(found.start_logits, expected[..., 0]) < 1e-10
+    assert distance(found.end_logits, expected[..., 1]) < 1e-10
+
+
+@torch.no_grad()
+def test_a_choice_is_the_text_that_is_judged_highest_wherever_it_stands() -> None:
+    model = ClearheadEncoderForMultipleChoice(encoder_config("differential")).double().eval()
+    texts = IDS.view(2, 3, -1)
+    mask = torch.ones_like(texts)
+    mask[:, 1, 3:] = 0
+    found = model(input_ids=texts, attention_mask=mask).logits
+    assert found.shape == (2, 3)
+    order = [2, 0, 1]
+    assert (
+        distance(model(input_ids=texts[:, order], attention_mask=mask[:, order]).logits, found[:, order])
+        < 1e-10
+    )
+    alone = model(input_ids=texts[:1, 1:2, :3]).logits
+    assert distance(alone[0, 0], found[0, 1]) < 1e-10
+
+
+@torch.no_grad()
+def test_an_answer_of_an_encoder_reads_the_prediction_head() -> None:
+    model = make_encoder("differential", dtype=torch.float64, head=ClearheadEncoderForQuestionAnswering)
+    found = model(input_ids=IDS)
+    states = model.head(model.model(input_ids=IDS).last_hidden_state)
+    expected = states @ model.classifier.weight.T + model.classifier.bias
     assert distance(found.start_logits, expected[..., 0]) < 1e-10
     assert distance(found.end_logits, expected[..., 1]) < 1e-10

@@ -45,13 +45,14 @@ class Tester:
     """What the common tests ask of a model: sizes as its attention maps have them, and inputs."""
 
     is_training = True
-    batch_size, seq_length = 13, 7
+    batch_size, seq_length, num_choices = 13, 7, 4
     num_hidden_layers, hidden_size, vocab_size, pad_token_id = 2, 32, 99, 0
 
     def __init__(
-        self, config_class: type, base: type, causal: type, attention_heads: int, **settings: Any
+        self, config_class: type, base: type, language: type, attention_heads: int, **settings: Any
     ) -> None:
-        self.config_class, self.base_model_class, self.causal_lm_class = config_class, base, causal
+        # Under this name the tests ask for whatever model has a head for tokens.
+        self.config_class, self.base_model_class, self.causal_lm_class = config_class, base, language
         self.num_attention_heads, self.settings = attention_heads, settings
 
     def get_config(self) -> Any:
@@ -70,6 +71,8 @@ class CommonTests(
 
     family = transformers
     prefix = "Llama"
+    language = "ForCausalLM"
+    heads: tuple[str, ...] = HEADS
     settings: dict[str, Any] = {}  # noqa: RUF012
     skipped: dict[str, str] = skips.EVERYWHERE
     model_tester: Any = None
@@ -86,11 +89,11 @@ class CommonTests(
     def setUp(self) -> None:
         config = self.named("Config")
         heads = SIZES["num_attention_heads"]
-        if config is ClearheadConfig:
+        if issubclass(config, ClearheadConfig):
             heads = config(**SIZES, **self.settings).make_variant(0).sizes.heads
-        base, causal = self.named("Model"), self.named("ForCausalLM")
-        self.model_tester = Tester(config, base, causal, heads, **self.settings)
-        self.all_model_classes = (base, causal, *(self.named(head) for head in HEADS))
+        base, language = self.named("Model"), self.named(self.language)
+        self.model_tester = Tester(config, base, language, heads, **self.settings)
+        self.all_model_classes = (base, language, *(self.named(head) for head in self.heads))
         sizes = {name: size for name, size in SIZES.items() if name != "num_labels"}
         self.config_tester = ConfigTester(self, config_class=config, **sizes)
 

@@ -27,3 +27,6 @@ WITHOUT_ANGLES: dict[str, str] = {
     f"test_model_rope_scaling_from_config_{kind}": "there are no angles to scale, and a scaling is refused"
     for kind in ("0_linear", "2_yarn")
 }
+
+BERT: dict[str, str] = {}
+MODERNBERT: dict[str, str] = {}

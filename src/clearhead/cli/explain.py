@@ -114,7 +114,10 @@ def _explain_devices(
 
     if subject.suffix != ".toml":
         raise ValueError(f"--on is for recipes, which say how a model is trained; {str(subject)!r} is none")
-    print_footprint(models, load_recipe(subject, overrides), on, sharding, rows, length)
+    recipe = load_recipe(subject, overrides)
+    if recipe.task != "causal":
+        raise ValueError(f'--on knows causal language models; {str(subject)!r} has task = "{recipe.task}"')
+    print_footprint(models, recipe, on, sharding, rows, length)
     Console(highlight=False, soft_wrap=True).print("", _cost_table(costs, length))
 
 
@@ -159,6 +162,7 @@ def _line(found: Mapping[str, Any]) -> str:
 
 def cautions(config: "ClearheadConfig") -> list[str]:
     """What speaks against taking a comparison with this model for more than it is, in clauses."""
+    from clearhead.models.encoder_config import ClearheadEncoderConfig
     from clearhead.models.start import standard_deviation
 
     found = []
@@ -181,14 +185,18 @@ def cautions(config: "ClearheadConfig") -> list[str]:
             f"initializer_range {config.initializer_range:g} is small for a width of {config.hidden_size}: a recipe "
             f"that does not set it takes {usual:.2g}"
         )
+    if isinstance(config, ClearheadEncoderConfig) and config.mirrored:
+        found.append(
+            "all of its layers' logits are even in the distance between tokens, so it cannot tell what stands before a "
+            "token from what stands behind it; one layer of softmax or slack with rope could"
+        )
     return list(dict.fromkeys(found))
 
 
 def _models(subject: Path, overrides: list[str], arm: str | None) -> "tuple[dict[str, ClearheadConfig], int]":
     """Configurations by name, and the row length they are trained with."""
     if subject.suffix == ".toml":
-        from clearhead.models import ClearheadConfig
-        from clearhead.models.start import with_defaults
+        from clearhead.models.tasks import task_of
         from clearhead.runs.recipe import FROM
         from clearhead.runs.recipe_io import load_recipe
         from clearhead.train.comparison import check_models
@@ -202,20 +210,17 @@ def _models(subject: Path, overrides: list[str], arm: str | None) -> "tuple[dict
             return {
                 found.name: begun_config(recipe, found, recipe.seeds[0]) for found in arms
             }, recipe.data.length
-        vocabulary = recipe.tokenizer.vocab_size
+        task = task_of(recipe.task)
         return {
-            found.name: ClearheadConfig(
-                vocab_size=vocabulary, **with_defaults(recipe.model_of(found), recipe.data.length)
-            )
-            for found in arms
+            found.name: task.planned(recipe, recipe.model_of(found)) for found in arms
         }, recipe.data.length
     from transformers import AutoConfig
 
-    import clearhead.models  # noqa: F401  registers the family with the Auto classes
     from clearhead.cli.models import model_directory
+    from clearhead.models import ClearheadConfig
 
     config = AutoConfig.from_pretrained(model_directory(subject))
-    if config.model_type != "clearhead":
+    if not isinstance(config, ClearheadConfig):
         raise ValueError(
             f"{str(subject)!r} is a {config.model_type!r} model; explain knows clearhead models and recipes"
         )
@@ -304,13 +309,21 @@ def _problems(
         )
 
     slopes = config.make_positions()[kind.position].slopes(variant.sizes.heads)
-    causal = MaskSpec(is_causal=True, slopes=slopes, window=kind.window)
-    documents = replace(causal, documents=torch.zeros(1, length, dtype=torch.long, device="meta"))
+    plain = MaskSpec(is_causal=config.causal, slopes=slopes, window=kind.window)
+    documents = replace(plain, documents=torch.zeros(1, length, dtype=torch.long, device="meta"))
+    if not config.causal:
+        padding = torch.zeros(1, length, dtype=torch.bool, device="meta")
+        return {
+            f"training on packed rows of {length} tokens": problem(length, documents, training=True),
+            f"reading texts of {length} tokens": problem(length, plain),
+            f"reading texts padded to {length} tokens": problem(length, replace(plain, key_padding=padding)),
+            "looking at attention maps": problem(length, plain, maps=True),
+        }
     return {
         f"training on packed rows of {length} tokens": problem(length, documents, training=True),
-        f"reading a prompt of {length} tokens": problem(length, causal),
-        f"generating token {length} from the cache": problem(1, causal),
-        "looking at attention maps": problem(length, causal, maps=True),
+        f"reading a prompt of {length} tokens": problem(length, plain),
+        f"generating token {length} from the cache": problem(1, plain),
+        "looking at attention maps": problem(length, plain, maps=True),
     }
 
 

@@ -28,14 +28,17 @@ def forward_flops_per_token(config: ClearheadConfig, context: int) -> int:
     """Floating-point operations of a forward pass per token, averaged over the tokens of one row of `context` tokens.
 
     Two for every weight of a matrix product, 2·D + 2·E for every query head of every stream and visible key, and what
-    the variant says of its own (`Variant.flops_per_token`: V2's λ projection); token i sees i + 1 keys, or its layer's
-    window. Norms, rotations and activations are left out. This is the cost of the mechanism: a lowering that computes
-    scores more than once (FlashDiffAttn_2) pays more. Training costs three times a forward pass.
+    the variant says of its own (`Variant.flops_per_token`: V2's λ projection); token i sees i + 1 keys, in an encoder
+    all of the row, or its layer's window. An encoder's head for masked tokens is counted for every token. Norms,
+    rotations and activations are left out. This is the cost of the mechanism: a lowering that computes scores more than
+    once (FlashDiffAttn_2) pays more. Training costs three times a forward pass.
     """
     assert config.intermediate_size is not None
     total = 2.0 * config.hidden_size * config.vocab_size
+    if not config.causal:
+        total += 2.0 * config.hidden_size**2
     for kind, variant in _by_layer(config):
-        mean_keys = mean_visible(context, kind.window)
+        mean_keys = mean_visible(context, kind.window, config.causal)
         sizes = variant.sizes
         projections = config.hidden_size * (sizes.q + sizes.k + sizes.v + sizes.o)
         gated = 3 * config.hidden_size * config.intermediate_size
@@ -44,10 +47,12 @@ def forward_flops_per_token(config: ClearheadConfig, context: int) -> int:
     return round(total)
 
 
-def mean_visible(context: int, window: int | None) -> float:
-    """Keys that a token sees under a causal mask, averaged over a row of `context` tokens."""
+def mean_visible(context: int, window: int | None, causal: bool = True) -> float:
+    """Keys that a token sees, averaged over a row of `context` tokens: up to its own, or to both sides."""
     seen = context if window is None else min(window, context)
-    return (seen * (seen + 1) / 2 + (context - seen) * seen) / context
+    behind = (seen * (seen + 1) / 2 + (context - seen) * seen) / context
+    # Its own key is seen from neither side.
+    return behind if causal else 2 * behind - 1
 
 
 def kv_bytes_per_token(config: ClearheadConfig, dtype: torch.dtype) -> int:
@@ -59,7 +64,12 @@ def kv_bytes_per_token(config: ClearheadConfig, dtype: torch.dtype) -> int:
 
 
 def kv_bytes(config: ClearheadConfig, context: int, dtype: torch.dtype) -> int:
-    """Bytes of a key-value cache of `context` tokens, one row; a layer with a window w keeps w − 1 of them at most."""
+    """Bytes of a key-value cache of `context` tokens, one row; a layer with a window w keeps w − 1 of them at most.
+
+    An encoder has no cache: 0.
+    """
+    if not config.causal:
+        return 0
     numbers = 0
     for kind, variant in _by_layer(config):
         sizes = variant.sizes

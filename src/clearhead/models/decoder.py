@@ -17,7 +17,6 @@ from clearhead.models.config import ClearheadConfig
 from clearhead.models.forward_inputs import Given
 from clearhead.models.kinds import CacheSizes
 from clearhead.models.serving import is_served
-from clearhead.models.shared import Shared
 from clearhead.models.stack import ClearheadStack
 
 

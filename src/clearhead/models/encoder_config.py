@@ -20,7 +20,7 @@ class ClearheadEncoderConfig(ClearheadConfig):
 
     position:           rope or alibi (by |m − n|). Refused: what is defined for causal attention alone (xpos), and
         "nope" in every layer, which would leave a text without order; in some layers it may be.
-    sliding_window:     a query sees keys fewer than so many tokens away, on either side: 2 · sliding_window − 1 of them.
+    sliding_window:     a query sees keys fewer than so many tokens away on either side, 2 · sliding_window − 1 in all;
         ModernBERT's local_attention = 128 is sliding_window = 65 here.
     layers:             as there; ModernBERT's pattern is [{}, {"sliding_window": 65}, {"sliding_window": 65}].
     tie_word_embeddings: the head for masked tokens has the embedding's matrix, by default, as in ModernBERT.
@@ -70,3 +70,18 @@ class ClearheadEncoderConfig(ClearheadConfig):
                 'position "nope" in every layer leaves an encoder without the order of its tokens: only a causal mask '
                 "would tell it; give some layers another position"
             )
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether a text read backwards gives the same outputs backwards: nothing tells before from behind.
+
+        So it is where every layer's logits are even in the distance: collinear attention that is exact or strict, whose
+        angles start at zero for every pair, and any attention under ALiBi's |m − n| or without a position.
+        """
+        kinds = self.layer_kinds
+        for kind in dict.fromkeys(kinds):
+            placement = self.make_variant(kinds.index(kind)).placement
+            even = placement is not None and placement.mode != "slack"
+            if resolve("positions", kind.position).rotates and not even:
+                return False
+        return True

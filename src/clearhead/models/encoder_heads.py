@@ -21,6 +21,11 @@ from clearhead.models.encoder import ClearheadEncoderModel, ClearheadEncoderPreT
 from clearhead.models.encoder_config import ClearheadEncoderConfig
 from clearhead.models.pooling import pool
 
+_PIPELINE = {
+    "head": (["hidden_states"], ["hidden_states"]),
+    "lm_head": (["hidden_states"], ["logits"]),
+}
+
 
 class PredictionHead(nn.Module):
     """RMSNorm(gelu(W x)), what stands before the last matrix of every head, as in ModernBERT.
@@ -43,6 +48,9 @@ class ClearheadForMaskedLM(ClearheadEncoderPreTrainedModel):
 
     # The loss divides by `num_items_in_batch`, so Trainer's gradient accumulation and averaging over devices are exact.
     accepts_loss_kwargs = True
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan: Any = _PIPELINE
+    _fsdp_plan = dict.fromkeys(_PIPELINE, "keep_full_weight")
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: ClearheadEncoderConfig) -> None:
@@ -85,15 +93,17 @@ class ClearheadForMaskedLM(ClearheadEncoderPreTrainedModel):
 
 
 class _Classifier(ClearheadEncoderPreTrainedModel):
-    """An encoder, the prediction head, dropout and one last matrix with `outputs` rows."""
+    """An encoder, the prediction head, dropout and one last matrix of `outputs` rows, by default one a label."""
 
-    def __init__(self, config: ClearheadEncoderConfig, outputs: int) -> None:
+    def __init__(self, config: ClearheadEncoderConfig, outputs: int | None = None) -> None:
         super().__init__(config)
-        self.num_labels = outputs
+        rows = config.num_labels if outputs is None else outputs
+        assert rows is not None
+        self.num_labels = rows
         self.model = ClearheadEncoderModel(config)
         self.head = PredictionHead(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, outputs)
+        self.classifier = nn.Linear(config.hidden_size, rows)
         self.post_init()
 
     def _judge(self, states: Tensor) -> Tensor:
@@ -107,9 +117,6 @@ class ClearheadEncoderForSequenceClassification(_Classifier):
     They read the mean of the text's tokens, or its first one: `config.classifier_pooling`. labels (B,): classes;
     floating point for one label (squared error); (B, num_labels) floating point for several at once.
     """
-
-    def __init__(self, config: ClearheadEncoderConfig) -> None:
-        super().__init__(config, config.num_labels)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -138,9 +145,6 @@ class ClearheadEncoderForSequenceClassification(_Classifier):
 
 class ClearheadEncoderForTokenClassification(_Classifier):
     """One of `config.num_labels` classes for each token: logits (B, L, num_labels). labels (B, L): −100 is ignored."""
-
-    def __init__(self, config: ClearheadEncoderConfig) -> None:
-        super().__init__(config, config.num_labels)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(

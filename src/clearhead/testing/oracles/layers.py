@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .alibi import slope
 from .collinear import collinear_map, collinear_t
 from .differential import differential_map, finish, lambda_init, lambda_value
 from .differential_collinear import differential_collinear_map
@@ -106,6 +107,15 @@ def finished(spec: LayerSpec, weights: dict[str, Tensor], out: Tensor) -> Tensor
     return out
 
 
+def distance_bias(spec: LayerSpec, positions: Tensor, context_positions: Tensor) -> Tensor:
+    """(B, H, L, S): −slope_h · |m − n|, ALiBi's, for the heads of the output."""
+    paired = spec.attention in ("differential", "differential_collinear")
+    paired = paired and spec.options.get("values", "paired") == "paired"
+    heads = spec.heads // 2 if paired else spec.heads
+    away = (positions[:, :, None] - context_positions[:, None, :]).abs().double()
+    return torch.stack([-slope(head, heads) * away for head in range(heads)], dim=1)
+
+
 def layer(
     spec: LayerSpec,
     weights: dict[str, Tensor],
@@ -146,11 +156,11 @@ def layer(
     v1 = spec.attention in ("differential", "differential_collinear")
     paired = v1 and spec.options.get("values", "paired") == "paired"
     v = heads_of(source, weights["v_proj"], 2 * d if paired else d)
-    if spec.position == "rope":
-        if "collinear" not in spec.attention:
-            q, k = rotate(q, positions, spec.base), rotate(k, context_positions, spec.base)
-    else:
-        assert spec.position == "nope"
+    if spec.position == "rope" and "collinear" not in spec.attention:
+        q, k = rotate(q, positions, spec.base), rotate(k, context_positions, spec.base)
+    bias = distance_bias(spec, positions, context_positions) if spec.position == "alibi" else None
+    if spec.position != "rope":
+        assert spec.position in ("alibi", "nope")
         positions, context_positions = torch.zeros(B, L), torch.zeros(B, S)
 
     t = collinear_t(k, spec.options.get("activation", "relu"))
@@ -158,7 +168,7 @@ def layer(
     lam = lambda_of(spec, weights, x)
 
     if spec.attention in ("softmax", "dex"):
-        weights_map = attention_map(q, k, allowed=see.expand(B, spec.heads, L, S))
+        weights_map = attention_map(q, k, allowed=see.expand(B, spec.heads, L, S), bias=bias)
     elif spec.attention == "collinear":
         weights_map = collinear_map(
             q, t, mode, positions, context_positions, allowed=see.expand(B, spec.heads, L, S), base=spec.base
@@ -169,7 +179,7 @@ def layer(
         )
     else:
         assert spec.attention in ("differential", "differential_v2", "diff_lora")
-        weights_map = differential_map(q, k, v.shape[1], lam, allowed=see)
+        weights_map = differential_map(q, k, v.shape[1], lam, allowed=see, bias=bias)
 
     out = finished(spec, weights, apply_map(weights_map, v))
     return torch.einsum("bli,oi->blo", merge(out), weights["o_proj"]), weights_map

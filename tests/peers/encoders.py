@@ -1,0 +1,61 @@
+"""The common model tests of transformers on the encoders, with its own BERT and ModernBERT as controls.
+
+`make test-peers` runs this file beside `common`; the suite does not.
+"""
+
+import unittest
+from typing import Any
+
+import clearhead.models
+from tests.peers import skips
+from tests.peers.common import HEADS, CommonTests
+
+
+class EncoderTests(CommonTests):
+    """One class of tests of encoders; subclasses say which model."""
+
+    prefix = "Bert"
+    language = "ForMaskedLM"
+    heads = (*HEADS, "ForMultipleChoice")
+
+
+class TestBert(EncoderTests, unittest.TestCase):
+    skipped = skips.EVERYWHERE | skips.BERT
+
+
+class TestModernBert(EncoderTests, unittest.TestCase):
+    prefix = "ModernBert"
+    skipped = skips.EVERYWHERE | skips.MODERNBERT
+
+
+class OurEncoders(EncoderTests):
+    family = clearhead.models
+    skipped = skips.EVERYWHERE | skips.OURS
+
+    @classmethod
+    def named(cls, suffix: str) -> type:
+        found: type = getattr(cls.family, f"Clearhead{'' if suffix == cls.language else 'Encoder'}{suffix}")
+        return found
+
+    def _get_tp_config(self, tie_word_embeddings: bool | None = None) -> Any:
+        config = super()._get_tp_config(tie_word_embeddings)
+        # V1 pairs the twin's heads: of two key-value heads it would have one, and two ranks need one each.
+        config.num_key_value_heads = 4
+        return config
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "Softmax": {"attention": "softmax"},
+    "Differential": {"attention": "differential"},
+    "DifferentialV2": {"attention": "differential_v2"},
+    "Collinear": {"attention": "collinear"},
+    "CollinearSlack": {"attention": "collinear", "attention_options": {"mode": "slack"}},
+    "DifferentialCollinear": {"attention": "differential_collinear"},
+    "DifferentialV2Collinear": {"attention": "differential_v2_collinear"},
+    "DifferentialAlibi": {"attention": "differential", "position": "alibi"},
+    "DifferentialWindow": {"attention": "differential", "layers": [{}, {"sliding_window": 3}]},
+}
+for _name, _settings in CASES.items():
+    _skipped = OurEncoders.skipped | (skips.WITHOUT_ANGLES if "position" in _settings else {})
+    _members = {"settings": _settings, "skipped": _skipped}
+    globals()[f"TestEncoder{_name}"] = type(f"TestEncoder{_name}", (OurEncoders, unittest.TestCase), _members)
