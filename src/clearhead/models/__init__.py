@@ -1,4 +1,4 @@
-"""Hugging Face models: decoders and encoders, every variant.
+"""Hugging Face models: decoders, encoders and both together, every variant.
 
 Importing this module registers them with the Auto classes, and by name in the tables that Trainer (label smoothing),
 pipelines and lm-evaluation-harness look a class up in, and in the namespace of transformers, where `transformers serve`
@@ -37,6 +37,8 @@ from clearhead.models.heads import (
     ClearheadForTokenClassification,
 )
 from clearhead.models.quantised_cache import QuantisedCache
+from clearhead.models.seq2seq import ClearheadForConditionalGeneration, ClearheadSeq2SeqModel
+from clearhead.models.seq2seq_config import ClearheadSeq2SeqConfig
 
 __all__ = [
     "ClearheadConfig",
@@ -47,11 +49,14 @@ __all__ = [
     "ClearheadEncoderForTokenClassification",
     "ClearheadEncoderModel",
     "ClearheadForCausalLM",
+    "ClearheadForConditionalGeneration",
     "ClearheadForMaskedLM",
     "ClearheadForQuestionAnswering",
     "ClearheadForSequenceClassification",
     "ClearheadForTokenClassification",
     "ClearheadModel",
+    "ClearheadSeq2SeqConfig",
+    "ClearheadSeq2SeqModel",
     "EvictingCache",
     "QuantisedCache",
 ]
@@ -61,6 +66,7 @@ _NAMES: dict[str, Any] = {
     "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,

@@ -28,6 +28,11 @@ FAMILIES = {
         "AutoModelForQuestionAnswering": "ClearheadEncoderForQuestionAnswering",
         "AutoModelForMultipleChoice": "ClearheadEncoderForMultipleChoice",
     },
+    "clearhead_seq2seq": {
+        "AutoConfig": "ClearheadSeq2SeqConfig",
+        "AutoModel": "ClearheadSeq2SeqModel",
+        "AutoModelForSeq2SeqLM": "ClearheadForConditionalGeneration",
+    },
 }
 MODULE = "modeling_clearhead"
 MODULE_FILE = f"{MODULE}.py"

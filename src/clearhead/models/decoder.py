@@ -81,7 +81,7 @@ class ClearheadModel(ClearheadStack):
             shared = self._share_with_server(inputs_embeds, given, asked.maps)
             handed = {**kwargs, "position_ids": position_ids}
         else:
-            shared = self._share(inputs_embeds, given, asked.maps)
+            shared = self._share(inputs_embeds, given, self._placed(inputs_embeds, given), asked.maps)
 
         hidden_states, states, maps = self._through(
             inputs_embeds, shared, asked, past_key_values=past_key_values, **handed

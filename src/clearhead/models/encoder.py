@@ -76,7 +76,7 @@ class ClearheadEncoderModel(ClearheadEncoderPreTrainedModel, ClearheadStack):
             shared = self._share_with_server(states, given, asked.maps)
             handed = {**kwargs, "position_ids": position_ids}
         else:
-            shared = self._share(states, given, asked.maps)
+            shared = self._share(states, given, self._placed(states, given), asked.maps)
         last, all_states, maps = self._through(states, shared, asked, **handed)
         return BaseModelOutput(last_hidden_state=last, hidden_states=all_states, attentions=maps)
 

@@ -5,7 +5,7 @@ Legend: B batch, S keys.
 
 from abc import ABC, abstractmethod
 from functools import wraps
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +22,9 @@ from clearhead.positions.length import check_cached_length, check_given_length, 
 
 class ClearheadGeneration(GenerationMixin, ABC):
     """Hooks of Hugging Face's `generate`, which itself is not overridden."""
+
+    # What a forward pass calls the length of a request.
+    rope_length_name: ClassVar[str] = "rope_length"
 
     @abstractmethod
     def position_methods(self) -> dict[str, Position]:
@@ -129,11 +132,15 @@ class ClearheadGeneration(GenerationMixin, ABC):
         if not depends_on_length(methods):
             return
         new: int = generation_config._max_new_tokens  # type: ignore[attr-defined]
-        positions = model_kwargs["position_ids"]
-        lengths = positions.amax(dim=1) + 1 + new
-        given = model_kwargs.get("rope_length")
+        lengths = self._tokens_so_far(generation_config, model_kwargs) + new
+        given = model_kwargs.get(self.rope_length_name)
         if given is not None:
-            check_given_length(given_length(given, positions.shape[0], positions.device), lengths[:, None])
+            check_given_length(given_length(given, len(lengths), lengths.device), lengths[:, None])
             return
         check_cached_length(shortest_trained_length(methods), filled, int(lengths.max()))
-        model_kwargs["rope_length"] = lengths
+        model_kwargs[self.rope_length_name] = lengths
+
+    def _tokens_so_far(self, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> Tensor:
+        """(B,): real tokens of each row before the first new one."""
+        positions: Tensor = model_kwargs["position_ids"]
+        return positions.amax(dim=1) + 1

@@ -19,6 +19,7 @@ from clearhead.models.blocks import ClearheadLayer
 from clearhead.models.config import AUTOMATIC, ClearheadConfig
 from clearhead.models.forward_inputs import (
     Given,
+    Placed,
     key_positions,
     place,
     request_lengths,
@@ -123,23 +124,29 @@ class ClearheadStack(ClearheadPreTrainedModel):
             maps if asked.maps else None,
         )
 
-    def _share(self, inputs_embeds: Tensor, given: Given, output_attentions: bool) -> dict[int, Shared]:
+    def _placed(self, inputs_embeds: Tensor, given: Given) -> Placed:
+        """Where the tokens of a forward pass stand, and what each may see."""
+        batch, queries = inputs_embeds.shape[:2]
+        return place(
+            inputs_embeds,
+            given.attention_mask,
+            given.position_ids,
+            given.cache,
+            packed_numbers(given.kwargs, batch, queries),
+            distances=any(method.slopes(1) is not None for method in self.position_methods().values()),
+            layer=self._widest,
+            causal=self.config.causal,
+        )
+
+    def _share(
+        self, inputs_embeds: Tensor, given: Given, placed: Placed, output_attentions: bool
+    ) -> dict[int, Shared]:
         """What the layers of a kind are handed, by the first layer of the kind: made once a pass."""
         methods, (batch, queries) = self.position_methods(), inputs_embeds.shape[:2]
         kinds = {layer: self.kinds[layer] for layer in dict.fromkeys(self._alike.values())}
         slopes = {
             layer: _slopes(methods[kind.position], self._variant(layer)) for layer, kind in kinds.items()
         }
-        placed = place(
-            inputs_embeds,
-            given.attention_mask,
-            given.position_ids,
-            given.cache,
-            packed_numbers(given.kwargs, batch, queries),
-            distances=any(found is not None for found in slopes.values()),
-            layer=self._widest,
-            causal=self.config.causal,
-        )
         length = request_lengths(methods.values(), given.rope_length, placed, batch, given.cache)
         if length is not None and not given.told and not self.training:
             warn_of_unknown_lengths(shortest_trained_length(methods.values()), batch, placed.keys)
@@ -170,7 +177,8 @@ class ClearheadStack(ClearheadPreTrainedModel):
                 if partial:
                     mask = seen.of(mask, 0 if placed.past is None else placed.past, kind.window)
                 bits = held_bits(given.cache, layer)
-                plans[asked] = self._plan(inputs_embeds, layer, mask, seen.count, output_attentions, bits)
+                variant = self._variant(layer)
+                plans[asked] = self._plan(variant, inputs_embeds, mask, seen.count, output_attentions, bits)
             table = self._table(layer, rotations[turned], inputs_embeds) if compact else None
             shared[layer] = Shared(inputs_embeds.device, rotations[turned], plans[asked], table)
         return shared
@@ -213,14 +221,16 @@ class ClearheadStack(ClearheadPreTrainedModel):
 
     def _plan(
         self,
+        variant: Variant,
         inputs_embeds: Tensor,
-        layer: int,
         mask: MaskSpec,
         keys: int,
         output_attentions: bool,
-        bits: int | None,
+        bits: int | None = None,
+        source: Tensor | None = None,
     ) -> Plans:
-        variant = self._variant(layer)
+        """For layers of this variant. source: what keys and values are made of, where that is not the layer's input."""
+        inputs = [inputs_embeds] if source is None else [inputs_embeds, source]
         problem = AttentionProblem.of_widths(
             variant.sizes,
             queries=inputs_embeds.shape[1],
@@ -230,7 +240,7 @@ class ClearheadStack(ClearheadPreTrainedModel):
             dtype=self._compute_dtype(inputs_embeds),
             device=inputs_embeds.device,
             needs_grad=torch.is_grad_enabled()
-            and (inputs_embeds.requires_grad or any(p.requires_grad for p in self.parameters())),
+            and any(t.requires_grad for t in (*inputs, *self.parameters())),
             needs_maps=output_attentions,
             held_bits=bits,
         )

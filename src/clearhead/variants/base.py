@@ -32,6 +32,8 @@ class Variant(nn.Module, ABC):
     """
 
     needs_rotation: ClassVar[bool] = False
+    # The variant that it is where nothing is turned; None for one that stays itself.
+    without_angles: ClassVar[str | None] = None
     # What a fused kernel may take `mix` for: "single", "difference" or "other". A class that has a `mix` of its own and
     # does not say that it is one of the first two computes something that no kernel knows.
     mixing: ClassVar[Mixing] = "single"

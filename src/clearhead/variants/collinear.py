@@ -34,6 +34,7 @@ class Collinear(Variant):
     """
 
     needs_rotation = True
+    without_angles = "softmax"
     # t is made of a key head's own projection.
     tensor_parallel: ClassVar[Mapping[str, str] | None] = {}
     placement: CollinearPlacement

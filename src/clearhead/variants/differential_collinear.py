@@ -28,6 +28,7 @@ class DifferentialCollinear(Differential):
     """
 
     needs_rotation = True
+    without_angles = "differential"
     placement: CollinearPlacement
 
     def __init__(
@@ -69,6 +70,7 @@ class DifferentialV2Collinear(DifferentialV2):
     """
 
     needs_rotation = True
+    without_angles = "differential_v2"
     placement: CollinearPlacement
 
     def __init__(self, shape: HeadShape, *, mode: Mode = "exact", activation: Activation = "relu") -> None:
