@@ -53,6 +53,7 @@ EVALUATIONS = {
     "language_modelling": "clearhead.evals.text.language_modelling:LanguageModelling",
     "masked_language_modelling": "clearhead.evals.text.masked_language_modelling:MaskedLanguageModelling",
     "masked_by_length": "clearhead.evals.text.masked_by_length:MaskedByLength",
+    "target_modelling": "clearhead.evals.text.target_modelling:TargetModelling",
     "classification": "clearhead.evals.text.classification:Classification",
     "loss_by_position": "clearhead.evals.text.loss_by_position:LossByPosition",
     "needles": "clearhead.evals.retrieval.needles:Needles",

@@ -79,15 +79,19 @@ def command(
         return
     plans = {
         name: {
-            title: {
+            f"{side}{title}": {
                 situation: _plans(replace(problem, capability=capability))
-                for situation, problem in _problems(config, layer, length, place, floats[dtype]).items()
+                for situation, problem in _problems(part, layer, length, place, floats[dtype]).items()
             }
-            for layer, title in _kinds(config).items()
+            for side, part in _sides(config).items()
+            for layer, title in _kinds(part).items()
         }
         for name, config in models.items()
     }
-    cautioned = {name: cautions(config) for name, config in models.items()}
+    cautioned = {
+        name: [caution for part in _sides(config).values() for caution in cautions(part)]
+        for name, config in models.items()
+    }
     kernel = _cpu_kernel() if place.type == "cpu" else None
     if as_json:
         print_json({"tokens": length, "dtype": dtype, "device": device, "cpu_kernel": kernel,
@@ -217,10 +221,10 @@ def _models(subject: Path, overrides: list[str], arm: str | None) -> "tuple[dict
     from transformers import AutoConfig
 
     from clearhead.cli.models import model_directory
-    from clearhead.models import ClearheadConfig
+    from clearhead.models.autoload import FAMILIES
 
-    config = AutoConfig.from_pretrained(model_directory(subject))
-    if not isinstance(config, ClearheadConfig):
+    config: Any = AutoConfig.from_pretrained(model_directory(subject))
+    if config.model_type not in FAMILIES:
         raise ValueError(
             f"{str(subject)!r} is a {config.model_type!r} model; explain knows clearhead models and recipes"
         )
@@ -258,6 +262,14 @@ def _cost_table(costs: Costs, length: int) -> object:
         count, *others = found.values()
         table.add_row(escape(name), f"{count:,}", f"{count - first:+,}", *(f"{other:,}" for other in others))
     return table
+
+
+def _sides(config: Any) -> "dict[str, ClearheadConfig]":
+    """The stacks of a model, by what their attention is headed with; cross-attention has no plan of its own here."""
+    if not config.is_encoder_decoder:
+        return {"": config}
+    encoder, decoder = config.sides
+    return {"encoder: ": encoder, "decoder: ": decoder}
 
 
 def _kinds(config: "ClearheadConfig") -> dict[int, str]:

@@ -173,9 +173,10 @@ def check_task(task: TaskName, data: Data) -> None:
     own = {"needle_share", "pair_share", "pairs_first", "instructions", "needles"}
     if task != "causal" and (given := sorted(own & data.model_fields_set - _default_keys(data))):
         raise ValueError(f"{here} has no rows of data.{given[0]}, which is causal's: leave it out")
-    if task in FROM_EXAMPLES and data.examples.source is None:
-        what = "a text and its label" if task == "classify" else "a source and a target"
-        raise ValueError(f"{here} needs data.examples.source: JSON lines or a CSV file with {what} a line")
+    if task == "classify" and data.examples.source is None:
+        raise ValueError(
+            f"{here} needs data.examples.source: JSON lines or a CSV file with a text and its label a line"
+        )
     if task not in FROM_EXAMPLES and data.examples != ExampleOptions():
         raise ValueError(f"{here} does not read data.examples: leave it out, or set task to one of "
                          f"{', '.join(FROM_EXAMPLES)}")  # fmt: skip

@@ -158,9 +158,9 @@ class AnomalousCases(LengthEvaluation[AnomalousCasesConfig, AnomalousCasesResult
             tables=[_table(values)],
             notes=[
                 f"{first.n} documents of {first.length} tokens, keys up to {first.near} tokens {sides}; a key is "
-                "moved one token further away and the score compared. (a) and (d) are the anomalous cases of the CoCA paper, "
-                "shares of the weight |q||k| of rotary pairs; random vectors give 1/2 for their sum and for rising "
-                "scores. Intervals: bootstrap over documents or Student's t over seeds, the wider.",
+                "moved one token further away and the score compared. (a) and (d) are the anomalous cases of the CoCA "
+                "paper, shares of the weight |q||k| of rotary pairs; random vectors give 1/2 for their sum and for "
+                "rising scores. Intervals: bootstrap over documents or Student's t over seeds, the wider.",
                 *run.skipped(self.name),
             ],
         )

@@ -7,31 +7,27 @@ label that neither stands there nor is given is left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
 from clearhead.analysis.comparison import compare
 from clearhead.analysis.sections import Section, SectionTable
 from clearhead.analysis.statistics import student_interval
-from clearhead.data.examples import encoded, padded
 from clearhead.evals.asking.running import batches, inference
 from clearhead.evals.cells import LengthEvaluation, TextLength
 from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
 from clearhead.evals.reasons import Unmeasured
 from clearhead.evals.subject import Subject
+from clearhead.models.tasks import collate
 from clearhead.runs.results import RunResults
 
 
 class ClassificationConfig(EvaluationConfig):
-    """length: tokens of a text at most (default: the training length)."""
+    """max_examples: held-out ones at most."""
 
-    length: int | None = Field(default=None, ge=4)
-    batch_tokens: int = Field(default=8192, ge=1)
+    max_examples: int = Field(default=10_000, ge=1)
+    batch: int = Field(default=64, ge=1)
 
 
 class ClassificationResult(EvaluationResult):
@@ -53,44 +49,30 @@ class Classification(LengthEvaluation[ClassificationConfig, ClassificationResult
     Result = ClassificationResult
 
     def length(self, subject: Subject, config: ClassificationConfig) -> int:
-        return config.length or subject.training_length or 256
+        return subject.training_length or 256
 
     def measure(
         self, subject: Subject, config: ClassificationConfig, cell: TextLength
     ) -> ClassificationResult:
-        pairs, labels = subject.examples()
-        if not pairs:
+        rows = subject.held_out(config.max_examples)
+        if not rows:
             raise Unmeasured("the training held out no examples")
-        number = {label: i for i, label in enumerate(labels)}
-        truth = np.array([number[pair.target] for pair in pairs])
-        tokenizer: Any = subject.tokenizer
-        texts = encoded(tokenizer, [pair.text for pair in pairs], cell.tokens)
-        given = self._given(subject, texts, cell.tokens, config.batch_tokens)
+        truth, given = [], []
+        with inference(subject.model, length=cell.tokens):
+            for span in batches(len(rows), config.batch):
+                batch = collate([rows[i] for i in span])
+                truth += batch.pop("labels").tolist()
+                inputs = {key: value.to(subject.device) for key, value in batch.items()}
+                given += subject.model(**inputs).logits.argmax(-1).tolist()
         return ClassificationResult(
-            accuracy=float((truth == given).mean()),
-            macro_f1=macro_f1(truth, given),
+            accuracy=float(np.equal(truth, given).mean()),
+            macro_f1=macro_f1(np.array(truth), np.array(given)),
             chance=float(np.bincount(truth).max() / len(truth)),
             n=len(truth),
-            labels=list(labels),
-            truth=truth.tolist(),
-            given=given.tolist(),
+            labels=list(subject.labels),
+            truth=truth,
+            given=given,
         )
-
-    def _given(
-        self, subject: Subject, texts: Sequence[NDArray[np.int64]], length: int, batch_tokens: int
-    ) -> NDArray[np.int64]:
-        found = np.zeros(len(texts), dtype=np.int64)
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        with inference(subject.model, length=length):
-            for span in batches(len(texts), batch_tokens // length):
-                part = [order[i] for i in span]
-                longest = len(texts[part[0]])
-                ids = np.stack([padded(texts[i], longest, 0) for i in part])
-                mask = np.stack([padded(np.ones_like(texts[i]), longest, 0) for i in part])
-                given, real = (torch.from_numpy(one).to(subject.device) for one in (ids, mask))
-                logits = subject.model(input_ids=given, attention_mask=real).logits
-                found[part] = logits.argmax(-1).cpu().numpy()
-        return found
 
     def section(self, run: RunResults) -> Section:
         title, question = "Classification", "Does it give unseen texts the right labels?"

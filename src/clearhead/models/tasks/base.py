@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clearhead.data.examples import TextPair
 from clearhead.data.packing import IGNORED, Example
 from clearhead.models.config import ClearheadConfig
 from clearhead.models.start import with_defaults
@@ -93,9 +92,13 @@ class Task(ABC):
         """The configuration of a recipe's keys; `tokens`: the tokenizer's, and what the data decide (`also`)."""
         return self.config_class(vocab_size=vocab_size, **model, **tokens)
 
+    def complete(self, model: Mapping[str, Any], length: int) -> dict[str, Any]:
+        """A recipe's keys with what it leaves out (`models.start`)."""
+        return with_defaults(model, length, self.config_class)
+
     def planned(self, recipe: Recipe, model: Mapping[str, Any]) -> ClearheadConfig:
         """The configuration that a job of the recipe will have, but for the tokenizer's real size."""
-        chosen = with_defaults(model, recipe.data.length, self.config_class)
+        chosen = self.complete(model, recipe.data.length)
         return self.config(chosen, recipe.tokenizer.vocab_size, **self.also(recipe))
 
     def untrained(self, job: Job, data: PreparedData) -> PreTrainedModel:
@@ -105,7 +108,7 @@ class Task(ABC):
         """
         tokenizer = data.tokenizer
         config = self.config(
-            with_defaults(job.model, job.data.length, self.config_class),
+            self.complete(job.model, job.data.length),
             len(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
@@ -126,9 +129,9 @@ class Task(ABC):
     def held_out(self, job: Job, data: PreparedData, count: int) -> list[Example]:
         """At most `count` rows that training never sees, the same for every arm, for a loss while it trains."""
 
-    def examples(self, job: Job) -> tuple[list[TextPair], tuple[str, ...]]:
-        """The held-out examples of a job and all labels; none where the task has none."""
-        return [], ()
+    def labels(self, job: Job) -> tuple[str, ...]:
+        """What the numbers of labels stand for; nothing where labels are tokens."""
+        return ()
 
     def targets(self, labels: Tensor) -> Tensor:
         """The labels (B, T) that the logits (B, T, V) of the same places are asked for; −100 is ignored."""
@@ -169,9 +172,14 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         key: torch.stack([torch.from_numpy(row[key]) for row in rows]) for key in rows[0] if key != "is_text"
     }
     if "attention_mask" in batch:
-        longest = int(batch["attention_mask"].sum(dim=1).max())
-        for key in ("input_ids", "attention_mask"):
-            batch[key] = batch[key][:, :longest].contiguous()
+        _cut(batch, int(batch["attention_mask"].sum(dim=1).max()), "input_ids", "attention_mask")
+    if "decoder_input_ids" in batch:
+        _cut(batch, int((batch["labels"] != IGNORED).sum(dim=1).max()), "labels", "decoder_input_ids")
     if "is_text" in rows[0]:
         batch["is_text"] = torch.tensor([row["is_text"] for row in rows])
     return batch
+
+
+def _cut(batch: dict[str, Tensor], length: int, *keys: str) -> None:
+    for key in keys:
+        batch[key] = batch[key][:, :length].contiguous()

@@ -58,9 +58,8 @@ class ClassifyTask(Task):
     ) -> ExampleRows:
         return ExampleRows(data.tokenizer, pairs, job.data.length, rows, job.seed, labels=found.labels)
 
-    def examples(self, job: Job) -> tuple[list[TextPair], tuple[str, ...]]:
-        found = example_set(job)
-        return found.held_out(fold_of(job)), found.labels
+    def labels(self, job: Job) -> tuple[str, ...]:
+        return example_set(job).labels
 
     def also(self, source: Recipe | Job) -> dict[str, Any]:
         labels = example_set(source).labels
