@@ -15,7 +15,15 @@ CARD = "README.md"
 RECORD = "conversion.json"
 MARK = "<!-- clearhead card -->"
 """Stands in every card that was made here, so that one that a person wrote is never replaced."""
-OURS = "clearhead"
+OURS = ("clearhead", "clearhead_encoder", "clearhead_seq2seq")
+"""Families of models of this library."""
+PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+}
+"""What Hugging Face calls the use of a model, by the Auto class that loads it."""
 LICENCES = (("apache-2.0", "Apache License"), ("mit", "MIT License"), ("cc0-1.0", "CC0 1.0"))
 SIZES = (
     ("layers", "num_hidden_layers"),
@@ -74,15 +82,16 @@ def card(folder: Path, *, name: str | None = None, licence: str | None = None) -
 
 def _header(config: Mapping[str, Any], job: Mapping[str, Any], licence: str | None) -> str:
     """Hugging Face's YAML; strings as JSON, which YAML reads."""
-    ours = config.get("model_type") == OURS
-    tags = ["clearhead", "text-generation"]
+    ours = config.get("model_type") in OURS
+    pipeline = PIPELINES[_auto(config)]
+    tags = ["clearhead", pipeline]
     attention = _attention(config)
     tags += [tag for tag in (attention.replace("_", "-"),) if tag != "softmax"]
     source = job.get("corpus", {}).get("source", "")
     lines = [
         "---",
         f"library_name: {'clearhead' if ours else 'transformers'}",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {pipeline}",
         f"tags: {json.dumps(tags)}",
     ]
     if licence:
@@ -92,9 +101,17 @@ def _header(config: Mapping[str, Any], job: Mapping[str, Any], licence: str | No
     return "\n".join([*lines, "---", ""])
 
 
+def _auto(config: Mapping[str, Any]) -> str:
+    """The Auto class that loads the model: what `auto_map` says, or the one for causal language models."""
+    saved = (config.get("architectures") or [""])[0]
+    named = {str(target).rpartition(".")[2]: auto for auto, target in (config.get("auto_map") or {}).items()}
+    found = named.get(saved, "AutoModelForCausalLM")
+    return found if found in PIPELINES else "AutoModelForCausalLM"
+
+
 def _attention(config: Mapping[str, Any]) -> str:
-    if config.get("model_type") == OURS:
-        return str(config.get("attention", "softmax"))
+    if config.get("model_type") in OURS:
+        return str(config.get("attention", config.get("decoder", {}).get("attention", "softmax")))
     return "differential" if config.get("model_type") == "diffllama" else "softmax"
 
 
@@ -235,7 +252,7 @@ def _run(folder: Path) -> RunResults | None:
 
 
 def _loading(config: Mapping[str, Any]) -> str:
-    ours = config.get("model_type") == OURS
+    ours, auto = config.get("model_type") in OURS, _auto(config)
     note = "`pip install clearhead`, then:" if ours else "With transformers alone:"
     trust = ", trust_remote_code=True" if ours else ""
     after = (
@@ -245,8 +262,8 @@ def _loading(config: Mapping[str, Any]) -> str:
         else ""
     )
     return (
-        f"## How to load it\n\n{note}\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("PATH_OR_HUB_ID"{trust})\n'
+        f"## How to load it\n\n{note}\n\n```python\nfrom transformers import {auto}, AutoTokenizer\n\n"
+        f'model = {auto}.from_pretrained("PATH_OR_HUB_ID"{trust})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_HUB_ID")\n```\n{after}'
     )
 

@@ -8,7 +8,16 @@ from clearhead.models.tasks.classify import ClassifyTask
 from clearhead.models.tasks.masked import MaskedTask
 from clearhead.models.tasks.seq2seq import Seq2SeqTask
 
-__all__ = ["TASKS", "Task", "TrainingRows", "collate", "mean_by_row", "task_of", "task_of_config"]
+__all__ = [
+    "TASKS",
+    "Task",
+    "TrainingRows",
+    "collate",
+    "mean_by_row",
+    "task_of",
+    "task_of_config",
+    "task_of_model",
+]
 
 TASKS: dict[str, Task] = {
     task.name: task for task in (CausalTask(), MaskedTask(), Seq2SeqTask(), ClassifyTask())
@@ -18,6 +27,16 @@ TASKS: dict[str, Task] = {
 def task_of(name: str) -> Task:
     """The task of a recipe or a job, by its name."""
     return TASKS[name]
+
+
+def task_of_model(config: Any) -> Task:
+    """The task of any model that was saved: one of another library is taken for a causal language model.
+
+    Raises ValueError as `task_of_config`.
+    """
+    from clearhead.models.autoload import FAMILIES
+
+    return task_of_config(config) if config.model_type in FAMILIES else TASKS["causal"]
 
 
 def task_of_config(config: Any) -> Task:
