@@ -242,8 +242,7 @@ class JobLoader:
         def untrained() -> PreTrainedModel:
             with torch.random.fork_rng():
                 torch.manual_seed(self.job.seed)
-                fresh: PreTrainedModel = task.auto_class.from_config(model.config)
-                return fresh.to(device).eval()
+                return task.auto_class.from_config(model.config).to(device).eval()  # type: ignore[no-any-return]
 
         return Subject(
             model=model,

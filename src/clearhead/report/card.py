@@ -24,6 +24,12 @@ PIPELINES = {
     "AutoModelForSeq2SeqLM": "text2text-generation",
 }
 """What Hugging Face calls the use of a model, by the Auto class that loads it."""
+WHAT = {
+    "AutoModelForCausalLM": "A causal language model",
+    "AutoModelForMaskedLM": "An encoder for masked tokens",
+    "AutoModelForSequenceClassification": "An encoder that gives texts their labels",
+    "AutoModelForSeq2SeqLM": "An encoder-decoder",
+}
 LICENCES = (("apache-2.0", "Apache License"), ("mit", "MIT License"), ("cc0-1.0", "CC0 1.0"))
 SIZES = (
     ("layers", "num_hidden_layers"),
@@ -136,7 +142,7 @@ def _what(config: Mapping[str, Any], folder: Path, job: Mapping[str, Any]) -> st
     if positions == "rope" and rope:
         positions = f"RoPE ({rope.get('rope_type', 'default')}, base {rope.get('rope_theta', 10000.0):g})"
     rows = [("parameters", f"{_parameters(folder):,}")] if list(folder.glob("*.safetensors")) else []
-    sizes = {**config, **(config.get("twin_heads") or {})}
+    sizes = {**(config.get("decoder") or {}), **config, **(config.get("twin_heads") or {})}
     rows += [(label, f"{sizes[key]:,}") for label, key in SIZES if isinstance(sizes.get(key), int)]
     windows = [str(e.get("sliding_window", config.get("sliding_window")) or "all") for e in patterns]
     if set(windows) != {"all"}:
@@ -147,7 +153,7 @@ def _what(config: Mapping[str, Any], folder: Path, job: Mapping[str, Any]) -> st
     rows += [("positions", positions), ("stored in", str(config.get("dtype", "float32")))]
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
     return (
-        f"A causal language model with {mechanisms}{f' ({options})' if options else ''}, "
+        f"{WHAT[_auto(config)]} with {mechanisms}{f' ({options})' if options else ''}, "
         f"otherwise as LLaMA (pre-RMSNorm, SwiGLU, no biases).\n\n| | |\n|---|---|\n{table}\n"
     )
 
@@ -195,6 +201,12 @@ def _data(job: Mapping[str, Any], run: RunResults | None) -> str:
         )
         if share
     ]
+    if examples := data.get("examples", {}).get("source"):
+        folds = data["examples"]["folds"]
+        return (
+            f"## Data\n\n`{_named(examples)}`, in rows of {data['length']} tokens; one of {folds} folds was held out. "
+            f"The tokenizer was made from, or chosen for, {named}.\n"
+        )
     return (
         f"## Data\n\n{named[0].upper() + named[1:]}, in rows of {data['length']} tokens: {', '.join(shares)}. "
         f"{corpus['validation_fraction']:.0%} of the documents were held out.\n"

@@ -124,8 +124,7 @@ class ExternalLoader:
         def untrained() -> PreTrainedModel:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                fresh: PreTrainedModel = task.auto_class.from_config(model.config)
-                return fresh.to(device).eval()
+                return task.auto_class.from_config(model.config).to(device).eval()  # type: ignore[no-any-return]
 
         def texts() -> TokenStore:
             self.say(f"reading {self.spec.corpus}")

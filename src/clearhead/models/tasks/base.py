@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +58,8 @@ class Task(ABC):
 
         import clearhead.models  # noqa: F401  registers the families
 
-        found: type[ClearheadConfig] = CONFIG_MAPPING[self.model_type]
-        return found
+        found: Any = CONFIG_MAPPING[self.model_type]
+        return found  # type: ignore[no-any-return]
 
     @property
     def auto_class(self) -> Any:
@@ -84,9 +84,10 @@ class Task(ABC):
             key: None
             for kind in reversed(kinds)
             for key, value in inspect.get_annotations(kind).items()
-            if get_origin(value) is not ClassVar and value is not ClassVar and key not in RESERVED_MODEL_KEYS
+            if not str(value).startswith("typing.ClassVar") and key not in RESERVED_MODEL_KEYS
         }
-        return list(found)
+        # Tokens are the tokenizer's.
+        return [key for key in found if not key.endswith("_token_id")]
 
     def config(self, model: Mapping[str, Any], vocab_size: int, **tokens: Any) -> ClearheadConfig:
         """The configuration of a recipe's keys; `tokens`: the tokenizer's, and what the data decide (`also`)."""
@@ -107,12 +108,14 @@ class Task(ABC):
         Where the recipe does not say so, weights start by the width (`models.start`).
         """
         tokenizer = data.tokenizer
+        masks = hasattr(self.config_class, "mask_token_id")
         config = self.config(
             self.complete(job.model, job.data.length),
             len(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
+            **({"mask_token_id": tokenizer.mask_token_id} if masks else {}),
             **self.also(job),
         )
         return self.model_class(config)

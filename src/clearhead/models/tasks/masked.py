@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clearhead.data.masking import MaskedRows, Masker
 from clearhead.data.packing import Example, pack_text
 from clearhead.models.tasks.base import Task, TrainingRows
-from clearhead.runs.recipe import Job, Recipe
+from clearhead.runs.recipe import Job
 from clearhead.runs.rows import describe_text
 
 if TYPE_CHECKING:
@@ -36,9 +36,6 @@ class MaskedTask(Task):
         )
         rows = MaskedRows(text, masker_of(job, data), len(text), HELD_OUT_SEED)
         return [rows[i] for i in range(min(count, len(rows)))]
-
-    def also(self, source: Recipe | Job) -> dict[str, Any]:
-        return {}
 
     def describe(self, job: Job, data: PreparedData) -> str:
         masks = job.data.masks
