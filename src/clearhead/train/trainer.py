@@ -74,7 +74,7 @@ def train_job(job: Job, job_dir: Path) -> None:
     disable_progress_bar()
     set_seed(job.seed)
     task = task_of(job.task)
-    model = task.untrained(job, data) if job.start is None else begun_model(job, job_dir, data)
+    model = build_model(job, data) if job.start is None else begun_model(job, job_dir, data)
     part = choose_part(model, job.train)
     resume = newest_complete(job_dir / "checkpoints", partial(_note, job_dir, first), first=first)
     resumed_step = 0 if resume is None else int(resume.name.rpartition("-")[2])
@@ -102,16 +102,7 @@ def train_job(job: Job, job_dir: Path) -> None:
     if first and "tensorboard" in job.train.report_to:
         trainer.add_callback(TensorBoardCallback(_writer(job_dir / "tensorboard", resumed_step)))
     if job.train.probe_every:
-        trainer.add_callback(
-            Probe(
-                journal,
-                make_probe(task, job, data, model),
-                every=job.train.probe_every,
-                batch_tokens=job.train.batch_tokens,
-                mastery=job.train.mastery,
-                stop_at_mastery=job.train.stop_at_mastery,
-            )
-        )
+        trainer.add_callback(Probe(journal, make_probe(task, job, data, model), job.train))
     # Whatever has no better name for what it could not write, TensorBoard's events say.
     with writing(job_dir):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -133,6 +124,11 @@ def _check_shared(trainer: Trainer, data: PreparedData) -> None:
     found = trainer.accelerator.gather(torch.tensor([number], device=trainer.args.device))
     if len(set(found.tolist())) > 1:
         raise TrainingError("the text has changed while the processes started; start the training again")
+
+
+def build_model(job: Job, data: PreparedData) -> PreTrainedModel:
+    """The untrained model of a job; the seed of torch's generator decides its weights."""
+    return task_of(job.task).untrained(job, data)
 
 
 class ComparisonTrainer(Trainer):

@@ -26,6 +26,16 @@ if TYPE_CHECKING:
     from clearhead.data.prepare import PreparedData
 
 
+FIXED = {
+    "model_type",
+    "keys_to_ignore_at_inference",
+    "base_model_pp_plan",
+    "twin_heads",
+    "sub_configs_defaults",
+    "is_encoder_decoder",
+}
+
+
 class TrainingRows(Protocol):
     """The rows of a whole budget; row i is a pure function of the job's seed and i."""
 
@@ -86,8 +96,8 @@ class Task(ABC):
             for key, value in inspect.get_annotations(kind).items()
             if not str(value).startswith("typing.ClassVar") and key not in RESERVED_MODEL_KEYS
         }
-        # Tokens are the tokenizer's.
-        return [key for key in found if not key.endswith("_token_id")]
+        # Tokens are the tokenizer's; what a family is, is no choice.
+        return [key for key in found if not key.endswith("_token_id") and key not in FIXED]
 
     def config(self, model: Mapping[str, Any], vocab_size: int, **tokens: Any) -> ClearheadConfig:
         """The configuration of a recipe's keys; `tokens`: the tokenizer's, and what the data decide (`also`)."""

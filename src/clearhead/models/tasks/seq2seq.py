@@ -9,10 +9,10 @@ from clearhead.data.examples import ExampleRows, ExampleSet
 from clearhead.data.gaps import GapRows
 from clearhead.data.packing import IGNORED, Example, pack_text
 from clearhead.models.start import with_defaults
-from clearhead.models.tasks.base import Task, TrainingRows
+from clearhead.models.tasks.base import FIXED, Task, TrainingRows
 from clearhead.models.tasks.classify import described, example_set, fold_of
 from clearhead.models.tasks.masked import HELD_OUT_SEED
-from clearhead.runs.recipe import Job
+from clearhead.runs.recipe import RESERVED_MODEL_KEYS, Job
 from clearhead.runs.rows import describe_text
 
 if TYPE_CHECKING:
@@ -35,9 +35,7 @@ class Seq2SeqTask(Task):
     def keys(self) -> list[str]:
         from clearhead.models.seq2seq_config import FLAT
 
-        return list(
-            dict.fromkeys([*super().keys, *sorted(FLAT - {"attention", "attention_options", "vocab_size"})])
-        )
+        return list(dict.fromkeys([*super().keys, *sorted(FLAT - {*RESERVED_MODEL_KEYS, *FIXED})]))
 
     def complete(self, model: Mapping[str, Any], length: int) -> dict[str, Any]:
         return with_defaults(model, length)
