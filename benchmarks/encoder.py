@@ -4,8 +4,8 @@ Random weights, float32, forward and backward; every round has one pass of each 
 
 attention  one layer (projections, attention, output) of every variant under "auto", which is the CPU kernel here
 model      a masked language model, 15 % of the tokens masked, of every variant under "auto"
-packing    the same model on texts of mixed length: a padded batch against one row without padding, forward and
-           backward; the logits of the real tokens must agree
+packing    a narrower one on texts of mixed length: a padded batch against one row without padding; the largest
+           difference of the real tokens' logits is noted
 """
 
 import argparse
@@ -31,7 +31,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 TWIN = "softmax (sdpa)"
 LENGTHS = (512, 1024)
-VOCABULARY, WIDTH, LAYERS, HEADS = 2048, 512, 4, 8
+VOCABULARY, WIDTH, LAYERS, HEADS = 2048, 512, 2, 8
 
 
 def attention(variant: str, backend: str, length: int, batch: int) -> Call:
@@ -47,12 +47,12 @@ def attention(variant: str, backend: str, length: int, batch: int) -> Call:
     return run
 
 
-def encoder(variant: str, implementation: str, length: int) -> ClearheadForMaskedLM:
+def encoder(variant: str, implementation: str, length: int, width: int = WIDTH) -> ClearheadForMaskedLM:
     name, options = VARIANTS[variant]
     torch.manual_seed(0)
     config = ClearheadEncoderConfig(
         vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
+        hidden_size=width,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         attention=name,
@@ -104,7 +104,7 @@ def texts(count: int, longest: int) -> list[int]:
 
 def packing(variant: str, implementation: str) -> tuple[dict[str, Any], dict[str, Call]]:
     """A padded batch and the same texts in one row, and how far their logits are apart."""
-    lengths = texts(16, 512)
+    lengths = texts(16, 256)
     ids, labels = masked((1, sum(lengths)), torch.Generator().manual_seed(1))
     rows, wide = [row[0] for row in ids.split(lengths, 1)], max(lengths)
     padded = torch.zeros(len(rows), wide, dtype=torch.long)
@@ -113,7 +113,7 @@ def packing(variant: str, implementation: str) -> tuple[dict[str, Any], dict[str
         padded[index, : len(row)], mask[index, : len(row)] = row, 1
         sought[index, : len(row)] = label[0]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    model = encoder(variant, implementation, wide)
+    model = encoder(variant, implementation, wide, width=256)
     with torch.no_grad():
         apart = (
             model(padded, attention_mask=mask).logits[mask.bool()]
@@ -142,9 +142,9 @@ def cases(what: str, batch: int) -> Iterator[tuple[dict[str, Any], dict[str, Cal
     if what in ("all", "model"):
         yield from ((case, calls, TWIN) for case, calls in passes("model", batch))
     if what in ("all", "packing"):
+        yield *packing("softmax", "sdpa"), "padded"
         for variant in VARIANTS:
-            for implementation in ("clearhead", "sdpa"):
-                yield *packing(variant, implementation), "padded"
+            yield *packing(variant, "clearhead"), "padded"
 
 
 def main() -> None:
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--what", choices=("all", "attention", "model", "packing"), default="all")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/encoder.jsonl"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

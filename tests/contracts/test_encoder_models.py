@@ -24,6 +24,7 @@ from clearhead.models import (
     ClearheadForMaskedLM,
 )
 from clearhead.models.cost import forward_flops_per_token, kv_bytes, mean_visible, parameters
+from clearhead.nn import Attention
 from tests.contracts.encoder_cases import (
     encoder_config,
     make_encoder,
@@ -95,6 +96,25 @@ def test_loss_is_the_mean_over_labelled_tokens() -> None:
     assert distance(model(ids, labels=labels).loss, expected) < 1e-6
     found = model(ids, labels=labels, num_items_in_batch=22).loss
     assert distance(found, expected * 11 / 22) < 1e-6
+
+
+def test_logits_of_the_labelled_tokens_alone() -> None:
+    dense, sparse = (
+        make_encoder("differential", dtype=torch.float64, sparse_prediction=sparse)
+        for sparse in (False, True)
+    )
+    ids = tokens(2, 7)
+    labels = ids.masked_fill(ids % 3 > 0, -100)
+    assert 0 < int((labels != -100).sum()) < labels.numel()
+    one, other = dense(ids, labels=labels), sparse(ids, labels=labels)
+    assert distance(other.loss, one.loss) < 1e-10
+    assert distance(other.logits, one.logits[labels != -100]) < 1e-10
+    pairs = [
+        torch.autograd.grad(out.loss, list(model.parameters()))
+        for model, out in ((dense, one), (sparse, other))
+    ]
+    assert max(distance(a, b) for a, b in zip(*pairs, strict=True)) < 1e-10
+    assert sparse(ids).logits.shape == dense(ids).logits.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("float32", "bfloat16"))
@@ -218,19 +238,32 @@ def test_the_cpu_kernel_by_name(name: str) -> None:
 @every_variant
 def test_flash_attention_2_reaches_the_kernel_as_it_must(name: str) -> None:
     """Under Hugging Face's dispatch with a stand-in for the CUDA kernel: whole batches, padding, packed rows."""
-    model, ids = make_encoder(name, dtype=torch.float64), tokens(2, 6)
+    model, ids = make_encoder(name, dtype=torch.float64, sliding_window=3), tokens(2, 6)
     packed = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 0, 1]])
-    ways: tuple[dict[str, Tensor], ...] = ({}, {"attention_mask": PADDED}, {"position_ids": packed})
+    # Two documents in the first row's real tokens.
+    both = {"attention_mask": PADDED, "position_ids": torch.tensor([[0, 0, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5]])}
+    ways: tuple[dict[str, Tensor], ...] = ({}, {"attention_mask": PADDED}, {"position_ids": packed}, both)
     with torch.no_grad():
         expected = [model(ids, **way).logits for way in ways]
         model.config._attn_implementation = "flash_attention_2"
         with stand_in() as recorder:
             found = [model(ids, **way).logits for way in ways]
-    assert distance(found[0], expected[0]) < 1e-10
-    assert distance(found[1] * PADDED[..., None], expected[1] * PADDED[..., None]) < 1e-10
-    assert distance(found[2], expected[2]) < 1e-10
+    for way, a, b in zip(ways, found, expected, strict=True):
+        real = PADDED[..., None] if "attention_mask" in way else 1
+        assert distance(a * real, b * real) < 1e-10
     calls = {"differential": 4, "differential_collinear": 4, "diff_lora": 2}.get(VARIANTS[name][0], 1)
     assert len(recorder.calls) == len(ways) * LAYERS * calls
+
+
+def test_documents_in_pieces_are_not_told_by_lengths() -> None:
+    model, ids = make_encoder("softmax", dtype=torch.float64), tokens(1, 6)
+    layer = Attention(32, 4, backend="flash_attention_2").double()
+    model.config._attn_implementation = "flash_attention_2"
+    with stand_in():
+        with pytest.raises(ValueError, match="each must lie in one piece"):
+            model(ids, attention_mask=torch.tensor([[1, 1, 0, 0, 1, 1]]))
+        with pytest.raises(ValueError, match="each must lie in one piece"):
+            layer(torch.zeros(1, 4, 32).double(), documents=torch.tensor([[1, 2, 2, 1]]))
 
 
 @every_variant

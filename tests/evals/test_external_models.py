@@ -17,6 +17,7 @@ from clearhead.evals.evaluation import Evaluation, EvaluationConfig, EvaluationR
 from clearhead.evals.runner import evaluate_external, parse_options
 from clearhead.evals.subject import Subject
 from clearhead.evals.subjects.external import ExternalLoader, ExternalSpec, is_external
+from clearhead.models import ClearheadEncoderConfig
 from clearhead.report.build import build_report
 from clearhead.runs.directory import RunError
 from clearhead.runs.results import RunResults, load_run
@@ -150,6 +151,12 @@ def test_what_is_no_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "empty/config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="cannot be loaded"):
         assert ExternalLoader(ExternalSpec(str(tmp_path / "empty"))).subject
+
+
+def test_an_encoder_is_named(tmp_path: Path) -> None:
+    ClearheadEncoderConfig(num_hidden_layers=1).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match=r"is an encoder \(clearhead_encoder\); .* causal language models"):
+        assert ExternalLoader(ExternalSpec(str(tmp_path / "bert"))).config
 
 
 def test_a_directory_of_something_else_is_refused(model: Path, corpus: Path, tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ def test_a_head_learns_and_its_gradient_reaches_all(head: Any, name: str) -> Non
         losses.append(float(loss.detach()))
         if len(losses) == 1:
             without = [n for n, p in model.named_parameters() if p.grad is None or not bool(p.grad.any())]
-            assert without == []
+            # What is added to all choices alike decides nothing.
+            assert set(without) <= ({"classifier.bias"} if choices else set())
         optimizer.step()
     assert losses[-1] < 0.35 * losses[0]
 

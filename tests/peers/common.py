@@ -56,7 +56,7 @@ class Tester:
         self.num_attention_heads, self.settings = attention_heads, settings
 
     def get_config(self) -> Any:
-        return self.config_class(**SIZES, **self.settings)
+        return self.config_class(**{**SIZES, **self.settings})
 
     def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, torch.Tensor]]:
         ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
@@ -74,6 +74,8 @@ class CommonTests(
     language = "ForCausalLM"
     heads: tuple[str, ...] = HEADS
     settings: dict[str, Any] = {}  # noqa: RUF012
+    # What all configurations of the family have beside the sizes.
+    special: dict[str, Any] = {}  # noqa: RUF012
     skipped: dict[str, str] = skips.EVERYWHERE
     model_tester: Any = None
 
@@ -92,9 +94,9 @@ class CommonTests(
         if issubclass(config, ClearheadConfig):
             heads = config(**SIZES, **self.settings).make_variant(0).sizes.heads
         base, language = self.named("Model"), self.named(self.language)
-        self.model_tester = Tester(config, base, language, heads, **self.settings)
+        self.model_tester = Tester(config, base, language, heads, **self.special, **self.settings)
         self.all_model_classes = (base, language, *(self.named(head) for head in self.heads))
-        sizes = {name: size for name, size in SIZES.items() if name != "num_labels"}
+        sizes = {name: size for name, size in (SIZES | self.special).items() if name != "num_labels"}
         self.config_tester = ConfigTester(self, config_class=config, **sizes)
 
     def test_config(self) -> None:

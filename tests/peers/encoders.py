@@ -17,6 +17,8 @@ class EncoderTests(CommonTests):
     prefix = "Bert"
     language = "ForMaskedLM"
     heads = (*HEADS, "ForMultipleChoice")
+    # BERT's head for answers has one output a label, and takes two apart.
+    special: dict[str, Any] = {"num_labels": 2}  # noqa: RUF012
 
 
 class TestBert(EncoderTests, unittest.TestCase):
@@ -25,6 +27,7 @@ class TestBert(EncoderTests, unittest.TestCase):
 
 class TestModernBert(EncoderTests, unittest.TestCase):
     prefix = "ModernBert"
+    special: dict[str, Any] = {"num_labels": 2, "cls_token_id": 1, "sep_token_id": 2}  # noqa: RUF012
     skipped = skips.EVERYWHERE | skips.MODERNBERT
 
 

@@ -144,6 +144,11 @@ class Backend(ABC):
     name: str
     passed_over: ClassVar[str] = "measured slower than another at this shape"
 
+    @property
+    def drops_padded_queries(self) -> bool:
+        """Whether it takes padding for what neither keys nor queries have, as functions do that are told lengths."""
+        return False
+
     @abstractmethod
     def refusal(self, problem: AttentionProblem) -> str | None:
         """Why it cannot run `problem`, or None. `reason_against` asks, after what the backend declares as data."""

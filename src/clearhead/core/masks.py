@@ -67,6 +67,17 @@ class MaskSpec:
         offset = (keys - queries if self.offset is None else self.offset) - first
         return replace(self, offset=offset, key_padding=padding, dense=dense, places=places)
 
+    def padding_as_documents(self) -> "MaskSpec":
+        """The same to the queries at real places, said by documents alone; queries are the keys' own tokens.
+
+        Padding is documents apart, before and behind the real tokens. What its own queries see is another thing then.
+        """
+        assert self.key_padding is not None
+        numbers = self.key_padding.long() if self.documents is None else self.documents
+        begun = self.key_padding.cumsum(dim=1) > 0
+        apart = torch.where(begun, -2, -1)
+        return replace(self, key_padding=None, documents=torch.where(self.key_padding, numbers, apart))
+
     @property
     def is_of_nothing(self) -> bool:
         """Whether a part says that the batch is empty."""

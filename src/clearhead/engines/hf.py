@@ -84,11 +84,15 @@ class HuggingFace(Engine):
             )
         return super().refusal(problem) or (_unsayable(problem) if self._flash_like() else None)
 
+    @property
+    def drops_padded_queries(self) -> bool:
+        return self._flash_like()
+
     def _flash_like(self) -> bool:
         # Such a function never sees a mask of queries against keys: only lengths of sequences, or (B, S) padding.
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 
-        return ALL_MASK_ATTENTION_FUNCTIONS[self.name] is flash_attention_mask
+        return ALL_MASK_ATTENTION_FUNCTIONS.get(self.name) is flash_attention_mask
 
     def prepare(self, mask: MaskSpec, problem: AttentionProblem, lowering: Lowering) -> HfMask:
         from transformers.masking_utils import (
@@ -175,7 +179,17 @@ def _unsayable(problem: AttentionProblem) -> str | None:
 
 
 def _document_bounds(documents: Tensor) -> tuple[Tensor, int]:
-    """(documents + 1,) int32 offsets into the flattened batch, and the length of the longest document."""
+    """(documents + 1,) int32 offsets into the flattened batch, and the length of the longest document.
+
+    ValueError for a document in several pieces, which its length does not tell.
+    """
+    pieces = (documents.diff(dim=1) != 0).sum(dim=1)
+    numbers = (documents.sort(dim=1).values.diff(dim=1) != 0).sum(dim=1)
+    if bool((pieces != numbers).any()):
+        raise ValueError(
+            "FlashAttention is told documents by their lengths, so each must lie in one piece: the tokens of one have "
+            "others, or padding, between them"
+        )
     starts = torch.ones_like(documents, dtype=torch.bool)
     starts[:, 1:] = documents.diff(dim=1) != 0
     end = torch.tensor([documents.numel()], device=documents.device)

@@ -24,6 +24,8 @@ class ClearheadEncoderConfig(ClearheadConfig):
         ModernBERT's local_attention = 128 is sliding_window = 65 here.
     layers:             as there; ModernBERT's pattern is [{}, {"sliding_window": 65}, {"sliding_window": 65}].
     tie_word_embeddings: the head for masked tokens has the embedding's matrix, by default, as in ModernBERT.
+    sparse_prediction:  with labels, logits are made of the labelled tokens alone, (labelled, V) in place of (B, L, V),
+        as ModernBERT has it: the same loss for a part of the head's work.
     classifier_pooling: what a head for texts reads: "mean" of the real tokens, or the "first" of them, for tokenizers
         that put a [CLS] there.
     classifier_dropout: before the last matrix of the heads for classes and answers, in training.
@@ -41,6 +43,7 @@ class ClearheadEncoderConfig(ClearheadConfig):
     mask_token_id: int | None = None
     cls_token_id: int | None = None
     sep_token_id: int | None = None
+    sparse_prediction: bool = False
     classifier_pooling: str = "mean"
     classifier_dropout: float = 0.0
 

@@ -75,12 +75,17 @@ class ClearheadForMaskedLM(ClearheadEncoderPreTrainedModel):
         """Token ids (B, L) to logits (B, L, V), and the loss in nats a labelled token if labels (B, L) are given.
 
         labels are the tokens that were masked, each at its own place; −100 is ignored. `num_items_in_batch` divides the
-        summed loss instead of the number of labels here. The rest as for `ClearheadEncoderModel.forward`.
+        summed loss instead of the number of labels here. With `config.sparse_prediction` and labels, logits are those
+        of the labelled tokens, (labelled, V). The rest as for `ClearheadEncoderModel.forward`.
         """
         outputs = self.model(
             input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs
         )
-        logits = self.lm_head(self.head(outputs.last_hidden_state))
+        states = outputs.last_hidden_state
+        if self.config.sparse_prediction and labels is not None:
+            sought = labels != -100
+            states, labels = states[sought], labels[sought]
+        logits = self.lm_head(self.head(states))
         loss = None
         if labels is not None:
             loss = self.loss_function(

@@ -35,7 +35,7 @@ from clearhead.variants.base import Variant
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Extras:
     """What a forward pass is to give back beside its last states."""
 
     maps: bool
@@ -96,15 +96,15 @@ class ClearheadStack(ClearheadPreTrainedModel):
             raise ValueError("the input has no tokens")
         return inputs_embeds
 
-    def _asked(self, maps: bool | None, states: bool | None) -> Asked:
+    def _asked(self, maps: bool | None, states: bool | None) -> Extras:
         """What to give back: as asked, or as the configuration says."""
-        return Asked(
+        return Extras(
             bool(self.config.output_attentions if maps is None else maps),
             bool(self.config.output_hidden_states if states is None else states),
         )
 
     def _through(
-        self, hidden_states: Tensor, shared: dict[int, Shared], asked: Asked, **handed: Any
+        self, hidden_states: Tensor, shared: dict[int, Shared], asked: Extras, **handed: Any
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         """(B, L, hidden_size) through all layers and the norm; every layer's input, the last output; effective maps."""
         states: tuple[Tensor, ...] = ()
@@ -176,6 +176,7 @@ class ClearheadStack(ClearheadPreTrainedModel):
                     mask = replace(mask, slopes=own, offset=placed.past, places=placed.places)
                 if partial:
                     mask = seen.of(mask, 0 if placed.past is None else placed.past, kind.window)
+                mask = self._with_padding_said(mask)
                 bits = held_bits(given.cache, layer)
                 variant = self._variant(layer)
                 plans[asked] = self._plan(variant, inputs_embeds, mask, seen.count, output_attentions, bits)
@@ -253,6 +254,14 @@ class ClearheadStack(ClearheadPreTrainedModel):
     def own_layers(self) -> list[ClearheadLayer]:
         """The layers that are here: all of them, or those of one stage of a pipeline."""
         return [layer for layer in self.layers if isinstance(layer, ClearheadLayer)]
+
+    def _with_padding_said(self, mask: MaskSpec) -> MaskSpec:
+        """The same as the backend can be told it, where nobody asks for the queries at padded places."""
+        implementation = self.config._attn_implementation or AUTOMATIC
+        if implementation == AUTOMATIC or mask.key_padding is None or mask.is_causal:
+            return mask
+        (backend,) = backends_for(implementation)
+        return mask.padding_as_documents() if backend.drops_padded_queries else mask
 
     def _compute_dtype(self, inputs_embeds: Tensor) -> torch.dtype:
         device = inputs_embeds.device.type

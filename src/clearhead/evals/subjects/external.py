@@ -151,10 +151,10 @@ class ExternalLoader:
         import clearhead.models  # noqa: F401
 
         found = load(AutoConfig, self.base, "the model")
-        if found.is_encoder_decoder:
+        if found.is_encoder_decoder or not getattr(found, "causal", True):
+            kind = "encoder-decoder" if found.is_encoder_decoder else "encoder"
             raise ValueError(
-                f"{self.spec.model!r} is an encoder-decoder ({found.model_type}); "
-                "these evaluations read causal language models"
+                f"{self.spec.model!r} is an {kind} ({found.model_type}); these evaluations read causal language models"
             )
         return found
 
