@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
+PAGES.append(ROOT / "docs" / "seq2seq.md")
 # The other pages for contributors are files and lines of a package: tests/plugin executes those.
 PAGES.append(ROOT / "docs" / "contributing" / "model-family.md")
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")

@@ -30,3 +30,19 @@ WITHOUT_ANGLES: dict[str, str] = {
 
 BERT: dict[str, str] = {}
 MODERNBERT: dict[str, str] = {}
+
+# For encoder-decoders, T5 and BART among them.
+SEQ2SEQ: dict[str, str] = {
+    "test_training_overfit": "it generates from a prompt of the decoder alone, as for causal models",
+}
+OUR_SEQ2SEQ: dict[str, str] = dict.fromkeys(
+    (
+        "test_tp_forward_0",
+        "test_tp_forward_1",
+        "test_tp_backward",
+        "test_tp_generation",
+        "test_tp_plan_matches_params",
+        "test_tied_head_has_a_tp_plan_entry",
+    ),
+    "not shared out over processes, as T5 and BART are not: the tests see the plan of the decoder inside",
+)

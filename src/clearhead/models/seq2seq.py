@@ -32,6 +32,11 @@ class ClearheadSeq2SeqPreTrainedModel(ClearheadPreTrainedModel):
     config: ClearheadSeq2SeqConfig  # type: ignore[assignment]
     _no_split_modules = ["ClearheadCrossLayer", "ClearheadEncoderLayer"]  # noqa: RUF012
 
+    def post_init(self) -> None:
+        super().post_init()
+        # Those that the two sides bring would leave cross-attention whole beside shares of the rest.
+        self._tp_plan, self._pp_plan = {}, {}
+
     @classmethod
     def maybe_distribute_model(
         cls,

@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from clearhead.models.config import ClearheadConfig
@@ -52,8 +53,9 @@ class ClearheadSeq2SeqConfig(SavedConfig):
         "decoder": ClearheadConfig,
     }
 
-    encoder: ClearheadEncoderConfig | dict[str, Any] | None = None
-    decoder: ClearheadConfig | dict[str, Any] | None = None
+    # Wider than what `_side` lets through, which has a sentence for what it does not.
+    encoder: PreTrainedConfig | dict[str, Any] | None = None
+    decoder: PreTrainedConfig | dict[str, Any] | None = None
     cross_attention: str | None = None
     cross_attention_options: dict[str, Any] | None = None
     cross_position: str = "nope"
@@ -205,5 +207,5 @@ def _side(
     own = {name: value for name, value in (given or {}).items() if name != "model_type"}
     try:
         return config_class(**{**flat, **tokens, **own})
-    except ValueError as error:
-        raise ValueError(f"{side}: {error}") from None
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"{side}: {error.__cause__ or error}") from None
