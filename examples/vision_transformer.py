@@ -108,7 +108,9 @@ def train(
 def summary(variant: str, scores: Sequence[float], twins: Sequence[float], tested: int) -> str:
     """One line: mean accuracy over seeds, and the paired difference from the first variant with its standard error."""
     found, gaps = torch.tensor(scores), torch.tensor(scores) - torch.tensor(twins)
-    line = f"{variant:28s} {100 * found.mean():6.2f} %  (n = {tested} test images a seed, {len(scores)} seeds)"
+    line = (
+        f"{variant:28s} {100 * found.mean():6.2f} %  (n = {tested} test images a seed, {len(scores)} seeds)"
+    )
     if scores is not twins and len(scores) > 1:
         error = gaps.std() / len(scores) ** 0.5
         line += f"  {100 * gaps.mean():+.2f} ± {100 * error:.2f} points (standard error over seeds)"
