@@ -33,6 +33,7 @@ FIXED = {
     "twin_heads",
     "sub_configs_defaults",
     "is_encoder_decoder",
+    "sparse_prediction",
 }
 
 
