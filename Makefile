@@ -4,8 +4,9 @@
 # For whoever changes kernels or bounds:
 #   make test-processors   the numbers again as on other processors: older instruction sets and libraries, one and two threads
 #   make test-long         more of what the suite's quicker tests look at
-#   make test-peers        the common model tests of transformers on every variant, LLaMA and DiffLlama beside them, and
-#                          TRL, PEFT, ONNX, torchao and Accelerate with saved models (downloads 60 MB, once)
+#   make test-peers        the common model tests of transformers on every variant, decoders beside LLaMA and DiffLlama,
+#                          encoders beside BERT and ModernBERT, and TRL, PEFT, ONNX, torchao and Accelerate with saved
+#                          models (downloads 60 MB, once)
 #   make test-retrofit     clearhead retrofit on SmolLM2-135M, every way to begin (downloads 93 MB, once)
 #   make fuzz              random calls against float64 oracles for SECONDS=600, then KILLS=40 comparisons killed on their way;
 #                          every finding with its seed (SEED=0)

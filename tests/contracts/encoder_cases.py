@@ -8,6 +8,7 @@ from torch import Tensor
 from clearhead.models import ClearheadEncoderConfig, ClearheadForMaskedLM
 from tests.contracts.model_cases import blocks_of, settings_of, shake, spec_of
 from tests.oracles.models import encoder, prediction_head
+from tests.oracles.rotary import Turning
 
 
 def encoder_config(name: str, layout: str = "gqa", **changes: Any) -> ClearheadEncoderConfig:
@@ -32,7 +33,13 @@ def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def oracle_states(
-    name: str, layout: str, model: Any, weights: dict[str, Tensor], ids: Tensor, **arguments: Any
+    name: str,
+    layout: str,
+    model: Any,
+    weights: dict[str, Tensor],
+    ids: Tensor,
+    base: float | Turning = 10_000.0,
+    **arguments: Any,
 ) -> tuple[Tensor, list[Tensor]]:
     """The last hidden states, and effective maps, of an encoder under any head."""
     config = model.config
@@ -42,7 +49,7 @@ def oracle_states(
         "final_norm": weights["model.norm.weight"],
     }
     return encoder(
-        spec_of(name, layout, weights),
+        spec_of(name, layout, weights, base),
         own,
         blocks_of(weights, config.num_hidden_layers),
         ids,

@@ -11,6 +11,7 @@ from clearhead.models import ClearheadForMaskedLM
 from clearhead.registry import resolve
 from tests.contracts.encoder_cases import make_encoder, oracle_logits, weights_of
 from tests.contracts.model_cases import LAYERS, LAYOUTS, VARIANTS, tokens
+from tests.contracts.position_cases import SCALINGS, TRAINED, turning_of
 from tests.contracts.support import distance
 
 every_variant = pytest.mark.parametrize("name", VARIANTS)
@@ -123,6 +124,24 @@ def test_padding_on_either_side_and_packed_rows(name: str, place: str) -> None:
     found = value_and_gradients(model, packed, torch.cat(cotangents, 1), position_ids=positions)
     assert distance(found["logits"][0], torch.cat(logits)) < 1e-10
     assert furthest({key: found[key] for key in expected}, expected) < 1e-10
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@every_variant
+def test_logits_past_the_trained_length_are_the_oracle_s(name: str, scaling: str) -> None:
+    """Of two texts in one row, which scalings that look at the length turn by their own."""
+    settings = {"rope_parameters": dict(SCALINGS[scaling]), "max_position_embeddings": TRAINED}
+    model = make_encoder(name, dtype=torch.float64, **settings)
+    rows = [tokens(1, length, seed=length) for length in (11, 4)]
+    weights = weights_of(model)
+    expected = [
+        oracle_logits(name, "gqa", model, weights, row, base=turning_of(scaling, row.shape[1]))[0]
+        for row in rows
+    ]
+    positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
+    with torch.no_grad():
+        found = model(torch.cat(rows, 1), position_ids=positions).logits
+    assert distance(found, torch.cat(expected, 1)) < 1e-10
 
 
 @every_variant

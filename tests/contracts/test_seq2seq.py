@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.contracts.encoder_cases import weights_of
 from tests.contracts.model_cases import HEAD, LAYERS, LAYOUTS, VARIANTS, WIDTH, tokens
 from tests.contracts.seq2seq_cases import (
     CASES,
@@ -14,7 +15,6 @@ from tests.contracts.seq2seq_cases import (
     START,
     make_seq2seq,
     seq2seq_oracle,
-    weights_of,
 )
 from tests.contracts.support import assert_within, distance, relative_error
 from tests.oracles.seq2seq import loss, shifted
@@ -302,3 +302,17 @@ def test_a_source_and_its_mirror_image(changes: dict[str, Any], told: bool) -> N
     assert (distance(ahead, back) > 1e-3) == told
     if not told:
         assert distance(ahead, back) < 1e-10
+
+
+@torch.no_grad()
+def test_weights_that_are_kept_elsewhere_are_brought_in() -> None:
+    """Accelerate's offloading: every weight comes when its module is called, cached cross keys need none."""
+    from accelerate import cpu_offload
+
+    source, mask = padded_source()
+    arguments = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+    expected = make_seq2seq("differential_v2").generate(source, **arguments)
+    model = make_seq2seq("differential_v2")
+    cpu_offload(model, torch.device("cpu"))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert torch.equal(model.generate(source, **arguments), expected)

@@ -15,6 +15,7 @@ from clearhead.convert.run import convert
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
 from clearhead.models.autoload import FAMILIES, MODULE_FILE, auto_map, module_text
 from tests.contracts.encoder_cases import make_encoder
+from tests.contracts.seq2seq_cases import make_seq2seq
 from tests.evals import tiny
 
 AUTO_MAP = auto_map("clearhead")
@@ -121,6 +122,41 @@ def test_every_auto_class_of_an_encoder_and_its_pipeline(tmp_path: Path) -> None
     (where,) = (given[0] == words.mask_token_id).nonzero().flatten().tolist()
     assert found["token"].item() == model(given).logits[0, where].argmax().item()
     assert (saved / MODULE_FILE).read_text() == module_text("clearhead_encoder")
+
+
+SEQ2SEQ_READER = """
+import sys, torch
+import transformers
+from safetensors.torch import load_file, save_file
+out, folder = sys.argv[1:]
+given = load_file(out + "/ids.safetensors")
+trust = {"trust_remote_code": True}
+assert not any(name.partition(".")[0] == "clearhead" for name in sys.modules)
+found = {}
+for name in ("Model", "ModelForSeq2SeqLM"):
+    model = getattr(transformers, "Auto" + name).from_pretrained(folder, **trust)
+    with torch.no_grad():
+        found[name] = model(given["source"], decoder_input_ids=given["target"])[0].contiguous()
+found["generated"] = model.generate(given["source"], max_new_tokens=5, do_sample=False, num_beams=2)
+save_file(found, out + "/found.safetensors")
+"""
+
+
+@torch.no_grad()
+def test_every_auto_class_of_an_encoder_decoder(tmp_path: Path) -> None:
+    model = make_seq2seq("differential_v2_collinear", cross_position="rope")
+    model.save_pretrained(tmp_path / "saved")
+    source, target = torch.tensor([[5, 9, 26, 33, 7]]), torch.tensor([[1, 4, 8]])
+    save_file({"source": source, "target": target}, tmp_path / "ids.safetensors")
+    done = alone(SEQ2SEQ_READER, str(tmp_path), str(tmp_path / "saved"), HF_MODULES_CACHE=str(tmp_path / "m"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = load_file(tmp_path / "found.safetensors")
+    assert torch.equal(found["ModelForSeq2SeqLM"], model(source, decoder_input_ids=target).logits)
+    states = model.model(source, decoder_input_ids=target).last_hidden_state
+    assert torch.equal(found["Model"], states)
+    generated = model.generate(source, max_new_tokens=5, do_sample=False, num_beams=2)
+    assert torch.equal(found["generated"], generated)
+    assert (tmp_path / "saved" / MODULE_FILE).read_text() == module_text("clearhead_seq2seq")
 
 
 def test_the_module_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,9 @@
-"""A whole encoder-decoder: two stacks of pre-norm blocks, the second with attention to the first (Vaswani et al. 2017).
+"""The decoder of an encoder-decoder: pre-norm blocks with attention to the encoder's states (Vaswani et al. 2017).
 
-The encoder's tokens see each other both ways; its embedding is normed, and its first attention is not once more, as in
-ModernBERT. A block of the decoder is x + self-attention, + cross-attention, + SwiGLU,
-each of the RMSNorm of what came before; cross-attention has queries and λ(x) of the decoder's tokens, keys and values
-of the encoder's last states after their final norm. Where cross-attention has positions, a query stands at its place in
-the target and a key at its place in the source.
+A block is x + self-attention, + cross-attention, + SwiGLU, each of the RMSNorm of what came before; cross-attention has
+queries and λ(x) of the decoder's tokens, keys and values of the encoder's last states after their final norm
+(`models.encoder`). Where cross-attention has positions, a query stands at its place in the target, a key at its own in
+the source.
 """
 
 from dataclasses import dataclass, replace
@@ -18,58 +17,31 @@ from .softmax import rms_norm
 
 
 @dataclass(frozen=True)
-class Stack:
-    """Weights of one side. A block holds those of its attention, attention_norm, mlp_norm, gate, up and down.
-
-    crosses: for each block of a decoder the weights of its cross-attention and cross_norm.
+class Target:
+    """A decoder that attends to an encoder. A block holds the weights of its attention, attention_norm, mlp_norm, gate,
+    up and down; one of `crosses` those of its cross-attention and cross_norm.
     """
 
     spec: LayerSpec
     embedding: Tensor
     blocks: list[dict[str, Tensor]]
     final_norm: Tensor
-    embed_norm: Tensor | None = None
-    cross: LayerSpec | None = None
-    crosses: list[dict[str, Tensor]] | None = None
-
-
-def gated(spec: LayerSpec, weights: dict[str, Tensor], x: Tensor) -> Tensor:
-    y = rms_norm(x, weights["mlp_norm"], spec.eps)
-    return x + swiglu(y, weights["gate"], weights["up"], weights["down"])
-
-
-def encode(stack: Stack, tokens: Tensor, real: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-    """States (B, S, d_model) after the final norm, and each layer's map; positions count real tokens."""
-    assert stack.embed_norm is not None
-    x, maps = rms_norm(stack.embedding[tokens], stack.embed_norm, stack.spec.eps), []
-    for index, weights in enumerate(stack.blocks):
-        spec = replace(stack.spec, layer=index)
-        normed = x if index == 0 else rms_norm(x, weights["attention_norm"], spec.eps)
-        y, weights_map = layer(
-            spec,
-            weights,
-            normed,
-            key_padding=real,
-            positions=counted(tokens, real),
-        )
-        x = gated(spec, weights, x + y)
-        maps.append(weights_map)
-    return rms_norm(x, stack.final_norm, stack.spec.eps), maps
+    cross: LayerSpec
+    crosses: list[dict[str, Tensor]]
 
 
 def decode(
-    stack: Stack,
+    side: Target,
     states: Tensor,
     tokens: Tensor,
     real: Tensor | None = None,
     source_real: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """States (B, L, d_model) after the final norm; maps of self- (B, H, L, L) and cross-attention (B, H, L, S)."""
-    assert stack.cross is not None and stack.crosses is not None
-    x, maps, cross_maps = stack.embedding[tokens], [], []
+    x, maps, cross_maps = side.embedding[tokens], [], []
     here, there = counted(tokens, real), counted(states, source_real)
-    for index, (weights, cross) in enumerate(zip(stack.blocks, stack.crosses, strict=True)):
-        spec = replace(stack.spec, layer=index)
+    for index, (weights, cross) in enumerate(zip(side.blocks, side.crosses, strict=True)):
+        spec = replace(side.spec, layer=index)
         y, weights_map = layer(
             spec,
             weights,
@@ -80,7 +52,7 @@ def decode(
         )
         x = x + y
         y, cross_map = layer(
-            replace(stack.cross, layer=index),
+            replace(side.cross, layer=index),
             cross,
             rms_norm(x, cross["cross_norm"], spec.eps),
             states,
@@ -88,10 +60,12 @@ def decode(
             positions=here,
             context_positions=there,
         )
-        x = gated(spec, weights, x + y)
+        x = x + y
+        y = rms_norm(x, weights["mlp_norm"], spec.eps)
+        x = x + swiglu(y, weights["gate"], weights["up"], weights["down"])
         maps.append(weights_map)
         cross_maps.append(cross_map)
-    return rms_norm(x, stack.final_norm, stack.spec.eps), maps, cross_maps
+    return rms_norm(x, side.final_norm, side.spec.eps), maps, cross_maps
 
 
 def counted(rows: Tensor, real: Tensor | None) -> Tensor:

@@ -22,14 +22,23 @@ OURS: dict[str, str] = {
     ),
 }
 
+ENCODERS: dict[str, str] = {
+    "test_tp_generation": "an encoder does not generate; BERT and ModernBERT have no plan, so it skips theirs",
+}
+
+# Of the encoders that are made of both: logits are cubic in the layer's input, and their difference is taken.
+SMALL_LOGITS: dict[str, str] = {
+    "test_model_rope_scaling_from_config_2_yarn": (
+        "with matrices of 0.02 a scaling moves outputs by less than the test's 1e-5; with those of 0.1 it does, and "
+        "tests/contracts holds it against the oracle"
+    ),
+}
+
 # Positions without angles have nothing to scale, and say so.
 WITHOUT_ANGLES: dict[str, str] = {
     f"test_model_rope_scaling_from_config_{kind}": "there are no angles to scale, and a scaling is refused"
     for kind in ("0_linear", "2_yarn")
 }
-
-BERT: dict[str, str] = {}
-MODERNBERT: dict[str, str] = {}
 
 # For encoder-decoders, T5 and BART among them.
 SEQ2SEQ: dict[str, str] = {

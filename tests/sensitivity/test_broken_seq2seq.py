@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from clearhead.models import cross_decoder
+from tests.contracts.encoder_cases import weights_of
 from tests.contracts.model_cases import tokens
-from tests.contracts.seq2seq_cases import PAD, START, make_seq2seq, seq2seq_oracle, weights_of
+from tests.contracts.seq2seq_cases import PAD, START, make_seq2seq, seq2seq_oracle
 from tests.contracts.support import distance
 
 Patch = pytest.MonkeyPatch

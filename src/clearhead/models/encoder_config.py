@@ -29,6 +29,7 @@ class ClearheadEncoderConfig(ClearheadConfig):
     classifier_pooling: what a head for texts reads: "mean" of the real tokens, or the "first" of them, for tokenizers
         that put a [CLS] there.
     classifier_dropout: before the last matrix of the heads for classes and answers, in training.
+    mask_token_id, cls_token_id, sep_token_id: the tokenizer's, for tools that ask; nothing here looks at them.
     use_cache, compact_cache, twin_heads: refused, because an encoder has no cache.
     Raises ValueError as `ClearheadConfig` does.
     """

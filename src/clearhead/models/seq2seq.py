@@ -50,8 +50,7 @@ class ClearheadSeq2SeqPreTrainedModel(ClearheadPreTrainedModel):
             and max(distributed_config.tp_size or 1, distributed_config.pp_size or 1) > 1
         ):
             raise ValueError(
-                "encoder-decoders are not shared out over processes by heads or layers (tp_size, pp_size); device_map "
-                "and FSDP do without a plan"
+                "encoder-decoders are not shared out over processes by heads or layers: tp_size and pp_size must be 1"
             )
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 

@@ -3,6 +3,7 @@
 Legend: B batch, S tokens of the source.
 """
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 
+from clearhead.models.arguments import KNOWN
 from clearhead.models.generation import ClearheadGeneration
 
 
@@ -30,6 +32,15 @@ class Seq2SeqGeneration(ClearheadGeneration):
 
     def reason_against_serving(self) -> str | None:
         return "an encoder-decoder has two sequences a request, and continuous batching lays out one"
+
+    def _prepare_text_encoder_decoder_kwargs_for_generation(  # type: ignore[override]
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], **rest: Any
+    ) -> dict[str, Any]:
+        """Hands the encoder what is its own: Seq2SeqTrainer's evaluation has labels there too."""
+        known = KNOWN | set(inspect.signature(self.get_encoder().forward).parameters)  # type: ignore[attr-defined]
+        own = {name: value for name, value in model_kwargs.items() if name in known}
+        made = super()._prepare_text_encoder_decoder_kwargs_for_generation(inputs_tensor, own, **rest)  # type: ignore[misc]
+        return {**model_kwargs, "encoder_outputs": made["encoder_outputs"]}
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self,
