@@ -51,6 +51,10 @@ KERNELS = {
 BACKEND_FACTORIES = ("clearhead.engines.hf",)
 EVALUATIONS = {
     "language_modelling": "clearhead.evals.text.language_modelling:LanguageModelling",
+    "masked_language_modelling": "clearhead.evals.text.masked_language_modelling:MaskedLanguageModelling",
+    "masked_by_length": "clearhead.evals.text.masked_by_length:MaskedByLength",
+    "target_modelling": "clearhead.evals.text.target_modelling:TargetModelling",
+    "classification": "clearhead.evals.text.classification:Classification",
     "loss_by_position": "clearhead.evals.text.loss_by_position:LossByPosition",
     "needles": "clearhead.evals.retrieval.needles:Needles",
     "allocation": "clearhead.evals.internals.allocation:Allocation",
@@ -63,6 +67,8 @@ EVALUATIONS = {
     "lm_eval": "clearhead.evals.external.lm_eval:LmEval",
     "scaling_factors": "clearhead.evals.composed.scaling_factors:ScalingFactors",
     "logit_outliers": "clearhead.evals.internals.logit_outliers:LogitOutliers",
+    "anomalous_cases": "clearhead.evals.internals.anomalous_cases:AnomalousCases",
+    "answer_attention": "clearhead.evals.internals.answer_attention:AnswerAttention",
     "initial_angles": "clearhead.evals.internals.initial_angles:InitialAngles",
     "activation_outliers": "clearhead.evals.internals.activation_outliers:ActivationOutliers",
     "quantisation": "clearhead.evals.internals.quantisation:Quantisation",

@@ -52,8 +52,42 @@ def test_the_written_out_model_learns(capsys: pytest.CaptureFixture[str]) -> Non
     assert model.write(text[None, :8], 5).shape == (1, 13)
 
 
-def test_it_stays_short() -> None:
-    assert len((EXAMPLES / "nano.py").read_text().splitlines()) <= 150
+@pytest.mark.parametrize("name", ["nano", "vision_transformer"])
+def test_it_stays_short(name: str) -> None:
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 150
+
+
+def test_patches_are_read_row_by_row() -> None:
+    model = load("vision_transformer").VisionTransformer("softmax", width=16, layers=1, heads=2)
+    seen = []
+    model.embed.register_forward_hook(lambda module, given, out: seen.append(given[0]))
+    image = torch.arange(64.0).view(1, 8, 8)
+    model(image)
+    assert seen[0].shape == (1, 16, 4)
+    assert seen[0][0, 5].tolist() == [18.0, 19.0, 26.0, 27.0]
+
+
+@pytest.mark.parametrize("variant", ["differential", "differential_v2", "collinear"])
+def test_the_vision_transformer_learns_digits(variant: str) -> None:
+    pytest.importorskip("sklearn")
+    vision = load("vision_transformer")
+    images, labels = vision.load_digits()
+    assert images.shape == (1797, 8, 8) and float(images.max()) == 1.0
+    one, other = vision.split(1797, 3)
+    assert len(other) == 359 and len({*one.tolist(), *other.tolist()}) == 1797
+    sizes = {"width": 32, "layers": 1, "heads": 4}
+    some, their = images[:200], labels[:200]
+    once, twice = (vision.train(variant, 0, some, their, 1, 3e-3, **sizes) for _ in range(2))
+    assert once == twice
+    # A blind guess is right for a tenth.
+    assert vision.train(variant, 0, images, labels, 6, 5e-3, **sizes) > 0.5
+
+
+def test_twins_are_compared_seed_by_seed() -> None:
+    vision = load("vision_transformer")
+    line = vision.summary("differential", [0.9, 0.8], [0.8, 0.6], 359)
+    assert "85.00 %  (n = 359 test images a seed, 2 seeds)  +15.00 ± 5.00 points" in line
+    assert "points" not in vision.summary("softmax", found := [0.8, 0.6], found, 359)
 
 
 def test_adapters_are_learned(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from transformers import StaticCache
 from clearhead.core.dispatch import AttentionProblem, load_backend
 from clearhead.core.masks import MaskSpec
 from clearhead.models import ClearheadForCausalLM
+from clearhead.models.tasks import collate
 from clearhead.positions.rope import Rope
-from clearhead.train.trainer import ComparisonTrainer, _collate
+from clearhead.train.trainer import ComparisonTrainer
 from tests.contracts.model_cases import VARIANTS, left_padded, make_model, tokens
 from tests.contracts.support import distance
 from tests.gpu.device import bare, gpu, moved_to_cuda, on_cuda, waiting
@@ -246,10 +247,10 @@ def test_a_batch_of_the_trainer_says_its_documents_on_the_host() -> None:
         "position_ids": np.arange(12),
         "is_text": True,
     }
-    batch = _collate([whole, whole])
+    batch = collate([whole, whole])
     assert set(batch) == {"input_ids", "labels", "is_text"}
     positions, documents = (bare(x) for x in packed(1))
-    mixed = _collate([whole, {**whole, "position_ids": positions[0].numpy()}])
+    mixed = collate([whole, {**whole, "position_ids": positions[0].numpy()}])
     assert mixed["position_ids"].tolist() == [list(range(12)), positions[0].tolist()]
     assert mixed["seq_idx"].diff(dim=1).tolist() == [[0] * 11, documents[0].diff().tolist()]
     model = make_model("differential")
@@ -262,7 +263,7 @@ def test_a_batch_of_the_trainer_says_its_documents_on_the_host() -> None:
 
 def test_the_loss_of_the_trainer() -> None:
     row = {"input_ids": np.arange(3, 15), "labels": np.arange(3, 15), "is_text": True}
-    batch = _collate([{**row, "position_ids": bare(packed(1)[0])[0].numpy()}] * 2)
+    batch = collate([{**row, "position_ids": bare(packed(1)[0])[0].numpy()}] * 2)
     sums = [torch.zeros(2), torch.zeros(2, dtype=torch.float64)]
     trainer: Any = SimpleNamespace(_loss=on_cuda(sums[0]), _text=on_cuda(sums[1]))
     model = there("differential").train()

@@ -116,7 +116,9 @@ def test_the_tokenizer_never_sees_validation_text(tmp_path: Path) -> None:
 def test_a_sample_is_enough_to_train_the_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
-    def get_tokenizer(source: str, *, vocab_size: int, texts: Any, cache_key: str) -> PreTrainedTokenizerFast:
+    def get_tokenizer(
+        source: str, *, vocab_size: int, texts: Any, cache_key: str, mask: bool
+    ) -> PreTrainedTokenizerFast:
         seen.extend(texts)
         return original(source, vocab_size=vocab_size, texts=seen, cache_key=cache_key)
 

@@ -25,6 +25,7 @@ from clearhead.runs.recipe import (
     TokenizerOptions,
     Train,
 )
+from clearhead.runs.recipe_data import ExampleOptions, MaskOptions
 from clearhead.runs.recipe_io import differences, dump_toml, load_recipe, parse_recipe
 
 TEXT = """
@@ -300,6 +301,9 @@ def test_the_documented_recipe_is_complete_and_true() -> None:
         expected = model().model_copy(update={"max_bytes": 4_000_000}) if model is CorpusOptions else model()
         assert getattr(shown, table) == expected
     assert set(raw["data"]["needles"]) == set(NeedleRows.model_fields)
+    assert set(raw["data"]["masks"]) == set(MaskOptions.model_fields)
+    assert set(raw["data"]["examples"]) == set(ExampleOptions.model_fields) - {"source"}
+    assert raw["task"] == "causal"
     assert set(raw["sweep"]) == set(Sweep.model_fields)
     assert set(raw["scaling"]) == set(Scaling.model_fields)
     assert set(raw["arms"][0]) == set(Arm.model_fields) - {"retrofit"}

@@ -9,6 +9,8 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from clearhead.models import ClearheadConfig
+from clearhead.models.tasks import TASKS
+from clearhead.models.tasks.base import FIXED
 from clearhead.runs.recipe import RESERVED_MODEL_KEYS, Recipe, RecipeError, Sweep
 from clearhead.runs.recipe_io import load_recipe, parse_recipe
 from clearhead.train.comparison import check_models
@@ -175,13 +177,9 @@ def test_what_has_a_meaning_is_taken(path: Path, override: str) -> None:
 
 
 def test_every_key_of_a_model_has_its_range() -> None:
-    known = {key for key in inspect.get_annotations(ClearheadConfig) if key not in RESERVED_MODEL_KEYS}
-    assert set(ModelTable.model_fields) == known - {
-        "model_type",
-        "keys_to_ignore_at_inference",
-        "base_model_pp_plan",
-        "twin_heads",
-    }
+    assert set(ModelTable.model_fields) == {key for task in TASKS.values() for key in task.keys}
+    own = {key for key in inspect.get_annotations(ClearheadConfig) if key not in RESERVED_MODEL_KEYS}
+    assert set(TASKS["causal"].keys) == own - {*FIXED, "causal"}
 
 
 @pytest.mark.parametrize("verb", [["explain"], ["compare"], ["train"]])

@@ -80,15 +80,19 @@ def command(
         return
     plans = {
         name: {
-            title: {
+            f"{side}{title}": {
                 situation: _plans(replace(problem, capability=capability))
-                for situation, problem in _problems(config, layer, length, place, floats[dtype]).items()
+                for situation, problem in _problems(part, layer, length, place, floats[dtype]).items()
             }
-            for layer, title in _kinds(config).items()
+            for side, part in _sides(config).items()
+            for layer, title in _kinds(part).items()
         }
         for name, config in models.items()
     }
-    cautioned = {name: cautions(config) for name, config in models.items()}
+    cautioned = {
+        name: [caution for part in _sides(config).values() for caution in cautions(part)]
+        for name, config in models.items()
+    }
     kernel = _cpu_kernel() if place.type == "cpu" else None
     if as_json:
         print_json({"tokens": length, "dtype": dtype, "device": device, "cpu_kernel": kernel,
@@ -115,7 +119,10 @@ def _explain_devices(
 
     if subject.suffix != ".toml":
         raise ValueError(f"--on is for recipes, which say how a model is trained; {str(subject)!r} is none")
-    print_footprint(models, load_recipe(subject, overrides), on, sharding, rows, length)
+    recipe = load_recipe(subject, overrides)
+    if recipe.task != "causal":
+        raise ValueError(f'--on knows causal language models; {str(subject)!r} has task = "{recipe.task}"')
+    print_footprint(models, recipe, on, sharding, rows, length)
     Console(highlight=False, soft_wrap=True).print("", _cost_table(costs, length))
 
 
@@ -196,8 +203,7 @@ def cautions(config: "ClearheadConfig") -> list[str]:
 def _models(subject: Path, overrides: list[str], arm: str | None) -> "tuple[dict[str, ClearheadConfig], int]":
     """Configurations by name, and the row length they are trained with."""
     if subject.suffix == ".toml":
-        from clearhead.models import ClearheadConfig
-        from clearhead.models.start import with_defaults
+        from clearhead.models.tasks import task_of
         from clearhead.runs.recipe import FROM
         from clearhead.runs.recipe_io import load_recipe
         from clearhead.train.comparison import check_models
@@ -211,20 +217,17 @@ def _models(subject: Path, overrides: list[str], arm: str | None) -> "tuple[dict
             return {
                 found.name: begun_config(recipe, found, recipe.seeds[0]) for found in arms
             }, recipe.data.length
-        vocabulary = recipe.tokenizer.vocab_size
+        task = task_of(recipe.task)
         return {
-            found.name: ClearheadConfig(
-                vocab_size=vocabulary, **with_defaults(recipe.model_of(found), recipe.data.length)
-            )
-            for found in arms
+            found.name: task.planned(recipe, recipe.model_of(found)) for found in arms
         }, recipe.data.length
     from transformers import AutoConfig
 
     from clearhead.cli.models import model_directory
-    from clearhead.models import ClearheadConfig
+    from clearhead.models.autoload import FAMILIES
 
-    config = AutoConfig.from_pretrained(model_directory(subject))
-    if not isinstance(config, ClearheadConfig):
+    config: Any = AutoConfig.from_pretrained(model_directory(subject))
+    if config.model_type not in FAMILIES:
         raise ValueError(
             f"{str(subject)!r} is a {config.model_type!r} model; explain knows clearhead models and recipes"
         )
@@ -262,6 +265,14 @@ def _cost_table(costs: Costs, length: int) -> object:
         count, *others = found.values()
         table.add_row(escape(name), f"{count:,}", f"{count - first:+,}", *(f"{other:,}" for other in others))
     return table
+
+
+def _sides(config: Any) -> "dict[str, ClearheadConfig]":
+    """The stacks of a model, by what their attention is headed with; cross-attention has no plan of its own here."""
+    if not config.is_encoder_decoder:
+        return {"": config}
+    encoder, decoder = config.sides
+    return {"encoder: ": encoder, "decoder: ": decoder}
 
 
 def _kinds(config: "ClearheadConfig") -> dict[int, str]:

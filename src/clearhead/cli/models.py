@@ -18,15 +18,18 @@ def model_directory(path: Path) -> Path:
 
 
 def load_model(path: Path) -> tuple[Any, Any]:
-    """(model in evaluation mode, tokenizer)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """(model in evaluation mode, tokenizer). Raises ValueError for a model that writes no text of its own."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    import clearhead.models  # noqa: F401  registers the family with the Auto classes
+    from clearhead.models.tasks import task_of_model
     from clearhead.runs.checksums import check_model
 
     directory = model_directory(path)
     disable_progress_bar()
     check_model(directory)
+    task = task_of_model(AutoConfig.from_pretrained(directory))
+    if task.name != "causal":
+        raise ValueError(f"{str(directory)!r} is {task.what}; text is written by causal language models")
     model = AutoModelForCausalLM.from_pretrained(directory, use_safetensors=True)
     return model.eval(), AutoTokenizer.from_pretrained(directory)

@@ -38,7 +38,7 @@ class DataSpec:
     """What to read and how to split and tokenize it; equal specs over an equal corpus give equal data.
 
     `validation_fraction` is a share of the documents, `seed` chooses which; `vocab_size` belongs to the
-    tokenizer `"bpe"` and is ignored for others.
+    tokenizer `"bpe"` and is ignored for others. `mask`: the tokenizer has a mask token.
     """
 
     source: str = "stdlib"
@@ -48,6 +48,7 @@ class DataSpec:
     tokenizer: str = "bpe"
     vocab_size: int = 1024
     seed: int = 0
+    mask: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_fraction < 1:
@@ -56,6 +57,10 @@ class DataSpec:
             )
         if self.tokenizer == "bpe":
             check_vocab_size(self.vocab_size)
+
+    def identity(self) -> dict[str, Any]:
+        """As JSON; what a key says that came later stands only where it is not the default, so that names stay."""
+        return {name: value for name, value in asdict(self).items() if name != "mask" or value}
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ def prepare(
     sources = corpus.sources()
     made_from = {
         "format": FORMAT,
-        "spec": asdict(spec),
+        "spec": spec.identity(),
         "corpus": corpus.identity(sources),
         "tokenizer_files": tokenizer_files(spec.tokenizer),
     }
@@ -226,7 +231,7 @@ def build(corpus: Corpus, spec: DataSpec, made_from: dict[str, Any], folder: Pat
     """Write the stores, the tokenizer and, last, identity.json with the fingerprints of all of them."""
     folder.mkdir(parents=True)
     # A tokenizer that cannot be loaded should not cost a pass over the corpus.
-    given = None if spec.tokenizer == "bpe" else load_pretrained(spec.tokenizer)
+    given = None if spec.tokenizer == "bpe" else load_pretrained(spec.tokenizer, mask=spec.mask)
     spooled = folder / "text"
     with spooled.open("w+b") as file:
         spool = read_corpus(corpus, spec, file, say)
@@ -311,7 +316,9 @@ def trained_tokenizer(
     # A share is a hash of the text, so the sorted shares name the set of texts.
     key = digest_json(sorted((spool.shares[i], spool.size(i)) for i in chosen))
     texts = (spool.text(i) for i in chosen)
-    return get_tokenizer(spec.tokenizer, vocab_size=spec.vocab_size, texts=texts, cache_key=key)
+    return get_tokenizer(
+        spec.tokenizer, vocab_size=spec.vocab_size, texts=texts, cache_key=key, mask=spec.mask
+    )
 
 
 def tokenize(

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
+MASK = "<|mask|>"
 SPECIALS = [PAD, BOS, EOS]
 SMALLEST_VOCABULARY = 256 + len(SPECIALS)
 FORMAT = 1
 
 
 def get_tokenizer(
-    source: str, *, vocab_size: int, texts: Iterable[str], cache_key: str
+    source: str, *, vocab_size: int, texts: Iterable[str], cache_key: str, mask: bool = False
 ) -> PreTrainedTokenizerFast:
     """The tokenizer `source` names.
 
@@ -32,26 +33,28 @@ def get_tokenizer(
     `(cache_key, vocab_size)`; `cache_key` must stand for the content of `texts`, which are not read on a hit.
     All 256 bytes are in the alphabet, so every text survives encoding and decoding. Ids: `<|pad|>` 0, `<|bos|>` 1,
     `<|eos|>` 2; none is added by itself. A text too small for `vocab_size` entries gives fewer:
-    `len(tokenizer)` counts.
+    `len(tokenizer)` counts. mask: `<|mask|>` is id 3, one of the `vocab_size`.
 
     Any other `source`: a Hugging Face path or id, whose own vocabulary is used. Without a bos token its eos token
-    stands in, else its pad token; without a pad token its eos or bos token does.
+    stands in, else its pad token; without a pad token its eos or bos token does. With `mask` one that has no mask token
+    is given `<|mask|>`, behind its vocabulary.
 
-    Raises CorpusError when `vocab_size` is below 259, when the tokenizer cannot be loaded (offline, wrong name) or
-    has no token that can begin a document.
+    Raises CorpusError when `vocab_size` is below 259, when the tokenizer cannot be loaded (offline, wrong name) or has
+    no token that can begin a document.
     """
     if source != "bpe":
-        return load_pretrained(source)
+        return load_pretrained(source, mask=mask)
     check_vocab_size(vocab_size)
-    key = digest_json({"format": FORMAT, "vocab_size": vocab_size, "texts": cache_key})
+    about = {"format": FORMAT, "vocab_size": vocab_size, "texts": cache_key}
+    key = digest_json({**about, "mask": MASK} if mask else about)
     path = cache_dir() / "tokenizers" / f"bpe-{key[:32]}.json"
     tokenizer = read_cached(path)
     if tokenizer is None:
-        tokenizer = train_bpe(texts, vocab_size)
+        tokenizer = train_bpe(texts, vocab_size, mask)
         content = tokenizer.to_str()
         envelope = {"sha256": hashlib.sha256(content.encode()).hexdigest(), "tokenizer": content}
         write_atomic(path, json.dumps(envelope).encode())
-    return wrap(tokenizer)
+    return wrap(tokenizer, mask)
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -62,7 +65,7 @@ def check_vocab_size(vocab_size: int) -> None:
         )
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, mask: bool = False) -> Tokenizer:
     """Byte-level BPE (GPT-2's splitting rule), the same for the same texts in any order."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -71,7 +74,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=SPECIALS,
+        special_tokens=[*SPECIALS, MASK] if mask else SPECIALS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -79,8 +82,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def wrap(tokenizer: Tokenizer, mask: bool = False) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
+
+    also = {"mask_token": MASK} if mask else {}
 
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -89,6 +94,7 @@ def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         eos_token=EOS,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
+        **also,
     )
 
 
@@ -106,7 +112,7 @@ def read_cached(path: Path) -> Tokenizer | None:
     return Tokenizer.from_str(content)
 
 
-def load_pretrained(source: str) -> PreTrainedTokenizerFast:
+def load_pretrained(source: str, *, mask: bool = False) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not Path(source).exists():
@@ -130,6 +136,8 @@ def load_pretrained(source: str) -> PreTrainedTokenizerFast:
             "tokenizer_config.json"
         )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.bos_token
+    if mask and tokenizer.mask_token is None:
+        tokenizer.add_special_tokens({"mask_token": MASK})
     return tokenizer
 
 

@@ -88,6 +88,8 @@ class Evaluation(ABC, Generic[C, R]):
     name: ClassVar[str]
     Config: type[C]
     Result: type[R]
+    tasks: ClassVar[tuple[str, ...]] = ("causal",)
+    """The tasks whose models it can be asked of; those of others have no value, and the reason says why."""
     tells_overflow: ClassVar[bool] = False
     """Whether its values say themselves where the model's logits were no numbers."""
 
@@ -97,10 +99,21 @@ class Evaluation(ABC, Generic[C, R]):
 
     def run(self, subject: Subject, config: C, progress: Say | None = None) -> dict[str, Any]:
         """`result` as JSON values; those of `Skipped` when the model cannot be measured."""
+        if (reason := self.not_asked(subject)) is not None:
+            return Skipped(reason).values()
         try:
             return self.result(subject, config, progress).values()
         except Unmeasured as reason:
             return Skipped(str(reason)).values()
+
+    def not_asked(self, subject: Subject) -> str | None:
+        """Why this cannot be asked of a model that was trained for something else; None if it can."""
+        if subject.task in self.tasks:
+            return None
+        from clearhead.models.tasks import TASKS
+
+        asked = " or ".join(TASKS[task].what for task in self.tasks if task in TASKS)
+        return f"{self.name} asks {asked}; this model is {TASKS[subject.task].what}"
 
     @abstractmethod
     def section(self, run: RunResults) -> Section:

@@ -227,28 +227,30 @@ class JobLoader:
 
     @cached_property
     def subject(self) -> Subject:
-        from transformers import AutoModelForCausalLM
-
-        import clearhead.models  # noqa: F401  registers the model family with the Auto classes
         from clearhead.data.prepare import prepare
+        from clearhead.models.tasks import task_of
         from clearhead.runs.rows import data_spec, needle_range
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         data = prepare(data_spec(self.job), began=kept_data(self.job_dir))
         check_model(self.job_dir / "model")
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        task = task_of(self.job.task)
+        model: PreTrainedModel = task.auto_class.from_pretrained(
             self.job_dir / "model", device_map=device, use_safetensors=True
         ).eval()
 
         def untrained() -> PreTrainedModel:
             with torch.random.fork_rng():
                 torch.manual_seed(self.job.seed)
-                return AutoModelForCausalLM.from_config(model.config).to(device).eval()
+                return task.auto_class.from_config(model.config).to(device).eval()  # type: ignore[no-any-return]
 
         return Subject(
             model=model,
             tokenizer=data.tokenizer,
             open_documents=lambda: data.validation,
+            task=self.job.task,
+            held_out=lambda count: task.held_out(self.job, data, count),
+            labels=task.labels(self.job),
             device=device,
             untrained=untrained,
             seed=self.job.seed,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from clearhead.data.packing import Example
 from clearhead.data.retrieval import NeedleRange
 from clearhead.evals.finite import broken_weights
 from clearhead.evals.probing.adapter import ModelAdapter, adapter_of
@@ -33,6 +34,8 @@ class Subject:
     external: not trained here, so nothing is known of its training but what its configuration says.
     needles: the retrieval documents of training, whose sentences and sizes of keys and values questions keep to.
     metrics: the records of the run's `metrics.jsonl`; budget: its training budget in tokens.
+    task: what the model was trained for (`models.tasks`). held_out: at most so many rows like those of its training
+        that it has not seen; labels: what the numbers of their labels stand for.
     folder: where an evaluation may keep files of its own beside the results; None keeps nothing.
     """
 
@@ -47,6 +50,9 @@ class Subject:
     needles: NeedleRange = field(default_factory=NeedleRange)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     budget: int | None = None
+    task: str = "causal"
+    held_out: Callable[[int], list[Example]] = lambda count: []
+    labels: Sequence[str] = ()
     folder: Path | None = None
     _texts: dict[tuple[str, ...], TokenStore] = field(default_factory=dict, init=False, repr=False)
 

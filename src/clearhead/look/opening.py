@@ -42,7 +42,11 @@ def open_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, s
 
 
 def check_layers(config: Any, layers: Sequence[int] | None) -> None:
-    """Raise ValueError for a layer that a model of this configuration does not have."""
+    """Raise ValueError for a layer that a model of this configuration does not have, and for an encoder."""
+    if not getattr(config, "causal", True):
+        raise ValueError(
+            "pages of attention maps show causal language models; of an encoder output_attentions=True gives the maps"
+        )
     check_known("layer", layers, int(config.get_text_config().num_hidden_layers))
 
 

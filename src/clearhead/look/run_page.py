@@ -51,6 +51,10 @@ def make_run_page(
     views = []
     for folder in _in_recipe_order(run, jobs):
         job = load_job(folder / "job.json")
+        if job.task != "causal":
+            raise ValueError(
+                f'task = "{job.task}" has no retrieval document to show; clearhead look MODEL --text shows any text'
+            )
         subject = JobLoader(job, folder).subject
         name = f"{job.arm}, seed {job.seed}"
         say(f"{name}: looking at one document")

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from clearhead.models.config import ClearheadConfig
+
 
 def standard_deviation(width: int) -> float:
     """sqrt(2 / (5 · width)): of all matrices, for every variant alike, where a recipe does not say otherwise.
@@ -22,13 +24,13 @@ def standard_deviation(width: int) -> float:
 EMBEDDING_STANDARD_DEVIATION = 0.5
 
 
-def with_defaults(model: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """A recipe's keys of ClearheadConfig with what it leaves out: the trained length, and the start by the width."""
-    from clearhead.models.config import ClearheadConfig
-
-    width = model.get("hidden_size", ClearheadConfig.hidden_size)
+def with_defaults(
+    model: Mapping[str, Any], length: int, config: type[ClearheadConfig] = ClearheadConfig
+) -> dict[str, Any]:
+    """A recipe's keys of `config` with what it leaves out: the trained length, and the start by the width."""
+    width = model.get("hidden_size", config.hidden_size)
     # Scalings count from the trained length.
     chosen = {"max_position_embeddings": length, "initializer_range": standard_deviation(width)}
-    if not model.get("tie_word_embeddings", ClearheadConfig.tie_word_embeddings):
+    if not model.get("tie_word_embeddings", config.tie_word_embeddings):
         chosen["embedding_initializer_range"] = EMBEDDING_STANDARD_DEVIATION
     return {**chosen, **model}

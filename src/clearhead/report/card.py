@@ -15,7 +15,21 @@ CARD = "README.md"
 RECORD = "conversion.json"
 MARK = "<!-- clearhead card -->"
 """Stands in every card that was made here, so that one that a person wrote is never replaced."""
-OURS = "clearhead"
+OURS = ("clearhead", "clearhead_encoder", "clearhead_seq2seq")
+"""Families of models of this library."""
+PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+}
+"""What Hugging Face calls the use of a model, by the Auto class that loads it."""
+WHAT = {
+    "AutoModelForCausalLM": "A causal language model",
+    "AutoModelForMaskedLM": "An encoder for masked tokens",
+    "AutoModelForSequenceClassification": "An encoder that gives texts their labels",
+    "AutoModelForSeq2SeqLM": "An encoder-decoder",
+}
 LICENCES = (("apache-2.0", "Apache License"), ("mit", "MIT License"), ("cc0-1.0", "CC0 1.0"))
 SIZES = (
     ("layers", "num_hidden_layers"),
@@ -74,15 +88,16 @@ def card(folder: Path, *, name: str | None = None, licence: str | None = None) -
 
 def _header(config: Mapping[str, Any], job: Mapping[str, Any], licence: str | None) -> str:
     """Hugging Face's YAML; strings as JSON, which YAML reads."""
-    ours = config.get("model_type") == OURS
-    tags = ["clearhead", "text-generation"]
+    ours = config.get("model_type") in OURS
+    pipeline = PIPELINES[_auto(config)]
+    tags = ["clearhead", pipeline]
     attention = _attention(config)
     tags += [tag for tag in (attention.replace("_", "-"),) if tag != "softmax"]
     source = job.get("corpus", {}).get("source", "")
     lines = [
         "---",
         f"library_name: {'clearhead' if ours else 'transformers'}",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {pipeline}",
         f"tags: {json.dumps(tags)}",
     ]
     if licence:
@@ -92,9 +107,17 @@ def _header(config: Mapping[str, Any], job: Mapping[str, Any], licence: str | No
     return "\n".join([*lines, "---", ""])
 
 
+def _auto(config: Mapping[str, Any]) -> str:
+    """The Auto class that loads the model: what `auto_map` says, or the one for causal language models."""
+    saved = (config.get("architectures") or [""])[0]
+    named = {str(target).rpartition(".")[2]: auto for auto, target in (config.get("auto_map") or {}).items()}
+    found = named.get(saved, "AutoModelForCausalLM")
+    return found if found in PIPELINES else "AutoModelForCausalLM"
+
+
 def _attention(config: Mapping[str, Any]) -> str:
-    if config.get("model_type") == OURS:
-        return str(config.get("attention", "softmax"))
+    if config.get("model_type") in OURS:
+        return str(config.get("attention", config.get("decoder", {}).get("attention", "softmax")))
     return "differential" if config.get("model_type") == "diffllama" else "softmax"
 
 
@@ -119,7 +142,7 @@ def _what(config: Mapping[str, Any], folder: Path, job: Mapping[str, Any]) -> st
     if positions == "rope" and rope:
         positions = f"RoPE ({rope.get('rope_type', 'default')}, base {rope.get('rope_theta', 10000.0):g})"
     rows = [("parameters", f"{_parameters(folder):,}")] if list(folder.glob("*.safetensors")) else []
-    sizes = {**config, **(config.get("twin_heads") or {})}
+    sizes = {**(config.get("decoder") or {}), **config, **(config.get("twin_heads") or {})}
     rows += [(label, f"{sizes[key]:,}") for label, key in SIZES if isinstance(sizes.get(key), int)]
     windows = [str(e.get("sliding_window", config.get("sliding_window")) or "all") for e in patterns]
     if set(windows) != {"all"}:
@@ -130,7 +153,7 @@ def _what(config: Mapping[str, Any], folder: Path, job: Mapping[str, Any]) -> st
     rows += [("positions", positions), ("stored in", str(config.get("dtype", "float32")))]
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
     return (
-        f"A causal language model with {mechanisms}{f' ({options})' if options else ''}, "
+        f"{WHAT[_auto(config)]} with {mechanisms}{f' ({options})' if options else ''}, "
         f"otherwise as LLaMA (pre-RMSNorm, SwiGLU, no biases).\n\n| | |\n|---|---|\n{table}\n"
     )
 
@@ -178,6 +201,12 @@ def _data(job: Mapping[str, Any], run: RunResults | None) -> str:
         )
         if share
     ]
+    if examples := data.get("examples", {}).get("source"):
+        folds = data["examples"]["folds"]
+        return (
+            f"## Data\n\n`{_named(examples)}`, in rows of {data['length']} tokens; one of {folds} folds was held out. "
+            f"The tokenizer was made from, or chosen for, {named}.\n"
+        )
     return (
         f"## Data\n\n{named[0].upper() + named[1:]}, in rows of {data['length']} tokens: {', '.join(shares)}. "
         f"{corpus['validation_fraction']:.0%} of the documents were held out.\n"
@@ -235,7 +264,7 @@ def _run(folder: Path) -> RunResults | None:
 
 
 def _loading(config: Mapping[str, Any]) -> str:
-    ours = config.get("model_type") == OURS
+    ours, auto = config.get("model_type") in OURS, _auto(config)
     note = "`pip install clearhead`, then:" if ours else "With transformers alone:"
     trust = ", trust_remote_code=True" if ours else ""
     after = (
@@ -245,8 +274,8 @@ def _loading(config: Mapping[str, Any]) -> str:
         else ""
     )
     return (
-        f"## How to load it\n\n{note}\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("PATH_OR_HUB_ID"{trust})\n'
+        f"## How to load it\n\n{note}\n\n```python\nfrom transformers import {auto}, AutoTokenizer\n\n"
+        f'model = {auto}.from_pretrained("PATH_OR_HUB_ID"{trust})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_HUB_ID")\n```\n{after}'
     )
 

@@ -29,11 +29,14 @@ def learning_curves(run: RunResults) -> Section:
     text = held_out or _bands(run, lambda record: record.get("bits_per_byte"))
     probe = _bands(run, lambda record: record.get("probe", {}).get("needle_accuracy"), smooth=False)
     loss = [] if text else _bands(run, lambda record: record.get("loss"))
+    task = run.recipe.get("task", "causal")
+    byte = {"masked": "masked byte", "seq2seq": "target byte"}.get(task, "byte")
+    label_of = "example" if task == "classify" else "token"
     charts = []
     band = "Mean over seeds; the band spans from the lowest to the highest seed."
     for series, name, label in (
-        (text, "bits-per-byte", f"bits per byte of {'validation' if held_out else 'training'} text"),
-        (loss, "loss", "training loss (nats per token)"),
+        (text, "bits-per-byte", f"bits per {byte} of {'validation' if held_out else 'training'} text"),
+        (loss, "loss", f"training loss (nats per {label_of})"),
     ):
         if series:
             charts.append(

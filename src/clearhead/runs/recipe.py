@@ -10,19 +10,27 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1, le=10**6)]
-Tokens = Annotated[int, Field(ge=1, le=10**15)]
-Length = Annotated[int, Field(ge=1, le=2**24)]
-Period = Annotated[int, Field(ge=1, le=10**9)]
-Processes = Annotated[int, Field(ge=0, le=4096)]
-# What a float32 can hold.
-Rate = Annotated[float, Field(gt=0, le=1e38)]
-NotNegative = Annotated[float, Field(ge=0, le=1e38)]
-# What every generator of random numbers takes.
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-LENGTHS = tuple[Length, Length]
-COUNTS = tuple[Count, Count]
+from clearhead.runs.recipe_data import CorpusOptions as CorpusOptions
+from clearhead.runs.recipe_data import (
+    Count,
+    NotNegative,
+    Period,
+    Processes,
+    Rate,
+    Seed,
+    Share,
+    TaskName,
+    Tokens,
+    Written,
+    check_task,
+    written,
+)
+from clearhead.runs.recipe_data import Data as Data
+from clearhead.runs.recipe_data import NeedleRows as NeedleRows
+from clearhead.runs.recipe_data import RecipeError as RecipeError
+from clearhead.runs.recipe_data import RecipeTable as RecipeTable
+from clearhead.runs.recipe_data import TokenizerOptions as TokenizerOptions
+
 NAME_LENGTH = 64
 
 # What an arm may set for itself. The rest decides which tokens are seen and is the same for all arms.
@@ -52,123 +60,6 @@ RESERVED_MODEL_KEYS = {
     "bos_token_id": "it is the tokenizer's",
     "eos_token_id": "it is the tokenizer's",
 }
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be run. The message is one sentence that names the file and the key to change."""
-
-
-class RecipeTable(BaseModel):
-    """A table of the recipe: unknown keys are errors, values are not converted from other types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-def _written(text: str) -> str:
-    """A name of something that exists: not blank, and nothing that cannot be seen."""
-    if not text.strip():
-        raise ValueError("it is empty")
-    if not text.isprintable():
-        raise ValueError(f"{text!r} has a character that cannot be seen")
-    return text
-
-
-Written = Annotated[str, AfterValidator(_written)]
-
-
-def _template(text: str) -> str:
-    """A sentence around one {key} and then one {value}; other names in braces would stand in the text as they are."""
-    found = re.findall(r"\{(?:[A-Za-z_][^{}]*)?\}", text)
-    if found != ["{key}", "{value}"]:
-        raise ValueError(
-            f"{text!r} must name {{key}} once and then {{value}} once, and nothing else in braces"
-        )
-    return text
-
-
-def _question(text: str) -> str:
-    if not _template(text).endswith("{value}"):
-        raise ValueError(f"{text!r} must end with {{value}}: the answer ends the document")
-    return text
-
-
-def _ordered(range_: tuple[int, int], what: str) -> None:
-    if range_[0] > range_[1]:
-        raise ValueError(f"{what} is [smallest, largest], got {list(range_)}")
-
-
-class CorpusOptions(RecipeTable):
-    """Where the text comes from; see `clearhead.data.corpora.open_corpus` for what a source can be."""
-
-    source: Written = "stdlib"
-    text_field: Written = "text"
-    max_bytes: Annotated[int, Field(ge=1, lt=2**63)] | None = None
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    # Seed of the split by document, not the seed of a run, so that all seeds share one validation set.
-    seed: Seed = 0
-
-
-class TokenizerOptions(RecipeTable):
-    """`bpe` trains a byte-level BPE on the training split; anything else is a Hugging Face path or id."""
-
-    source: Written = "bpe"
-    # At least 256 bytes and the special tokens; only for `bpe`.
-    vocab_size: Annotated[int, Field(ge=260, le=10**7)] = 1024
-
-
-class NeedleRows(RecipeTable):
-    """The retrieval documents in training; see `clearhead.data.retrieval.NeedleRange`.
-
-    A range is [smallest, largest]; lengths are drawn log-uniformly, counts uniformly.
-    """
-
-    lengths: LENGTHS = (32, 128)
-    needles: COUNTS = (1, 16)
-    pairs: COUNTS = (1, 4)  # facts of a pair document
-    questions: Count = 4
-    key_tokens: Annotated[int, Field(ge=1, le=1024)] = 2
-    value_tokens: Annotated[int, Field(ge=1, le=1024)] = 2
-    template: Annotated[str, AfterValidator(_template)] = "\n# {key}{value}"
-    question: Annotated[str, AfterValidator(_question)] = "\n# {key}{value}"
-    repeats: Share = 0.0  # of the pair rows: random words, twice, to be copied
-    learn_context: bool = False  # also learn the text around the needles
-    separate_words: bool = False  # keys and values are made of different words
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        _ordered(self.lengths, "lengths")
-        _ordered(self.needles, "needles")
-        _ordered(self.pairs, "pairs")
-        return self
-
-
-class Data(RecipeTable):
-    """What a row of `length` tokens is: text, retrieval documents or shuffled pairs, by share of the rows."""
-
-    length: Annotated[int, Field(ge=8, le=2**24)] = 256
-    document_masks: bool = True
-    needle_share: Share = 0.0
-    pair_share: Share = 0.0
-    # Share of the rows, at the beginning, that are pairs alone; after them the shares above hold.
-    pairs_first: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    needles: NeedleRows = NeedleRows()
-    # JSON lines with messages, or prompt and completion, instead of all of that; the corpus is then for evaluations.
-    instructions: Written | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.instructions is not None and self.needle_share + self.pair_share + self.pairs_first > 0:
-            raise ValueError("instructions take all rows: leave out needle_share, pair_share and pairs_first")
-        if self.needle_share + self.pair_share > 1:
-            raise ValueError(
-                f"needle_share + pair_share is {self.needle_share + self.pair_share:g}; they are shares of the rows "
-                "and cannot exceed 1"
-            )
-        if self.needle_share + self.pair_share > 0 and self.needles.lengths[0] > self.length:
-            raise ValueError(
-                f"needles.lengths starts at {self.needles.lengths[0]}, longer than a row (length = {self.length})"
-            )
-        return self
 
 
 class Train(RecipeTable):
@@ -201,7 +92,7 @@ class Train(RecipeTable):
     workers: Processes = 0  # jobs side by side; 0 = number of cores
     # Where a run is logged beside metrics.jsonl: "tensorboard" (in the job's directory) and whatever Hugging Face's
     # Trainer knows and is installed: "wandb", "mlflow", "trackio", ...
-    report_to: list[Annotated[str, AfterValidator(_written)]] = ["tensorboard"]
+    report_to: list[Written] = Field(default_factory=lambda: ["tensorboard"])
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -220,13 +111,22 @@ class Train(RecipeTable):
         return self.steps - max(1, round(self.decay * self.steps))
 
 
+# What is evaluated where a recipe names nothing; the first is the task's headline.
+SUITES: dict[TaskName, tuple[str, ...]] = {
+    "causal": ("language_modelling", "loss_by_position", "needles", "allocation"),
+    "masked": ("masked_language_modelling", "masked_by_length", "anomalous_cases"),
+    "classify": ("classification", "anomalous_cases"),
+    "seq2seq": ("target_modelling",),
+}
+
+
 class Evaluate(BaseModel):
     """Which evaluations run, and a table of options for any of them, checked by that evaluation's own `Config`."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
     __pydantic_extra__: dict[str, dict[str, Any]]
 
-    suites: list[str] = ["language_modelling", "loss_by_position", "needles", "allocation"]
+    suites: list[str] = list(SUITES["causal"])
 
     def options(self, suite: str) -> dict[str, Any]:
         """The options given for `suite`; empty when there is no such table."""
@@ -256,7 +156,7 @@ class ArmRetrofit(RecipeTable):
     attention: Written
     init: Written | None = None
     layers: Literal["all", "upper", "alternate"] | list[int] = "all"
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     heads: Annotated[float, Field(gt=0, le=1)] = 0.5
 
 
@@ -285,11 +185,13 @@ class Scaling(RecipeTable):
 class Arm(RecipeTable):
     """One side of the comparison: an attention variant and what differs with it."""
 
-    name: Annotated[str, Field(max_length=NAME_LENGTH), AfterValidator(_written)]
+    name: Annotated[str, Field(max_length=NAME_LENGTH), AfterValidator(written)]
     attention: str = "softmax"
-    attention_options: dict[str, Any] = {}
-    model: dict[str, Any] = {}  # overrides of [model]
-    train: dict[str, Any] = {}  # overrides of [train], only the keys in ARM_TRAIN_KEYS
+    attention_options: dict[str, Any] = Field(default_factory=dict)
+    model: dict[str, Any] = Field(default_factory=dict)  # overrides of [model]
+    train: dict[str, Any] = Field(
+        default_factory=dict
+    )  # overrides of [train], only the keys in ARM_TRAIN_KEYS
     retrofit: ArmRetrofit | None = None  # with model.from alone
 
     @property
@@ -305,6 +207,7 @@ class Job(RecipeTable):
     arm: str
     slug: str
     seed: int
+    task: TaskName = "causal"
     corpus: CorpusOptions
     tokenizer: TokenizerOptions
     data: Data
@@ -334,16 +237,33 @@ class Recipe(RecipeTable):
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=NAME_LENGTH)]
     description: str = ""
-    seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
+    task: TaskName = "causal"
+    seeds: Annotated[list[Seed], Field(min_length=1)] = Field(default_factory=lambda: [0])
     corpus: CorpusOptions = CorpusOptions()
     tokenizer: TokenizerOptions = TokenizerOptions()
     data: Data = Data()
-    model: dict[str, Any] = {}
+    model: dict[str, Any] = Field(default_factory=dict)
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     sweep: Sweep | None = None
     scaling: Scaling | None = None
     arms: Annotated[list[Arm], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _task(self) -> Self:
+        check_task(self.task, self.data)
+        if self.task != "causal":
+            if "suites" not in self.evaluate.model_fields_set:
+                chosen = self.evaluate.model_copy(update={"suites": list(SUITES[self.task])})
+                object.__setattr__(self, "evaluate", chosen)
+            here = f'task = "{self.task}"'
+            if self.train.stop_at_mastery:
+                raise ValueError(f"{here} masters no retrieval: leave out train.stop_at_mastery")
+            if self.scaling is not None:
+                raise ValueError(f"{here} has no scaling study: leave out [scaling]")
+            if FROM in self.model:
+                raise ValueError(f"{here} begins with no checkpoint: leave out model.from")
+        return self
 
     def arm(self, name: str) -> Arm:
         """The arm with this name or slug; RecipeError when there is none."""
@@ -381,6 +301,7 @@ class Recipe(RecipeTable):
             arm=arm.name,
             slug=arm.slug,
             seed=seed,
+            task=self.task,
             corpus=self.corpus,
             tokenizer=self.tokenizer,
             data=self.data,

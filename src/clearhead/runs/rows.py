@@ -27,6 +27,7 @@ def data_spec(source: Recipe | Job) -> DataSpec:
         tokenizer=source.tokenizer.source,
         vocab_size=source.tokenizer.vocab_size,
         seed=source.corpus.seed,
+        mask=source.task == "masked" or (source.task == "seq2seq" and source.data.examples.source is None),
     )
 
 

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from clearhead.data.writing import writing
 from clearhead.runs.files import plain, read_lines, write_text
+from clearhead.runs.recipe import Train
 from clearhead.runs.status import read_status, write_status
 
 STATUS_SECONDS = 1.0
@@ -130,21 +131,14 @@ class Probe(TrainerCallback):
     """Measures the model every `every` steps and may end the run once it has mastered retrieval."""
 
     def __init__(
-        self,
-        journal: Journal | None,
-        measure: Callable[[], dict[str, float]],
-        *,
-        every: int,
-        batch_tokens: int,
-        mastery: float,
-        stop_at_mastery: bool,
+        self, journal: Journal | None, measure: Callable[[], dict[str, float]], train: Train
     ) -> None:
         self.journal = journal
         self.measure = measure
-        self.every = every
-        self.batch_tokens = batch_tokens
-        self.mastery = mastery
-        self.stop_at_mastery = stop_at_mastery
+        self.every = train.probe_every
+        self.batch_tokens = train.batch_tokens
+        self.mastery = train.mastery
+        self.stop_at_mastery = train.stop_at_mastery
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

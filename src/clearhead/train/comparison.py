@@ -1,6 +1,5 @@
 """The comparison: check, prepare the data once, sweep if asked, train and evaluate every arm with every seed."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from clearhead.runs.directory import (
     open_run,
     set_aside,
 )
-from clearhead.runs.recipe import FROM, RESERVED_MODEL_KEYS, Arm, Evaluate, Recipe, RecipeError
+from clearhead.runs.recipe import FROM, Arm, Evaluate, Recipe, RecipeError
 from clearhead.train.model_table import model_fault, option_fault
 from clearhead.train.pool import (
     WORKER,
@@ -113,7 +112,8 @@ def prepare_rows(recipe: Recipe, run_dir: Path, say: Say) -> dict[str, Any]:
     or the key when rows cannot be made.
     """
     from clearhead.data.prepare import prepare
-    from clearhead.runs.rows import check_rows, check_validation, data_spec, describe_text
+    from clearhead.models.tasks import task_of
+    from clearhead.runs.rows import check_validation, data_spec
 
     before = kept_data(run_dir)
     data = prepare(data_spec(recipe), progress=say, began=before)
@@ -122,8 +122,9 @@ def prepare_rows(recipe: Recipe, run_dir: Path, say: Say) -> dict[str, Any]:
         # A run that has begun is not refused for what it began with.
         check_validation(job, data)
     keep_data(run_dir, data.identity, evaluation_sets(recipe.evaluate) | _begun_with(recipe))
-    check_rows(job, data)
-    say(describe_text(job, data))
+    task = task_of(job.task)
+    task.check(job, data)
+    say(task.describe(job, data))
     return kept_data(run_dir) or {}
 
 
@@ -156,8 +157,8 @@ def evaluation_sets(evaluate: Evaluate) -> dict[str, str]:
 
 
 def _begun_with(recipe: Recipe) -> dict[str, str]:
-    """The same of the files that training reads beside the corpus: instructions and checkpoints."""
-    found = set_stamps({"data": recipe.data.instructions})
+    """The same of the files that training reads beside the corpus: instructions, examples and checkpoints."""
+    found = set_stamps({"data": recipe.data.instructions, "texts": recipe.data.examples.source})
     if FROM in recipe.model:
         from clearhead.train.begun import start_files
 
@@ -224,11 +225,13 @@ def check_models(recipe: Recipe) -> dict[str, int]:
     """
     from huggingface_hub.errors import StrictDataclassError
 
-    from clearhead.models import ClearheadConfig
     from clearhead.models.cost import parameters
+    from clearhead.models.tasks import task_of
 
+    task = task_of(recipe.task)
     # Only its own keys: what its base class would take besides, and anything else, is a mistake in a recipe.
-    known = [key for key in inspect.get_annotations(ClearheadConfig) if key not in RESERVED_MODEL_KEYS]
+    known = task.keys
+    also = task.also(recipe)
     counts = {}
     for index, arm in enumerate(recipe.arms):
         here = f"recipe {recipe.name!r}: arms.{index} ({arm.name})"
@@ -244,8 +247,8 @@ def check_models(recipe: Recipe) -> dict[str, int]:
         if fault is not None:
             raise RecipeError(f"{here}: {fault}")
         try:
-            config = ClearheadConfig(vocab_size=recipe.tokenizer.vocab_size, **recipe.model_of(arm))
-            counts[arm.name] = parameters(config)
+            config = task.config(recipe.model_of(arm), recipe.tokenizer.vocab_size, **also)
+            counts[arm.name] = parameters(config, task.model_class)
         except (ValueError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
             # The configuration's own check wraps what it found; the cause is the sentence.
             reason = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error

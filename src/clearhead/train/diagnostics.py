@@ -1,21 +1,50 @@
 """What a model's variants have for a log (`Variant.diagnostics`), as the journal and TensorBoard take it."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 
-from clearhead.models import ClearheadForCausalLM
+from clearhead.models.diagnostics import diagnostics_of
 
 ByLayer = dict[str, dict[str, float]]
 
 
-def measure(model: ClearheadForCausalLM, tokens: Tensor) -> ByLayer:
-    """Each diagnostic by its name, then by layer."""
+def measure(model: Any, tokens: Tensor) -> ByLayer:
+    """Each diagnostic of a model by its name, then by layer."""
     return {
         name: {str(layer): round(value, 6) for layer, value in values.items()}
-        for name, values in model.diagnostics(tokens).items()
+        for name, values in _found(model, tokens).items()
     }
+
+
+def _found(model: Any, tokens: Tensor) -> dict[str, dict[int, float]]:
+    if hasattr(model, "diagnostics"):
+        found: dict[str, dict[int, float]] = model.diagnostics(tokens)
+        return found
+    if model.config.is_encoder_decoder:
+        return _of_both_sides(model.base_model, tokens)
+    stack = model.base_model
+
+    def states() -> Any:
+        return stack(input_ids=tokens, output_hidden_states=True).hidden_states
+
+    return diagnostics_of(stack.own_layers(), states)
+
+
+def _of_both_sides(model: Any, tokens: Tensor) -> dict[str, dict[int, float]]:
+    """Self-attention of an encoder-decoder that reads `tokens` on both sides; the decoder's layers are counted on."""
+    seen = cache(
+        lambda: model(input_ids=tokens, decoder_input_ids=tokens, use_cache=False, output_hidden_states=True)
+    )
+    found = diagnostics_of(model.encoder.own_layers(), lambda: seen().encoder_hidden_states)
+    layers = len(model.encoder.own_layers())
+    for name, values in diagnostics_of(
+        model.decoder.own_layers(), lambda: seen().decoder_hidden_states
+    ).items():
+        found.setdefault(name, {}).update({layers + layer: value for layer, value in values.items()})
+    return found
 
 
 def as_record(found: ByLayer) -> dict[str, Any]:

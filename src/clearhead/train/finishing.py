@@ -2,12 +2,12 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from clearhead.data.prepare import PreparedData
 from clearhead.data.writing import writing
-from clearhead.models import ClearheadForCausalLM
 from clearhead.models.cost import forward_flops_per_token, kv_bytes_per_token
 from clearhead.runs.checksums import CHECKSUMS, seal, sync
 from clearhead.runs.files import write_json
@@ -23,7 +23,7 @@ from clearhead.train.trainable import TrainedPart, trained_numbers
 def finish(
     job: Job,
     job_dir: Path,
-    model: ClearheadForCausalLM,
+    model: Any,
     trained: TrainedPart,
     data: PreparedData,
     journal: Journal,

@@ -16,7 +16,7 @@ OPTION_RANGES = {"norm_eps": (0.0, 1.0), "lambda_std": (0.0, 1e3), "lambda_init"
 
 
 class ModelTable(BaseModel):
-    """The keys of ClearheadConfig that a recipe may set; which of them fit together the configuration checks itself."""
+    """The keys of the configurations that a recipe may set; what fits together they check themselves."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
@@ -39,6 +39,15 @@ class ModelTable(BaseModel):
     tie_word_embeddings: bool = False
     use_cache: bool = True
     compact_cache: bool = False
+    # Of encoders.
+    classifier_pooling: str = "mean"
+    classifier_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    # Of encoder-decoders.
+    encoder: dict[str, Any] | None = None
+    decoder: dict[str, Any] | None = None
+    cross_attention: str | None = None
+    cross_attention_options: dict[str, Any] | None = None
+    cross_position: str = "nope"
 
 
 def model_fault(table: Mapping[str, Any]) -> str | None:

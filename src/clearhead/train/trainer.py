@@ -3,7 +3,6 @@
 import math
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,20 +17,15 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
-from clearhead.core.masks import packed_documents
 from clearhead.data.cache import digest_json
-from clearhead.data.instructions import InstructionRows
 from clearhead.data.prepare import PreparedData, prepare
-from clearhead.data.retrieval import Mixture
 from clearhead.data.writing import writing
-from clearhead.models.causal import ClearheadForCausalLM
-from clearhead.models.config import ClearheadConfig
-from clearhead.models.start import with_defaults
+from clearhead.models.tasks import Task, TrainingRows, collate, mean_by_row, task_of
 from clearhead.runs.checksums import sync
 from clearhead.runs.directory import kept_data
 from clearhead.runs.grid import branching_steps
 from clearhead.runs.recipe import Job, Train
-from clearhead.runs.rows import data_spec, training_rows
+from clearhead.runs.rows import data_spec
 from clearhead.runs.status import read_status, write_status
 from clearhead.train import diagnostics
 from clearhead.train.begun import Schedules, begun_model, forget_start
@@ -51,7 +45,6 @@ from clearhead.train.probe import make_probe
 from clearhead.train.trainable import TrainedPart, choose_part
 from clearhead.variants.schedule import begins
 
-IGNORE = -100
 KEEP_CHECKPOINTS = 2
 
 
@@ -80,6 +73,7 @@ def train_job(job: Job, job_dir: Path) -> None:
     # Progress is told through status.json; the bars of saving and loading would only break its display.
     disable_progress_bar()
     set_seed(job.seed)
+    task = task_of(job.task)
     model = build_model(job, data) if job.start is None else begun_model(job, job_dir, data)
     part = choose_part(model, job.train)
     resume = newest_complete(job_dir / "checkpoints", partial(_note, job_dir, first), first=first)
@@ -90,8 +84,9 @@ def train_job(job: Job, job_dir: Path) -> None:
     trainer = ComparisonTrainer(
         model,
         _arguments(job, job_dir, rows_per_step // world),
-        training_rows(job, data),
-        bytes_per_token=float(data.train.utf8_bytes.sum()) / data.train.num_tokens,
+        task,
+        task.rows(job, data),
+        bytes_per_label=task.bytes_per_label(job, data),
         diagnosed_tokens=torch.from_numpy(data.validation.tokens[: job.data.length].astype("int64"))[None],
         journal=journal,
         train=job.train,
@@ -107,16 +102,7 @@ def train_job(job: Job, job_dir: Path) -> None:
     if first and "tensorboard" in job.train.report_to:
         trainer.add_callback(TensorBoardCallback(_writer(job_dir / "tensorboard", resumed_step)))
     if job.train.probe_every:
-        trainer.add_callback(
-            Probe(
-                journal,
-                make_probe(job, data, model),
-                every=job.train.probe_every,
-                batch_tokens=job.train.batch_tokens,
-                mastery=job.train.mastery,
-                stop_at_mastery=job.train.stop_at_mastery,
-            )
-        )
+        trainer.add_callback(Probe(journal, make_probe(task, job, data, model), job.train))
     # Whatever has no better name for what it could not write, TensorBoard's events say.
     with writing(job_dir):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -140,20 +126,9 @@ def _check_shared(trainer: Trainer, data: PreparedData) -> None:
         raise TrainingError("the text has changed while the processes started; start the training again")
 
 
-def build_model(job: Job, data: PreparedData) -> ClearheadForCausalLM:
-    """The untrained model of a job; the seed of torch's generator decides its weights.
-
-    Where the recipe does not say so, weights start by the width (`models.start`).
-    """
-    tokenizer = data.tokenizer
-    config = ClearheadConfig(
-        **with_defaults(job.model, job.data.length),
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return ClearheadForCausalLM(config)
+def build_model(job: Job, data: PreparedData) -> PreTrainedModel:
+    """The untrained model of a job; the seed of torch's generator decides its weights."""
+    return task_of(job.task).untrained(job, data)
 
 
 class ComparisonTrainer(Trainer):
@@ -165,11 +140,12 @@ class ComparisonTrainer(Trainer):
 
     def __init__(
         self,
-        model: ClearheadForCausalLM,
+        model: PreTrainedModel,
         arguments: TrainingArguments,
-        rows: Mixture | InstructionRows,
+        task: Task,
+        rows: TrainingRows,
         *,
-        bytes_per_token: float,
+        bytes_per_label: float | None,
         diagnosed_tokens: Tensor,
         journal: Journal | None,
         train: Train,
@@ -181,11 +157,12 @@ class ComparisonTrainer(Trainer):
             model=model,
             args=arguments,
             train_dataset=self.rows,
-            data_collator=_collate,
+            data_collator=collate,
             optimizers=(optimizer, LambdaLR(optimizer, course(train))),
         )
         self.folder = Path(str(arguments.output_dir))
-        self.bytes_per_token = bytes_per_token
+        self.task = task
+        self.bytes_per_label = bytes_per_label
         self.diagnosed_tokens = diagnosed_tokens
         self.journal = journal
         self.plan = train
@@ -207,19 +184,14 @@ class ComparisonTrainer(Trainer):
     ) -> Any:
         is_text = inputs.pop("is_text")
         labels = inputs.pop("labels")
-        outputs = model(**inputs, use_cache=False)
-        # The labels are shifted, not the logits: cutting the last logit off would copy all of them.
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        losses = nn.functional.cross_entropy(
-            outputs.logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
-        ).view_as(targets)
+        outputs = model(**inputs, **self.task.forward)
+        losses, counted = self.task.losses(outputs.logits, labels)
         with torch.no_grad():
-            counted = (targets != IGNORE) & is_text[:, None]
-            text = torch.stack([(losses * counted).sum(), counted.sum()]).double()
+            text = counted & is_text[:, None]
+            sums = torch.stack([(losses * text).sum(), text.sum()]).double()
             # Where the loss is: a step that moved it would wait for its device.
-            self._text = self._text.to(text.device) + text
-        # A retrieval row has a dozen labels, a text row hundreds: by rows, the recipe's shares are shares of the loss.
-        loss = (losses.sum(dim=1) / (targets != IGNORE).sum(dim=1).clamp(min=1)).mean()
+            self._text = self._text.to(sums.device) + sums
+        loss = mean_by_row(losses, counted)
         self._loss = self._loss.to(loss.device) + torch.stack([loss.detach(), torch.ones_like(loss)])
         return (loss, outputs) if return_outputs else loss
 
@@ -233,7 +205,9 @@ class ComparisonTrainer(Trainer):
         total, steps = self.accelerator.gather(self._loss[None]).mean(dim=0).tolist()
         self._loss = torch.zeros_like(self._loss)
         logs = {**logs, "loss": total / steps}
-        bits = nats / count / math.log(2) / self.bytes_per_token if count else None
+        bits = None
+        if count and self.bytes_per_label is not None:
+            bits = nats / count / math.log(2) / self.bytes_per_label
         model = self.accelerator.unwrap_model(self.model)
         found = diagnostics.measure(model, self.diagnosed_tokens.to(self.args.device))
         step = self.state.global_step
@@ -301,9 +275,9 @@ class ComparisonTrainer(Trainer):
 
 
 class _Rows(Dataset[dict[str, Any]]):
-    """The mixture with a flag that says which rows are text."""
+    """The rows with a flag that says which of them are text."""
 
-    def __init__(self, rows: Mixture | InstructionRows) -> None:
+    def __init__(self, rows: TrainingRows) -> None:
         self.rows = rows
 
     def __len__(self) -> int:
@@ -311,19 +285,6 @@ class _Rows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.rows[index], "is_text": self.rows.kind(index) == "text"}
-
-
-def _collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    keys = ("input_ids", "labels", "position_ids")
-    batch = {key: torch.stack([torch.from_numpy(row[key]) for row in rows]) for key in keys}
-    batch["is_text"] = torch.tensor([row["is_text"] for row in rows])
-    # What the model would have to look at on its device, and wait for: whether a row has several documents.
-    positions = batch["position_ids"]
-    if torch.equal(positions, torch.arange(positions.shape[1]).expand_as(positions)):
-        del batch["position_ids"]
-    else:
-        batch["seq_idx"] = packed_documents(positions)
-    return batch
 
 
 def _bare(wrapped: Any) -> Any:

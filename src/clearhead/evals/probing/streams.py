@@ -27,6 +27,7 @@ class Recorded:
     before: the heads as the projections gave them, where that is known: in this library's models.
     placement: what makes them collinear, if something does.
     window: the keys that a query sees, its own among them; None for all. Not known of other models.
+    turned: what the rotation of this pass makes of queries (B or 1, 1, N, D) that stand where its own do, where known.
     """
 
     layer: int
@@ -38,6 +39,7 @@ class Recorded:
     before: Streams | None = None
     placement: CollinearPlacement | None = None
     window: int | None = None
+    turned: Callable[[Tensor], Tensor] | None = None
 
 
 Record = Callable[[Recorded], None]

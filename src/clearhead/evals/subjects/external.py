@@ -104,12 +104,11 @@ class ExternalLoader:
 
         Raises ValueError, in one sentence, when it cannot be loaded, is no decoder, or has no fast tokenizer.
         """
-        from transformers import AutoModelForCausalLM
+        from clearhead.models.tasks import task_of_model
 
-        import clearhead.models  # noqa: F401  registers the model family with the Auto classes
-
+        task = task_of_model(self.config)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = load(AutoModelForCausalLM, self.base, "the model")
+        model = load(task.auto_class, self.base, "the model")
         if is_adapter(self.spec.model):
             model = merged(model, self.spec.model)
         model = model.to(device).eval()
@@ -125,7 +124,7 @@ class ExternalLoader:
         def untrained() -> PreTrainedModel:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                return AutoModelForCausalLM.from_config(model.config).to(device).eval()
+                return task.auto_class.from_config(model.config).to(device).eval()  # type: ignore[no-any-return]
 
         def texts() -> TokenStore:
             self.say(f"reading {self.spec.corpus}")
@@ -140,6 +139,7 @@ class ExternalLoader:
             seed=0,
             training_length=self.training_length,
             external=True,
+            task=task.name,
             folder=self.folder,
         )
 

@@ -15,6 +15,8 @@ __all__ = ["HuggingFaceModel", "ModelAdapter", "OwnModel", "adapter_of"]
 
 
 def adapter_of(model: PreTrainedModel) -> ModelAdapter:
-    """What an evaluation has to know of `model` beyond what every causal language model can do."""
-    ours = model.config.to_dict().get("model_type") == "clearhead"
+    """What an evaluation has to know of `model` beyond what every model of its kind can do."""
+    from clearhead.models.autoload import FAMILIES
+
+    ours = model.config.to_dict().get("model_type") in FAMILIES
     return OwnModel(model) if ours else HuggingFaceModel(model)

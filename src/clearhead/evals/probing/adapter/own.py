@@ -18,14 +18,14 @@ from clearhead.variants.base import Variant
 
 
 class OwnModel(ModelAdapter):
-    """`model` is a ClearheadForCausalLM."""
+    """`model` is one of the library's families."""
 
     def too_long(self, length: int) -> str | None:
         # Positions are computed, so they have no end.
         return None
 
     def keys_depend_on_request(self) -> bool:
-        methods: Mapping[str, Any] = self.model.position_methods()
+        methods: Mapping[str, Any] = self.model.base_model.position_methods()
         return any(method.depends_on_length for method in methods.values())
 
     @contextmanager
@@ -35,7 +35,7 @@ class OwnModel(ModelAdapter):
         if parameters is None:
             yield
             return
-        model, decoder, config = self.model, self.model.model, copy.deepcopy(self.model.config)
+        model, decoder, config = self.model, self.model.base_model, copy.deepcopy(self.model.config)
         before = decoder.positions
         if not any(method.rotates for method in decoder.position_methods().values()):
             names = ", ".join(before)
@@ -52,7 +52,7 @@ class OwnModel(ModelAdapter):
     @contextmanager
     def recorded(self, record: Record) -> Iterator[None]:
         """The variant's `place` sees the streams before and after."""
-        decoder = self.model.model
+        decoder = self.model.base_model
         with ExitStack() as stack:
             for index, layer in enumerate(decoder.layers):
                 kind = decoder.kinds[index]
@@ -91,6 +91,7 @@ def _listening(
                 heads,
                 variant.placement,
                 window,
+                rotation.query if position.rotates else None,
             )
         )
         return placed  # type: ignore[no-any-return]
