@@ -55,3 +55,17 @@ def compute_capability(name: str | None) -> tuple[int, int] | None:
         return None
     number = int(name.removeprefix("sm_"))
     return number // 10, number % 10
+
+
+def against_gpu(capability: str | None, least: tuple[int, int] | None, amd: bool) -> str | None:
+    """Why what needs NVIDIA's compute capability `least`, and runs on AMD's GPUs or not, does not run on this GPU.
+
+    None where it does, and where there is no GPU to ask.
+    """
+    if capability is not None and capability.startswith("gfx") and not amd:
+        return f"it does not run on AMD's GPUs ({capability})"
+    found = compute_capability(capability)
+    if found is None or least is None or found >= least:
+        return None
+    needed = ".".join(map(str, least))
+    return f"it needs a GPU of compute capability {needed} or higher, not {found[0]}.{found[1]}"

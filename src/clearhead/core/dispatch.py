@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from clearhead.core.capability import capability_of, compute_capability
+from clearhead.core.capability import against_gpu, capability_of
 from clearhead.core.lowering import Lowering, SoftmaxCall, WideValues, lower_for
 from clearhead.core.masks import MaskSpec
 from clearhead.core.modes import MODES, active_modes
@@ -191,7 +191,7 @@ class Engine(Backend):
         caps = self.caps(problem.device)
         if caps.devices is not None and problem.device not in caps.devices:
             return f"it runs on {', '.join(sorted(caps.devices))}, not on {problem.device}"
-        too_old = _against_gpu(problem.capability, caps)
+        too_old = against_gpu(problem.capability, caps.capability, caps.amd)
         if too_old is not None:
             return too_old
         if problem.dtype not in caps.dtypes:
@@ -232,17 +232,6 @@ class Engine(Backend):
             caps.one_call,
             problem.stream_heads,
         )
-
-
-def _against_gpu(capability: str | None, caps: Caps) -> str | None:
-    """Why it does not run on a GPU of this capability; None where it does, and where there is none to ask."""
-    if capability is not None and capability.startswith("gfx") and not caps.amd:
-        return f"it does not run on AMD's GPUs ({capability})"
-    found = compute_capability(capability)
-    if found is None or caps.capability is None or found >= caps.capability:
-        return None
-    least = ".".join(map(str, caps.capability))
-    return f"it needs a GPU of compute capability {least} or higher, not {found[0]}.{found[1]}"
 
 
 def refused_modes(problem: AttentionProblem, known: frozenset[str]) -> str | None:
