@@ -13,7 +13,7 @@ from transformers import StaticCache
 from clearhead.core.dispatch import AttentionProblem, load_backend
 from clearhead.core.masks import MaskSpec
 from clearhead.models import ClearheadForCausalLM
-from clearhead.models.tasks import collate
+from clearhead.models.tasks import collate, task_of
 from clearhead.positions.rope import Rope
 from clearhead.train.trainer import ComparisonTrainer
 from tests.contracts.model_cases import VARIANTS, left_padded, make_model, tokens
@@ -265,7 +265,7 @@ def test_the_loss_of_the_trainer() -> None:
     row = {"input_ids": np.arange(3, 15), "labels": np.arange(3, 15), "is_text": True}
     batch = collate([{**row, "position_ids": bare(packed(1)[0])[0].numpy()}] * 2)
     sums = [torch.zeros(2), torch.zeros(2, dtype=torch.float64)]
-    trainer: Any = SimpleNamespace(_loss=on_cuda(sums[0]), _text=on_cuda(sums[1]))
+    trainer: Any = SimpleNamespace(task=task_of("causal"), _loss=on_cuda(sums[0]), _text=on_cuda(sums[1]))
     model = there("differential").train()
     with waiting() as seen:
         for _ in range(2):
