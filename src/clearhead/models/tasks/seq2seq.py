@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from clearhead.data.examples import ExampleRows, ExampleSet
 from clearhead.data.gaps import GapRows
+from clearhead.data.masking import text_bytes
 from clearhead.data.packing import IGNORED, Example, pack_text
 from clearhead.models.start import with_defaults
 from clearhead.models.tasks.base import FIXED, Task, TrainingRows
@@ -69,9 +70,7 @@ class Seq2SeqTask(Task):
         rows = self.rows(job, data)
         some = [rows[i]["labels"] for i in range(min(SEEN, len(rows)))]
         written = [row[row != IGNORED].tolist() for row in some]
-        tokenizer: Any = data.tokenizer
-        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-        return sum(len(text.encode()) for text in texts) / sum(map(len, written))
+        return sum(text_bytes(data.tokenizer, written)) / sum(map(len, written))
 
     def describe(self, job: Job, data: PreparedData) -> str:
         if job.data.examples.source is None:
