@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from clearhead.data.masking import text_bytes
 from clearhead.data.packing import IGNORED
 from clearhead.data.tokenizer import train_bpe, wrap
 from clearhead.evals.asking.masked import MaskConfig, guess, hide
@@ -29,6 +30,7 @@ from clearhead.evals.text.masked_language_modelling import (
     MaskedLanguageModelling,
     MaskedLanguageModellingConfig,
 )
+from clearhead.evals.text.target_modelling import same_text
 from clearhead.models import (
     ClearheadEncoderConfig,
     ClearheadEncoderForSequenceClassification,
@@ -239,3 +241,13 @@ def test_what_a_model_was_not_trained_for_is_said() -> None:
     assert "name them in evaluate.answer_attention.data" in AnswerAttention().run(
         subject(encoder()), AnswerAttentionConfig()
     )["skipped"]  # fmt: skip
+
+
+def test_targets_that_end_within_a_character_have_the_bytes_of_their_tokens() -> None:
+    ids = TOKENIZER.encode("\u0416\u042e", add_special_tokens=False)  # Four tokens of a byte each.
+    assert len(ids) == 4
+    assert text_bytes(TOKENIZER, [[*ids, 2], [*ids[1:3], 2, 0], ids[:1]]) == [4, 2, 1]
+    assert same_text(TOKENIZER, [1, *ids, 2, 0], [*ids, 2])
+    # Both are decoded to the same sign.
+    assert TOKENIZER.decode(ids[:1]) == TOKENIZER.decode(ids[1:2])
+    assert not same_text(TOKENIZER, ids[:1], ids[1:2]) and same_text(TOKENIZER, ids[:1], [*ids[:1], 2])

@@ -208,6 +208,20 @@ def test_keys_of_another_family_are_refused_by_name(corpus: Path) -> None:
             check_models(made)
 
 
+def test_keys_of_a_side_are_looked_at_too(corpus: Path) -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2}
+    for side, key, known in (
+        ("encoder", "num_hiden_layers", "num_hidden_layers"),
+        ("decoder", "classifier_pooling", ""),
+        ("encoder", "vocab_size", ""),
+    ):
+        made = recipe(corpus, "seq2seq", model={**sizes, side: {key: 1}})
+        with pytest.raises(RecipeError, match=rf"unknown key 'model\.{side}\.{key}'; .*{known}"):
+            check_models(made)
+    own = {"encoder": {"num_hidden_layers": 1, "attention": "differential"}, "decoder": {"sliding_window": 4}}
+    check_models(recipe(corpus, "seq2seq", model={**sizes, **own}))
+
+
 def test_suites_are_the_task_s_where_none_are_named(corpus: Path) -> None:
     assert recipe(corpus, "masked").evaluate.suites[0] == "masked_language_modelling"
     assert recipe(corpus, "classify").evaluate.suites[0] == "classification"

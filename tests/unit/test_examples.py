@@ -112,6 +112,17 @@ def test_rows_of_labels(tmp_path: Path) -> None:
         assert all((one[index][key] == other[index][key]).all() for key in one[index])
 
 
+def test_the_first_held_out_examples_are_a_sample_of_a_sorted_file(tmp_path: Path) -> None:
+    lines = [{"text": f"text number {i}", "label": f"label {i // 40}"} for i in range(400)]
+    found = read(write(tmp_path / "a.jsonl", lines))
+    for fold in range(5):
+        held = found.held_out(fold)
+        assert len({pair.target for pair in held[:32]}) >= 8
+    # Nor does the order of the lines change them.
+    again = read(write(tmp_path / "b.jsonl", lines[::-1]))
+    assert again.held_out(2) == found.held_out(2)
+
+
 def test_rows_of_targets_are_moved_by_one(tmp_path: Path) -> None:
     found = read(write(tmp_path / "a.jsonl"), labelled=False)
     row = ExampleRows(TOKENIZER, found.pairs, 24, 10, 0, target_length=6)[4]

@@ -53,7 +53,9 @@ class ExampleSet:
         return tuple(sorted({pair.target for pair in self.pairs}))
 
     def held_out(self, fold: int) -> list[TextPair]:
-        return [self.pairs[i] for i in np.flatnonzero(self.fold == fold)]
+        """In an order of its own: the first of them are a sample, also of a file that is sorted by label."""
+        found = [self.pairs[i] for i in np.flatnonzero(self.fold == fold)]
+        return sorted(found, key=lambda pair: _digest(fold, pair.text))
 
     def learned(self, fold: int) -> list[TextPair]:
         return [self.pairs[i] for i in np.flatnonzero(self.fold != fold)]
@@ -95,14 +97,17 @@ def divide(pairs: Sequence[TextPair], folds: int, seed: int, labelled: bool) -> 
     """The fold of each pair: dealt out in the order of a hash, label after label; what does not go round has −1."""
 
     def key(i: int) -> tuple[str, bytes]:
-        digest = hashlib.sha256(f"{seed}:{pairs[i].text}".encode()).digest()
-        return (pairs[i].target if labelled else "", digest)
+        return (pairs[i].target if labelled else "", _digest(seed, pairs[i].text))
 
     order = sorted(range(len(pairs)), key=key)
     whole = len(pairs) // folds * folds
     fold = np.full(len(pairs), -1, dtype=np.int64)
     fold[order[:whole]] = np.arange(whole) % folds
     return fold
+
+
+def _digest(seed: int, text: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{text}".encode()).digest()
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -141,4 +141,18 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int64] | None:
     return sizes
 
 
-__all__ = ["IGNORED", "MaskedRows", "Masker", "token_bytes"]
+def text_bytes(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Sequence[int]]) -> list[int]:
+    """UTF-8 bytes of the text that each row of ids stands for, without special tokens.
+
+    A row may begin or end within a character, of which a decoder makes U+FFFD, three bytes: in a byte-level vocabulary
+    the bytes are those of the tokens.
+    """
+    sizes = token_bytes(tokenizer)
+    if sizes is not None:
+        return [int(sizes[np.asarray(row, dtype=np.int64)].sum()) for row in rows]
+    decoder: Any = tokenizer
+    texts: list[str] = decoder.batch_decode([list(row) for row in rows], skip_special_tokens=True)
+    return [len(text.encode()) for text in texts]
+
+
+__all__ = ["IGNORED", "MaskedRows", "Masker", "text_bytes", "token_bytes"]

@@ -229,8 +229,6 @@ def check_models(recipe: Recipe) -> dict[str, int]:
     from clearhead.models.tasks import task_of
 
     task = task_of(recipe.task)
-    # Only its own keys: what its base class would take besides, and anything else, is a mistake in a recipe.
-    known = task.keys
     also = task.also(recipe)
     counts = {}
     for index, arm in enumerate(recipe.arms):
@@ -238,9 +236,12 @@ def check_models(recipe: Recipe) -> dict[str, int]:
         if FROM in recipe.model:
             counts[arm.name] = _begun(recipe, arm, here)
             continue
-        for key in (*recipe.model, *arm.model):
-            if key not in known:
-                raise RecipeError(f"{here}: unknown key 'model.{key}'; {did_you_mean(key, known)}")
+        # Only its own keys: what its base class would take besides, and anything else, is a mistake in a recipe.
+        for given in (recipe.model, arm.model):
+            for where, table, known in task.tables(given):
+                for key in table:
+                    if key not in known:
+                        raise RecipeError(f"{here}: unknown key '{where}.{key}'; {did_you_mean(key, known)}")
         fault = model_fault(recipe.model_of(arm)) or option_fault(
             resolve("variants", arm.attention), arm.attention_options
         )

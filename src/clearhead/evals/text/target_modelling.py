@@ -1,7 +1,8 @@
 """Bits per target byte of an encoder-decoder, and how often its own target is the right one.
 
 `bits per target byte = Σ NLL of the target's tokens and its end / (ln 2 · Σ UTF-8 bytes of the target)` over held-out
-rows. Exact match: the target that greedy decoding writes is the held-out one, but for white space at its ends.
+rows. Exact match: the target that greedy decoding writes is the held-out one, but for white space at its ends; where
+that begins or ends within a character, its tokens are.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pydantic import Field
 from clearhead.analysis.by_length import first_values
 from clearhead.analysis.comparison import compare
 from clearhead.analysis.sections import Section, SectionTable
+from clearhead.data.masking import text_bytes
 from clearhead.data.packing import IGNORED
 from clearhead.evals.asking.losses import finite
 from clearhead.evals.asking.running import batches, inference
@@ -63,7 +65,6 @@ class TargetModelling(LengthEvaluation[TargetModellingConfig, TargetModellingRes
             raise Unmeasured("the training held out no rows")
         tokenizer: Any = subject.tokenizer
         targets = [row["labels"][row["labels"] != IGNORED].tolist() for row in rows]
-        texts = tokenizer.batch_decode(targets, skip_special_tokens=True)
         bits, right = [], []
         with inference(subject.model, length=cell.tokens):
             for span in batches(len(rows), config.batch):
@@ -73,9 +74,9 @@ class TargetModelling(LengthEvaluation[TargetModellingConfig, TargetModellingRes
                 asked = max(0, min(len(span), config.written - span.start))
                 if asked:
                     written = self._written(subject, inputs, asked, max(map(len, targets)))
-                    wanted = texts[span.start : span.start + asked]
-                    right += [int(a.strip() == b.strip()) for a, b in zip(written, wanted, strict=True)]
-        sizes = [len(text.encode()) for text in texts]
+                    wanted = targets[span.start : span.start + asked]
+                    right += [int(same_text(tokenizer, a, b)) for a, b in zip(written, wanted, strict=True)]
+        sizes = text_bytes(tokenizer, targets)
         return TargetModellingResult(
             bits_per_byte=float(finite(np.array(bits)).sum() / sum(sizes)),
             exact_match=sum(right) / len(right) if right else None,
@@ -94,16 +95,16 @@ class TargetModelling(LengthEvaluation[TargetModellingConfig, TargetModellingRes
 
     def _written(
         self, subject: Subject, inputs: dict[str, torch.Tensor], asked: int, length: int
-    ) -> list[str]:
-        model, tokenizer = subject.model, subject.tokenizer
-        made = model.generate(  # type: ignore[operator]
+    ) -> list[list[int]]:
+        made = subject.model.generate(  # type: ignore[operator]
             input_ids=inputs["input_ids"][:asked],
             attention_mask=inputs["attention_mask"][:asked],
             max_new_tokens=length,
             do_sample=False,
             num_beams=1,
         )
-        return [str(text) for text in tokenizer.batch_decode(made, skip_special_tokens=True)]  # type: ignore[attr-defined]
+        ids: list[list[int]] = made.tolist()
+        return ids
 
     def section(self, run: RunResults) -> Section:
         title, question = "Targets", "Does it write the right target for an unseen source?"
@@ -147,3 +148,16 @@ class TargetModelling(LengthEvaluation[TargetModellingConfig, TargetModellingRes
                 *run.skipped(self.name),
             ],
         )
+
+
+def same_text(tokenizer: Any, one: list[int], other: list[int]) -> bool:
+    """Whether both are one text, but for white space at its ends and special tokens.
+
+    Any part of a character is decoded to U+FFFD, so that texts with one are compared by their tokens.
+    """
+    here, there = tokenizer.batch_decode([one, other], skip_special_tokens=True)
+    if here.strip() != there.strip():
+        return False
+    special = set(tokenizer.all_special_ids)
+    bare = [[token for token in ids if token not in special] for ids in (one, other)]
+    return "\ufffd" not in here or bare[0] == bare[1]

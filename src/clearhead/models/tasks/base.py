@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -100,6 +100,10 @@ class Task(ABC):
         }
         # Tokens are the tokenizer's; what a family is, is no choice.
         return [key for key in found if not key.endswith("_token_id") and key not in FIXED]
+
+    def tables(self, model: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], list[str]]]:
+        """[model] and the tables of keys in it: name, table and the keys that it may have."""
+        yield "model", model, self.keys
 
     def config(self, model: Mapping[str, Any], vocab_size: int, **tokens: Any) -> ClearheadConfig:
         """The configuration of a recipe's keys; `tokens`: the tokenizer's, and what the data decide (`also`)."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from clearhead.data.examples import ExampleRows, ExampleSet
 from clearhead.data.gaps import GapRows
+from clearhead.data.masking import text_bytes
 from clearhead.data.packing import IGNORED, Example, pack_text
 from clearhead.models.start import with_defaults
 from clearhead.models.tasks.base import FIXED, Task, TrainingRows
+from clearhead.models.tasks.causal import CausalTask
 from clearhead.models.tasks.classify import described, example_set, fold_of
-from clearhead.models.tasks.masked import HELD_OUT_SEED
+from clearhead.models.tasks.masked import HELD_OUT_SEED, MaskedTask
 from clearhead.runs.recipe import RESERVED_MODEL_KEYS, Job
 from clearhead.runs.rows import describe_text
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 # Target rows that tell how many bytes a label stands for.
 SEEN = 256
+# What an arm says for the whole model, a side may say for itself.
+OF_A_SIDE = ("attention", "attention_options")
 
 
 class Seq2SeqTask(Task):
@@ -36,6 +40,13 @@ class Seq2SeqTask(Task):
         from clearhead.models.seq2seq_config import FLAT
 
         return list(dict.fromkeys([*super().keys, *sorted(FLAT - {*RESERVED_MODEL_KEYS, *FIXED})]))
+
+    def tables(self, model: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], list[str]]]:
+        yield from super().tables(model)
+        for side, task in (("encoder", MaskedTask()), ("decoder", CausalTask())):
+            # Anything else than a table is the configuration's to refuse.
+            if isinstance(model.get(side), Mapping):
+                yield f"model.{side}", model[side], [*task.keys, *OF_A_SIDE]
 
     def complete(self, model: Mapping[str, Any], length: int) -> dict[str, Any]:
         return with_defaults(model, length)
@@ -69,9 +80,7 @@ class Seq2SeqTask(Task):
         rows = self.rows(job, data)
         some = [rows[i]["labels"] for i in range(min(SEEN, len(rows)))]
         written = [row[row != IGNORED].tolist() for row in some]
-        tokenizer: Any = data.tokenizer
-        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-        return sum(len(text.encode()) for text in texts) / sum(map(len, written))
+        return sum(text_bytes(data.tokenizer, written)) / sum(map(len, written))
 
     def describe(self, job: Job, data: PreparedData) -> str:
         if job.data.examples.source is None:
