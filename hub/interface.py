@@ -67,11 +67,16 @@ def differential_attention(
     if q.ndim != 4 or q.shape[1] % 2:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected (batch, 2 · heads, queries, width)")
     streams = tuple(q.unflatten(1, (-1, 2)).unbind(2))
-    keys = (k,) if k.shape[1] == v.shape[1] else tuple(k.unflatten(1, (-1, 2)).unbind(2))
+    paired = k.ndim == v.ndim == 4 and k.shape[1] == 2 * v.shape[1]
+    keys = tuple(k.unflatten(1, (-1, 2)).unbind(2)) if paired else (k,)
     if not isinstance(lam, Tensor):
         lam = torch.full((), float(lam), device=q.device)
     gate = lam.reshape((1,) * (4 - lam.ndim) + tuple(lam.shape)).float()
-    gate = gate.expand(q.shape[0], q.shape[1] // 2, q.shape[2], 1)
+    size = (q.shape[0], q.shape[1] // 2, q.shape[2], 1)
+    try:
+        gate = gate.expand(size)
+    except RuntimeError:
+        raise ValueError(f"lam has shape {tuple(lam.shape)}, which does not broadcast to {size}") from None
     return _run(streams, keys, v, gate, is_causal, key_padding_mask, documents, window, alibi_slopes, scale)
 
 
@@ -87,6 +92,9 @@ def _run(
     slopes: Tensor | None,
     scale: float | None,
 ) -> Tensor:
+    for name, x in (("q", q[0]), ("k", k[0]), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (batch, heads, tokens, width)")
     batch, heads, queries, width = q[0].shape
     groups, keys = v.shape[1], v.shape[2]
     for name, x, size in (
@@ -97,7 +105,9 @@ def _run(
             raise ValueError(
                 f"{name}: {tuple(x.shape)} of {x.dtype} on {x.device}; expected {size} of {q[0].dtype} on {q[0].device}"
             )
-    if heads % groups:
+    if q[0].dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"q is of {q[0].dtype}; expected float16, bfloat16 or float32")
+    if not groups or heads % groups:
         raise ValueError(f"q has {heads} heads a stream, no multiple of the {groups} key-value heads")
     if width > 256 or v.shape[3] > 512:
         raise ValueError(f"keys may be 256 wide and values 512, not {width} and {v.shape[3]}")
@@ -106,6 +116,15 @@ def _run(
     for name, x in (("key_padding_mask", padding), ("documents", documents)):
         if x is not None and (x.ndim != 2 or x.shape[0] not in (1, batch) or x.shape[1] != keys):
             raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({batch}, {keys})")
+    if padding is not None and padding.dtype != torch.bool:
+        raise ValueError(f"key_padding_mask must be bool, True where a key is real, not {padding.dtype}")
+    if documents is not None and (documents.is_floating_point() or documents.dtype == torch.bool):
+        raise ValueError(f"documents must hold integers, not {documents.dtype}")
+    # 0 is what the operator takes for no window, and it reads a slope for every head unasked.
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, not {window}: a query sees its own position")
+    if slopes is not None and tuple(slopes.shape) != (heads,):
+        raise ValueError(f"alibi_slopes has shape {tuple(slopes.shape)}; expected ({heads},)")
     tensors = [x for x in (*q, *k, v, gate) if x is not None]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     out, _, _ = ops.triton_attention(

@@ -19,7 +19,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from clearhead.analysis.sections import LineChart
 from clearhead.cli import main
-from clearhead.cli.console import Interrupted, interruptible
+from clearhead.cli.console import AGAIN_SECONDS, Interrupted, interruptible
 from clearhead.data.cache import write_atomic
 from clearhead.data.writing import Unwritten, writing
 from clearhead.evals.asking.sample_log import SampleLog
@@ -137,6 +137,20 @@ def test_a_signal_in_a_finaliser_is_not_lost(
         Finalised()
         time.sleep(30)
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_signal_in_a_finaliser_at_the_end_of_a_block_inside_another_is_not_lost() -> None:
+    class Finalised:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    with (
+        pytest.raises(Interrupted, match="the inner"),
+        interruptible("the outer"),
+    ):
+        with interruptible("the inner"):
+            Finalised()
+        time.sleep(10 * AGAIN_SECONDS)
 
 
 def test_an_interruption_outside_of_a_run_is_told_too(

@@ -50,7 +50,7 @@ def interruptible(message: str) -> Iterator[None]:
     The KeyboardInterrupt of a signal other than Ctrl-C has the signal's number as its argument.
 
     A SIGHUP that is ignored, as under nohup, stays so. A signal that comes while Python runs something whose exceptions
-    it drops, such as a finaliser, is sent once more a moment later.
+    it drops, such as a finaliser, is sent once more a moment later, or at the end of the block if that comes first.
     """
     import signal
     from types import FrameType
@@ -78,6 +78,9 @@ def interruptible(message: str) -> Iterator[None]:
     sys.unraisablehook = again
     try:
         yield
+        # Not sent yet: another block around this one would never hear of it.
+        if any(timer.is_alive() for timer in waiting):
+            raise KeyboardInterrupt
     except KeyboardInterrupt:
         raise Interrupted(message) from None
     finally:

@@ -142,14 +142,24 @@ def test_what_cannot_be_carried_over_is_refused() -> None:
     ("change", "said"),
     [
         ({"k": (1, 2, 20, 8)}, "k: "),
+        ({"k": (1, 3, 20, 16)}, "k: "),
+        ({"k": (2, 20, 16)}, "k has shape"),
+        ({"lam": torch.ones(3, 3)}, r"lam has shape \(3, 3\)"),
         ({"v": (1, 1, 19, 16)}, "k: "),
         ({"q": (1, 3, 18, 16)}, "q has shape"),
+        ({"v": (1, 20, 16)}, "v has shape"),
         ({"documents": torch.zeros(1, 3)}, r"documents has shape \(1, 3\)"),
+        ({"documents": torch.zeros(1, 20)}, "documents must hold integers"),
+        ({"key_padding_mask": torch.ones(1, 20, dtype=torch.long)}, "key_padding_mask must be bool"),
+        ({"window": 0}, "window must be at least 1, not 0"),
+        ({"window": -3}, "window must be at least 1, not -3"),
+        ({"alibi_slopes": torch.ones(1)}, r"alibi_slopes has shape \(1,\); expected \(2,\)"),
     ],
 )
 def test_mistakes(change: dict[str, Any], said: str, package: ModuleType) -> None:
     shapes = {"q": (1, 4, 18, 16), "k": (1, 2, 20, 16), "v": (1, 1, 20, 16)}
     options = {name: value for name, value in change.items() if name not in shapes}
     q, k, v = (torch.zeros(change.get(name, shape)) for name, shape in shapes.items())
+    lam = options.pop("lam", 0.5)
     with pytest.raises(ValueError, match=said):
-        package.differential_attention(q, k, v, 0.5, **options)
+        package.differential_attention(q, k, v, lam, **options)
