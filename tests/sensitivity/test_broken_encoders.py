@@ -54,7 +54,7 @@ def no_embedding_norm(patch: Patch, model: Any) -> None:
 
 
 def no_padding(patch: Patch, model: Any) -> None:
-    def unpadded(mask: Tensor, documents: Tensor | None) -> tuple[bool, Tensor | None]:
+    def unpadded(mask: Tensor, documents: Tensor | None, look: bool) -> tuple[bool, Tensor | None]:
         return False, documents
 
     patch.setattr(forward_inputs, "has_padding", unpadded)

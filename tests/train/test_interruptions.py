@@ -106,6 +106,14 @@ def test_a_worker_ends_in_order_when_the_disk_takes_not_even_its_status(
     assert handled == [signal.SIG_DFL] * 2
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_heard() -> Iterator[None]:
+    """A shell starts what it puts into the background with Ctrl-C ignored, and Python leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_an_interruption(number: signal.Signals) -> None:
     before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)]
