@@ -167,6 +167,16 @@ def test_forward_takes_what_every_model_of_transformers_does() -> None:
         model(ids, atention_mask=torch.ones_like(ids))
 
 
+def test_segments_of_bert_s_tokenizers_are_taken_where_they_say_nothing() -> None:
+    model, ids = make_model("differential"), tokens(1, 6)
+    with torch.no_grad():
+        zeros = torch.zeros_like(ids)
+        assert torch.equal(model(ids, token_type_ids=zeros, **NONE).logits, model(ids, **NONE).logits)
+        zeros[:, 3:] = 1
+        with pytest.raises(ValueError, match="token_type_ids tell two texts apart"):
+            model(ids, token_type_ids=zeros)
+
+
 def test_continuous_batching_is_refused_and_not_empty() -> None:
     """Where it is not possible; where it is: tests/load."""
     model = make_model("differential")

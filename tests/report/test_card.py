@@ -66,6 +66,22 @@ def test_a_bare_directory_and_a_conversion(tmp_path: Path) -> None:
     assert str(tmp_path) not in found.content, "no paths of this machine"
 
 
+def test_positions_windows_and_options_of_an_encoder_decoder_are_its_decoder_s(tmp_path: Path) -> None:
+    from clearhead.models import ClearheadSeq2SeqConfig
+
+    ClearheadSeq2SeqConfig(
+        position="alibi",
+        decoder={"sliding_window": 5},
+        attention="differential",
+        attention_options={"head_norm": False},
+        num_hidden_layers=2,
+    ).save_pretrained(tmp_path)
+    write_card(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| positions | alibi |" in text and "| tokens that a layer sees | 5 |" in text
+    assert "head_norm False" in text
+
+
 def test_a_card_of_a_person_s_own_stays(tmp_path: Path) -> None:
     source = ours(tmp_path / "m")
     (source / "README.md").write_text("mine")

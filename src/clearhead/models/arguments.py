@@ -18,9 +18,17 @@ _BINARY = (
     "logits, or says who sees whom, has 4 dimensions (batch, 1 or heads, queries, keys), and packed documents are "
     "position_ids that restart"
 )
+# BERT's tokenizers give them, zeros for a single text.
+_SEGMENTS = "token_type_ids"
+_NO_SEGMENTS = (
+    "token_type_ids tell two texts apart, and these models have no embedding for that: leave them out "
+    "(tokenizer.model_input_names = ['input_ids', 'attention_mask']); a separator between the texts tells as much"
+)
 # What transformers' tools may hand to any model. Documents are read from the first ones; the rest says nothing here.
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
-KNOWN = frozenset({*TransformersKwargs.__annotations__, *_PACKING, "cache_position", "shift_labels"})
+KNOWN = frozenset(
+    {*TransformersKwargs.__annotations__, *_PACKING, "cache_position", "shift_labels", _SEGMENTS}
+)
 
 
 def check_keywords(
@@ -29,7 +37,7 @@ def check_keywords(
     """The keywords; those that a pipeline of transformers binds to a signature come once more as `kwargs`.
 
     TypeError for a keyword that neither `own`, the arguments by name, nor transformers' models have. ValueError for an
-    `is_causal` that is not `causal`, which would ask for another model.
+    `is_causal` that is not `causal`, which would ask for another model, and for `token_type_ids` other than zeros.
     """
     if isinstance(bound := keywords.get("kwargs"), Mapping):
         keywords = {name: value for name, value in keywords.items() if name != "kwargs"} | dict(bound)
@@ -37,6 +45,8 @@ def check_keywords(
         if name not in KNOWN:
             known = sorted({*KNOWN, *own} - {"self", "kwargs"})
             raise TypeError(f"forward has no argument {name!r}: {did_you_mean(name, known)}")
+    if (segments := keywords.get(_SEGMENTS)) is not None:
+        demand((segments == 0).all(), _NO_SEGMENTS)
     if keywords.get("is_causal") is (not causal):
         kind = "causal models" if causal else "encoders, whose tokens see those behind them"
         raise ValueError(

@@ -130,6 +130,8 @@ def _what(config: Mapping[str, Any], folder: Path, job: Mapping[str, Any]) -> st
         "differential_collinear": "differential attention V1 with collinear streams",
         "differential_v2_collinear": "differential attention V2 with collinear streams",
     }
+    # An encoder-decoder's keys are its sides'; what is said is the decoder's, as `config.attention` is.
+    config = {**(config.get("decoder") or {}), **config}
     attention = _attention(config)
     patterns = config.get("layers") or [{}]
     kinds = dict.fromkeys(entry.get("attention", attention) for entry in patterns)
@@ -142,7 +144,7 @@ def _what(config: Mapping[str, Any], folder: Path, job: Mapping[str, Any]) -> st
     if positions == "rope" and rope:
         positions = f"RoPE ({rope.get('rope_type', 'default')}, base {rope.get('rope_theta', 10000.0):g})"
     rows = [("parameters", f"{_parameters(folder):,}")] if list(folder.glob("*.safetensors")) else []
-    sizes = {**(config.get("decoder") or {}), **config, **(config.get("twin_heads") or {})}
+    sizes = {**config, **(config.get("twin_heads") or {})}
     rows += [(label, f"{sizes[key]:,}") for label, key in SIZES if isinstance(sizes.get(key), int)]
     windows = [str(e.get("sliding_window", config.get("sliding_window")) or "all") for e in patterns]
     if set(windows) != {"all"}:
