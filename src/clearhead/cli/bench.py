@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clearhead.cli.console import AsJson, interruptible, print_json, say
+from clearhead.cli.console import FILE_WIDTH, AsJson, interruptible, print_json, say
 
 if TYPE_CHECKING:
     from clearhead.bench.cases import Case
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 LINE_SECONDS = 30.0
 # What sysexits.h calls a temporary failure: call again for the rest.
 UNFINISHED = 75
-# Characters of a line where there is no terminal to ask.
-FILE_WIDTH = 132
 
 
 class What(StrEnum):

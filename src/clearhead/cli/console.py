@@ -16,6 +16,8 @@ AsJson = Annotated[
 
 
 AGAIN_SECONDS = 0.05
+# Characters of a line where there is no terminal to ask.
+FILE_WIDTH = 132
 
 
 class Interrupted(Exception):
@@ -65,7 +67,7 @@ def interruptible(message: str) -> Iterator[None]:
         if not isinstance(dropped.exc_value, KeyboardInterrupt):
             report(dropped)
             return
-        number = dropped.exc_value.args[0] if dropped.exc_value.args else signal.SIGINT
+        number = next((one for one in dropped.exc_value.args if isinstance(one, int)), signal.SIGINT)
         timer = Timer(AGAIN_SECONDS, os.kill, (os.getpid(), number))
         timer.daemon = True
         waiting.append(timer)
@@ -73,7 +75,8 @@ def interruptible(message: str) -> Iterator[None]:
 
     earlier = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     for number, handler in earlier.items():
-        if handler is not signal.SIG_IGN:
+        # None: set by something that is not Python, which could not be put back.
+        if handler is not signal.SIG_IGN and handler is not None:
             signal.signal(number, stop)
     sys.unraisablehook = again
     try:
@@ -84,11 +87,24 @@ def interruptible(message: str) -> Iterator[None]:
     except KeyboardInterrupt:
         raise Interrupted(message) from None
     finally:
-        for timer in waiting:
-            timer.cancel()
+        late = _end(waiting)
         sys.unraisablehook = report
         for number, handler in earlier.items():
-            signal.signal(number, handler)
+            if handler is not None:
+                signal.signal(number, handler)
+        if late:
+            raise Interrupted(message)
+
+
+def _end(waiting: list[Timer]) -> bool:
+    """Stop what is still to be sent; whether a signal came at this very moment, which the block's handlers still hear."""
+    try:
+        for timer in waiting:
+            timer.cancel()
+            timer.join()
+    except KeyboardInterrupt:
+        return True
+    return False
 
 
 def duration(seconds: float | None) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clearhead.cli.console import AsJson, print_json
+from clearhead.cli.console import FILE_WIDTH, AsJson, print_json
 
 if TYPE_CHECKING:
     import torch
@@ -133,6 +133,8 @@ def _print(
     from rich.markup import escape
 
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
     console.print(_cost_table(costs, length))
     console.print(
         '\n"<- auto" marks what models take by themselves: attn_implementation="clearhead", the default.'
@@ -251,7 +253,7 @@ def _cost_table(costs: Costs, length: int) -> object:
     from rich.table import Table
 
     table = Table()
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     for column in (
         "parameters",
         "beyond the first",
@@ -259,7 +261,7 @@ def _cost_table(costs: Costs, length: int) -> object:
         "KV-cache bytes/token",
         f"KV-cache bytes ({length} tokens)",
     ):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     first = next(iter(costs.values()))["parameters"]
     for name, found in costs.items():
         count, *others = found.values()
@@ -290,7 +292,7 @@ def _kinds(config: "ClearheadConfig") -> dict[int, str]:
         if kind.window is not None:
             title += f", a window of {kind.window}"
         if len(found) > 1:
-            title += f" (layers {', '.join(map(str, layers))})"
+            title += f" (layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))})"
         titles[layers[0]] = title
     return titles
 
