@@ -68,6 +68,8 @@ def configured(folder: Path, **changes: Any) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is 'gptq'"),
         ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "rope_parameters cannot be taken over"),
         ({"model_type": "bamba"}, "the model type 'bamba' and tensors of none of the formats"),
+        ({"model_type": "clearhead_encoder"}, "is an encoder; causal language models alone are converted"),
+        ({"model_type": "clearhead_seq2seq"}, "is an encoder-decoder; causal language models alone"),
         ({"model_type": "gpt_neox"}, "model_type is 'gpt_neox': GPT-NeoX, the released CoCA's too"),
         ({"num_key_value_heads": 3}, "num_attention_heads (8) must be a multiple of num_key_value_heads (3)"),
         ({"num_hidden_layers": 3}, "it has no tensor 'model.layers.2."),

@@ -97,7 +97,7 @@ def interruptible(message: str) -> Iterator[None]:
 
 
 def _end(waiting: list[Timer]) -> bool:
-    """Stop what is still to be sent; whether a signal came at this very moment, which the block's handlers still hear."""
+    """Stop what is still to be sent; whether a signal came at this very moment, while the handlers still hear it."""
     try:
         for timer in waiting:
             timer.cancel()

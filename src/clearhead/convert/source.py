@@ -33,12 +33,20 @@ def open_source(named: str) -> Source:
     return _from_files(named, folder, _weight_files(folder))
 
 
+NOT_CONVERTED = {"clearhead_encoder": "an encoder", "clearhead_seq2seq": "an encoder-decoder"}
+"""Families of this library without a converter, by model type."""
+
+
 def find_converter(source: Source) -> tuple[str, Converter]:
     """The converter that claims the source, by name; ConversionError with all names where none does."""
     for name in names("converters"):
         converter: Converter = resolve("converters", name)()
         if converter.claims(source):
             return name, converter
+    if source.model_type in NOT_CONVERTED:
+        raise ConversionError(
+            f"{source.name!r} is {NOT_CONVERTED[source.model_type]}; causal language models alone are converted"
+        )
     kind = "no config.json" if not source.config else f"the model type {source.model_type!r}"
     raise ConversionError(
         f"{source.name!r} has {kind} and tensors of none of the formats that can be converted: "
