@@ -95,6 +95,8 @@ def _run(
     for name, x in (("q", q[0]), ("k", k[0]), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (batch, heads, tokens, width)")
+        if not x.numel():
+            raise ValueError(f"{name} is empty: its shape is {tuple(x.shape)}")
     batch, heads, queries, width = q[0].shape
     groups, keys = v.shape[1], v.shape[2]
     for name, x, size in (

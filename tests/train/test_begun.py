@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.train.small import write_corpus
 from torch import Tensor
 
 from clearhead.data.prepare import prepare
+from clearhead.data.readers import CorpusError
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
 from clearhead.nn import ProjectedAttention
 from clearhead.runs.recipe import Recipe, RecipeError, Train
@@ -264,6 +266,29 @@ def test_training_on_instructions(begun: dict[str, Path], tmp_path: Path) -> Non
     assert all(bool(value.isfinite().all()) for value in after.values())
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(record["bits_per_byte"] is None for record in records)
+
+
+@pytest.mark.parametrize("changed", ["talk.jsonl", "plain-0/model.safetensors"])
+def test_files_that_changed_since_the_run_began_are_refused(
+    changed: str, begun: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(begun["folder"], tmp_path / "begun"))
+    talk = [{"prompt": f"say {i}", "completion": f"it is {i * i}"} for i in range(7)]
+    here = {"folder": folder, "corpus": folder / begun["corpus"].name}
+    made = recipe(here, instructions=str(instructions(folder, talk)))
+    run = tmp_path / "run"
+    run.mkdir()
+    began = prepare_rows(made, run, lambda text: None)
+    later = TrainingTask(made.for_arm("mirror", 0), run / "mirror", "mirror")
+    place(later, began)
+    other = (folder / changed).with_stem("other")
+    if changed.endswith(".jsonl"):
+        other.write_text((folder / changed).read_text().replace("it is", "it was"))
+    else:
+        other.write_bytes((folder / "plain-1" / "model.safetensors").read_bytes())
+    other.replace(folder / changed)
+    with pytest.raises(CorpusError, match=rf"the file '.*{changed}' has changed since the run began"):
+        trainer.train_job(later.job, later.directory)
 
 
 @pytest.mark.parametrize(

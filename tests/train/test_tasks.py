@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,14 @@ from tests.train import small, task_runs
 from tests.train.task_runs import SAVE_EVERY, STEPS, TASKS, recipe
 
 from clearhead.data.prepare import PreparedData, prepare
+from clearhead.data.readers import CorpusError
 from clearhead.models.tasks import collate, mean_by_row, task_of
 from clearhead.runs.recipe import RecipeError
 from clearhead.runs.recipe_io import parse_recipe
 from clearhead.runs.rows import data_spec
-from clearhead.train.comparison import check_models
+from clearhead.train import trainer
+from clearhead.train.comparison import check_models, prepare_rows
+from clearhead.train.pool import TrainingTask, place
 from clearhead.train.probe import make_probe
 
 PATIENCE = 300
@@ -59,6 +63,22 @@ def test_a_killed_run_ends_with_the_same_weights(corpus: Path, kind: str) -> Non
         assert set(found) == {"validation_loss", "validation_accuracy"}
     else:
         assert set(found) == {"validation_loss", "validation_bits_per_byte"}
+
+
+def test_examples_that_changed_since_the_run_began_are_refused(corpus: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(corpus.parent, tmp_path / "project")
+    made = task_runs.recipe(copied / corpus.name, "classify")
+    run = tmp_path / "run"
+    run.mkdir()
+    began = prepare_rows(made, run, lambda text: None)
+    jobs = [TrainingTask(made.for_arm(arm, 0), run / arm, arm) for arm in ("Transformer", "V2")]
+    for one in jobs:
+        place(one, began)
+    trainer.train_job(jobs[0].job, jobs[0].directory)
+    examples = copied / "pairs.jsonl"
+    examples.write_text(examples.read_text().replace("cat", "dog"))
+    with pytest.raises(CorpusError, match=r"the file '.*pairs\.jsonl' has changed since the run began"):
+        trainer.train_job(jobs[1].job, jobs[1].directory)
 
 
 def opened(corpus: Path, kind: str, arm: str = "V2", seed: int = 0) -> tuple[Any, Any, PreparedData]:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from clearhead.data.masking import IGNORED, MaskedRows, Masker, token_bytes
-from clearhead.data.packing import pack_text
+from clearhead.data.masking import MaskedRows, Masker, token_bytes
+from clearhead.data.packing import IGNORED, pack_text
 from clearhead.data.readers import CorpusError
 from clearhead.data.store import TokenStore
 from clearhead.data.tokenizer import MASK, encode_texts, get_tokenizer, load_pretrained, train_bpe, wrap

@@ -90,7 +90,7 @@ def command(
         for name, config in models.items()
     }
     cautioned = {
-        name: [caution for part in _sides(config).values() for caution in cautions(part)]
+        name: [f"{side}{caution}" for side, part in _sides(config).items() for caution in cautions(part)]
         for name, config in models.items()
     }
     kernel = _cpu_kernel() if place.type == "cpu" else None

@@ -57,10 +57,10 @@ def set_stamps(options: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def check_sets(began: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raise CorpusError that names a file of an evaluation which differs from the one the run began with."""
+def check_sets(began: Mapping[str, str], now: Mapping[str, str], what: str = "evaluation set") -> None:
+    """Raise CorpusError that names a file, a `what`, which differs from the one the run began with."""
     if found := [name for name in _unequal(began, now) if name in began and name in now]:
-        raise CorpusError(f"the evaluation set {_some(found)!r} has changed since the run began; {BACK}")
+        raise CorpusError(f"the {what} {_some(found)!r} has changed since the run began; {BACK}")
 
 
 def _local(source: str) -> list[Path]:

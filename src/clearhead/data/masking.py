@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clearhead.data.packing import IGNORED, Example, PackedText
+from clearhead.data.packing import Example, PackedText
 from clearhead.data.readers import CorpusError
 
 if TYPE_CHECKING:
@@ -153,6 +153,3 @@ def text_bytes(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Sequence[int]]
     decoder: Any = tokenizer
     texts: list[str] = decoder.batch_decode([list(row) for row in rows], skip_special_tokens=True)
     return [len(text.encode()) for text in texts]
-
-
-__all__ = ["IGNORED", "MaskedRows", "Masker", "text_bytes", "token_bytes"]

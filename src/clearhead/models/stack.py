@@ -6,6 +6,7 @@ Legend: B batch, H output heads, L queries, S keys.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -242,7 +243,7 @@ class ClearheadStack(ClearheadPreTrainedModel):
             dtype=self._compute_dtype(inputs_embeds),
             device=inputs_embeds.device,
             needs_grad=torch.is_grad_enabled()
-            and any(t.requires_grad for t in (*inputs, *self.parameters())),
+            and any(t.requires_grad for t in chain(inputs, self.parameters())),
             needs_maps=output_attentions,
             held_bits=bits,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from filelock import FileLock
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from clearhead.data.began import check_sets, set_stamps
 from clearhead.data.prepare import PreparedData
 from clearhead.models.causal import ClearheadForCausalLM
 from clearhead.models.config import ClearheadConfig
+from clearhead.runs.directory import kept_data
 from clearhead.runs.recipe import Arm, ArmRetrofit, Job, Recipe
 from clearhead.variants.schedule import advance
 
@@ -29,6 +32,7 @@ def begun_model(job: Job, job_dir: Path, data: PreparedData) -> ClearheadForCaus
     folder = job_dir / START
     with FileLock(job_dir / ".start.lock"):
         if not (folder / "config.json").exists():
+            check_files(job_dir, files_begun_with([job.start]))
             _write(job, folder)
     model = ClearheadForCausalLM.from_pretrained(folder, dtype=torch.float32)
     vocabulary = len(data.tokenizer)
@@ -76,14 +80,23 @@ def begun_config(recipe: Recipe, arm: Arm, seed: int) -> ClearheadConfig:
     return config if arm.retrofit is None else Retrofit(_plan(arm.retrofit, seed)).outline(config)
 
 
-def start_files(recipe: Recipe) -> dict[str, str]:
-    """Path -> fingerprint of the files that the recipe's runs begin with."""
+def files_read(source: Recipe | Job) -> dict[str, str]:
+    """Path -> fingerprint of the files that training reads beside the corpus: instructions and examples."""
+    return set_stamps({"data": source.data.instructions, "texts": source.data.examples.source})
+
+
+def files_begun_with(starts: Iterable[str | None]) -> dict[str, str]:
+    """The same of the checkpoints that trainings begin with."""
     from clearhead.convert.source import open_source
     from clearhead.data.cache import fingerprint
 
-    seeds = [*recipe.seeds, *(recipe.sweep.seeds if recipe.sweep is not None else [])]
-    named = dict.fromkeys(start for seed in seeds if (start := recipe.start_of(seed)) is not None)
+    named = dict.fromkeys(start for start in starts if start is not None)
     return {str(file): fingerprint(file) for name in named for file in open_source(name).files}
+
+
+def check_files(job_dir: Path, now: Mapping[str, str]) -> None:
+    """Raise CorpusError, naming the file, unless what was just read is what the run of this job began with."""
+    check_sets((kept_data(job_dir) or {}).get("evaluation_sets", {}), now, "file")
 
 
 class Schedules(TrainerCallback):

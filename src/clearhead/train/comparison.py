@@ -158,12 +158,10 @@ def evaluation_sets(evaluate: Evaluate) -> dict[str, str]:
 
 def _begun_with(recipe: Recipe) -> dict[str, str]:
     """The same of the files that training reads beside the corpus: instructions, examples and checkpoints."""
-    found = set_stamps({"data": recipe.data.instructions, "texts": recipe.data.examples.source})
-    if FROM in recipe.model:
-        from clearhead.train.begun import start_files
+    from clearhead.train.begun import files_begun_with, files_read
 
-        found |= start_files(recipe)
-    return found
+    seeds = [*recipe.seeds, *(recipe.sweep.seeds if recipe.sweep is not None else [])]
+    return files_read(recipe) | files_begun_with(map(recipe.start_of, seeds))
 
 
 def bytes_needed(tasks: Sequence[TrainingTask], parameters: Mapping[str, int]) -> int:

@@ -28,7 +28,7 @@ from clearhead.runs.recipe import Job, Train
 from clearhead.runs.rows import data_spec
 from clearhead.runs.status import read_status, write_status
 from clearhead.train import diagnostics
-from clearhead.train.begun import Schedules, begun_model, forget_start
+from clearhead.train.begun import Schedules, begun_model, check_files, files_read, forget_start
 from clearhead.train.callbacks import Journal, Probe, SaveAt, StatusCallback, TrainingError
 from clearhead.train.checkpoint import (
     drop_old,
@@ -78,6 +78,9 @@ def train_job(job: Job, job_dir: Path) -> None:
     part = choose_part(model, job.train)
     resume = newest_complete(job_dir / "checkpoints", partial(_note, job_dir, first), first=first)
     resumed_step = 0 if resume is None else int(resume.name.rpartition("-")[2])
+    rows = task.rows(job, data)
+    # Behind the reading: what was read is then what is looked at.
+    check_files(job_dir, files_read(job))
     journal = Journal(job_dir / "metrics.jsonl", resumed_step) if first else None
     last = None if journal is None else journal.loss
     progress = StatusCallback(job_dir, job.train.batch_tokens, job.train.steps, last)
@@ -85,7 +88,7 @@ def train_job(job: Job, job_dir: Path) -> None:
         model,
         _arguments(job, job_dir, rows_per_step // world),
         task,
-        task.rows(job, data),
+        rows,
         bytes_per_label=task.bytes_per_label(job, data),
         diagnosed_tokens=torch.from_numpy(data.validation.tokens[: job.data.length].astype("int64"))[None],
         journal=journal,

@@ -10,7 +10,7 @@ from torch import Tensor
 from clearhead.data.packing import IGNORED, Example
 from clearhead.models.tasks.base import Task, TrainingRows
 from clearhead.runs.recipe import Job
-from clearhead.runs.rows import check_rows, check_validation, describe_text, training_rows
+from clearhead.runs.rows import check_rows, describe_text, training_rows
 
 if TYPE_CHECKING:
     from clearhead.data.prepare import PreparedData
@@ -40,6 +40,3 @@ class CausalTask(Task):
 
     def describe(self, job: Job, data: PreparedData) -> str:
         return describe_text(job, data)
-
-
-__all__ = ["CausalTask", "check_validation"]

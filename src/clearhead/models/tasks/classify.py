@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -10,14 +12,30 @@ from clearhead.data.examples import ExampleRows, ExampleSet, TextPair, label_cou
 from clearhead.data.packing import Example
 from clearhead.models.tasks.base import Task, TrainingRows
 from clearhead.runs.recipe import Job, Recipe
+from clearhead.runs.recipe_data import ExampleOptions
 
 if TYPE_CHECKING:
     from clearhead.data.prepare import PreparedData
 
 
 def example_set(source: Recipe | Job) -> ExampleSet:
-    """The examples of a recipe or a job. Raises CorpusError where they cannot be used."""
+    """The examples of a recipe or a job, read once. Raises CorpusError where they cannot be used."""
     told = source.data.examples
+    assert told.source is not None
+    return _read(told, source.task == "classify", _state(told.source))
+
+
+def _state(source: str) -> tuple[int, int] | None:
+    """Time of the last change and size: a file that was written anew is read anew."""
+    try:
+        found = Path(source).expanduser().stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+@lru_cache(maxsize=2)
+def _read(told: ExampleOptions, labelled: bool, state: tuple[int, int] | None) -> ExampleSet:
     assert told.source is not None
     return read_examples(
         told.source,
@@ -25,7 +43,7 @@ def example_set(source: Recipe | Job) -> ExampleSet:
         target_field=told.target_field,
         folds=told.folds,
         seed=told.seed,
-        labelled=source.task == "classify",
+        labelled=labelled,
     )
 
 
