@@ -1,13 +1,22 @@
-"""What keeps the package readable: no function longer than a screen, no file longer than what one idea takes."""
+"""What keeps the package readable and its scripts alive: short functions and files, imports that are there."""
 
 import ast
+import importlib
+import importlib.util
 from pathlib import Path
 
-SOURCE = Path(__file__).parents[2] / "src" / "clearhead"
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "clearhead"
 # Lines of a function's body, its signature and docstring left out, and of a file.
 LONGEST_BODY, LONGEST_FILE = 60, 399
 # A Triton kernel is one program: what it keeps in registers cannot be handed to a part of it.
 ONE_PROGRAM = {("kernels/triton/forward.py", "forward"), ("kernels/triton/backward.py", "backward")}
+
+SCRIPTS = sorted(
+    path for folder in ("benchmarks", "examples", "hub") for path in (ROOT / folder).rglob("*.py")
+)
 
 
 def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
@@ -37,3 +46,13 @@ def test_a_body_is_counted_without_its_docstring() -> None:
         'def f(\n    a,\n):\n    """One\n\n    two.\n    """\n    a += 1\n    return a\n'
     ).body
     assert isinstance(function, ast.FunctionDef) and body_lines(function) == 2
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_scripts_import_is_there(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("clearhead"):
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                known = hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}")
+                assert known, f"{node.module} has no {alias.name}"

@@ -85,6 +85,23 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, lines: list[Any], said: st
         read(write(tmp_path / "a.jsonl", lines))
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "a good text,yes\nanother,no\n",
+            r"has no field 'text'; its fields are a good text, yes \(a CSV's first",
+        ),
+        ("text,label\nalone\n", r"field 'label' in record 1 .* is empty"),
+    ],
+)
+def test_a_csv_without_names_and_one_without_values(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text(text)
+    with pytest.raises(CorpusError, match=said):
+        read(str(file))
+
+
 def test_a_missing_file_names_the_key(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"is missing: restore it or correct data\.examples\.source"):
         read(str(tmp_path / "none.csv"))

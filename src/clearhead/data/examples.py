@@ -137,14 +137,17 @@ def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _pair(record: dict[str, Any], text_field: str, target_field: str, where: str) -> TextPair:
-    found = []
+    found, of_csv = [], where.startswith("record")
     for key, name in (("text_field", text_field), ("target_field", target_field)):
         if name not in record:
             fields = ", ".join(sorted(filter(None, map(str, record)))) or "none"
+            first = " (a CSV's first line names them)" if of_csv else ""
             raise CorpusError(
-                f"{where} has no field {name!r}; its fields are {fields}: set data.examples.{key} to one of them"
+                f"{where} has no field {name!r}; its fields are {fields}{first}: set data.examples.{key} to one of them"
             )
         value = record[name]
+        if value is None and of_csv:
+            raise CorpusError(f"field {name!r} in {where} is empty: fill it or remove the line")
         whole = key == "target_field" and isinstance(value, int) and not isinstance(value, bool)
         if not isinstance(value, str) and not whole:
             raise CorpusError(
