@@ -6,6 +6,7 @@ Models of width 512, 6 layers and 8 heads, random weights, a cache of 8192 token
 import argparse
 import itertools
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -41,9 +42,10 @@ def step(
         compact_cache=compact,
     )
     torch.manual_seed(0)
-    model = ClearheadForCausalLM(config).to(dtype).eval()
+    model: Any = ClearheadForCausalLM(config)
+    model = model.to(dtype).eval()
     model.set_attn_implementation(backend)
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     ids = torch.randint(1024, (batch, 1))
     with torch.no_grad():
         model(ids, past_key_values=cache)

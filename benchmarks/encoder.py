@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from clearhead.bench.machine import facts, versions
-from clearhead.bench.measure import Call, interleaved, ratios, spread, warm_up
+from clearhead.bench.measure import Call, WallTimer, interleaved, ratios, spread, warm_up
 from clearhead.bench.records import append
 from clearhead.models import ClearheadEncoderConfig, ClearheadForMaskedLM
 from clearhead.nn import Attention
@@ -170,7 +170,7 @@ def main() -> None:
     }
     for case, calls, reference in cases(arguments.what, arguments.batch):
         warm_up(calls)
-        rounds = list(interleaved(calls, arguments.rounds, CLOCKS[arguments.clock]))
+        rounds = list(interleaved(calls, arguments.rounds, WallTimer(CLOCKS[arguments.clock])))
         peers = {}
         for name in calls:
             ratio = ratios(rounds, name, reference)

@@ -111,7 +111,7 @@ def measurements(run: RunResults, seeds: Sequence[int]) -> list[Measured]:
             "lower",
             3,
             samples(evaluation, documents(length, factor, "bits")),
-            denominators=size[run.arms[0].name][seeds[0]],
+            denominators=[float(one) for one in size[run.arms[0].name][seeds[0]]],
         )
 
     def passkey(length: int, factor: str | None = None) -> Measured:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clearhead.bench.machine import facts, versions
-from clearhead.bench.measure import Call, Spread, interleaved, ratios, spread, warm_up
+from clearhead.bench.measure import Call, Spread, WallTimer, interleaved, ratios, spread, warm_up
 from clearhead.bench.records import append
 from clearhead.core.attend import attend, difference, prepare, problem_of
 from clearhead.core.dispatch import load_backend
@@ -93,7 +93,7 @@ def main() -> None:
         calls: dict[str, Call] = {name: turn(layers) for name, layers in made.items()}
         calls[READ] = partial(copied.copy_, half)
         warm_up(calls)
-        rounds = list(interleaved(calls, arguments.rounds, clock))
+        rounds = list(interleaved(calls, arguments.rounds, WallTimer(clock)))
         for name in FORMS:
             ratio = ratios(rounds, name, "float32")
             # What this form has to read, at the speed of the copy.

@@ -54,7 +54,7 @@ def fine_tune(
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
     result = trainer.train()
-    adapted.save_pretrained(out)
+    adapted.save_pretrained(str(out))
     return float(result.training_loss)
 
 

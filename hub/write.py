@@ -17,6 +17,7 @@ import shutil
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "clearhead" / "kernels" / "triton"
@@ -84,7 +85,7 @@ def metadata(files: dict[str, str], backend: str) -> str:
         for name, text in sorted(files.items())
     }
     kind = backend if backend in ARCHITECTURES else "cuda"
-    told = {
+    told: dict[str, Any] = {
         "name": NAME,
         "id": namespace[1],
         "version": VERSION,

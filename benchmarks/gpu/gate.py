@@ -53,7 +53,7 @@ def on(case: Case, device: str) -> Callable[..., Tensor]:
     """The kernel as a function of CPU tensors, computed on `device`, gradients too."""
     masks = make_masks(case).arguments
     moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in masks.items()}
-    options = {**moved, "scale": case.scale, "backend": "triton"}
+    options: dict[str, Any] = {**moved, "scale": case.scale, "backend": "triton"}
 
     def run(q: Tensor, k: Tensor, v: Tensor, lam: Tensor | float = case.lam) -> Tensor:  # type: ignore[assignment]
         q, k, v = q.to(device), k.to(device), v.to(device)

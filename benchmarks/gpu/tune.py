@@ -84,7 +84,8 @@ def milliseconds(run: Callable[[], Tensor], flush: Tensor) -> float:
 def tune(key: Key, flush: Tensor) -> Config | None:
     """The fastest candidate that is right; None where none is."""
     expected = call(key, "eager" if key.direction != "backward" else "sdpa")().float()
-    run, right, times = call(key, "triton"), [], {}
+    run, right = call(key, "triton"), []
+    times: dict[Config, list[float]] = {}
     for config in candidates(key):
         configs.table()[key] = config
         try:
