@@ -82,13 +82,13 @@ test-long: install
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 -m long
 
 # What a processor's libraries round differently, as far as one processor can imitate another: the kernel's instruction
-# set, PyTorch's own, those of its two matrix libraries, and the threads. PyTorch's compiler cannot be held back so.
+# set, PyTorch's own, those of its two matrix libraries and of NumPy's, and the threads. PyTorch's compiler cannot be held back so.
 NUMBERS := tests/contracts tests/golden tests/kernels tests/sensitivity
 AS_ON = OMP_NUM_THREADS=$(1) TOKENIZERS_PARALLELISM=false $(2) $(BIN)/python -m pytest -q -n 2 $(NUMBERS) -m "not compiles and not long" --isa
 test-processors: install
-	$(call AS_ON,1,ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE) portable
-	$(call AS_ON,2,ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2) avx2
-	$(call AS_ON,2,ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI) avx512
+	$(call AS_ON,1,ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Prescott) portable
+	$(call AS_ON,2,ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Haswell) avx2
+	$(call AS_ON,2,ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI OPENBLAS_CORETYPE=SkylakeX) avx512
 
 test-retrofit: install $(SMOLLM2)
 	CLEARHEAD_SMOLLM2="$(SMOLLM2)" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -s tests/convert/test_retrofit_smollm2.py

@@ -11,8 +11,6 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "clearhead"
 # Lines of a function's body, its signature and docstring left out, and of a file.
 LONGEST_BODY, LONGEST_FILE = 60, 399
-# A Triton kernel is one program: what it keeps in registers cannot be handed to a part of it.
-ONE_PROGRAM = {("kernels/triton/forward.py", "forward"), ("kernels/triton/backward.py", "backward")}
 
 SCRIPTS = sorted(
     path for folder in ("benchmarks", "examples", "hub") for path in (ROOT / folder).rglob("*.py")
@@ -34,10 +32,7 @@ def test_functions_and_files_are_short() -> None:
         text = path.read_text(encoding="utf-8")
         assert text.count("\n") <= LONGEST_FILE, f"{name} has {text.count(chr(10))} lines"
         for node in ast.walk(ast.parse(text)):
-            if (
-                isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-                and (name, node.name) not in ONE_PROGRAM
-            ):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert body_lines(node) <= LONGEST_BODY, f"{name}: {node.name} has {body_lines(node)} lines"
 
 

@@ -138,6 +138,139 @@ def walk(
 
 
 @triton.jit
+def token_range(
+    start, offset, queries, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """[low, high): the tokens that see some key of the block at `start`; [all_low, all_high): those that see all."""
+    low, high, all_low, all_high = 0, queries, 0, queries
+    last = tl.minimum(start + BLOCK_N, keys) - 1
+    if CAUSAL:
+        low, all_low = start - offset, last - offset
+    elif WINDOW:
+        low, all_low = start - window + 1 - offset, last - window + 1 - offset
+    if WINDOW:
+        high, all_high = last + window - offset, start + window - offset
+    return low, high, all_low, all_high
+
+
+@triton.jit
+def sweep(
+    low_row, high_row, all_low, all_high, gap,
+    q1, q2, grad, gate, statistics, delta, grad_q1, grad_q2, documents, slopes,
+    first, second, value, sum_k1, sum_k2, sum_v, key, real, key_documents, g, rows, queries, offset,
+    window, factor, plane, stride_qh, stride_qt, stride_dh, stride_dt, stride_gh, stride_gt,
+    D: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr, REPEATS: tl.constexpr,
+    STREAMS: tl.constexpr, OWN_KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    PADDING: tl.constexpr, DOCUMENTS: tl.constexpr, SLOPES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """All rows in [low_row, high_row) against one block of keys, with a mask only where a row may not see all of it."""
+    if PADDING or DOCUMENTS:
+        sum_k1, sum_k2, sum_v = walk(
+            low_row, high_row, q1, q2, grad, gate, statistics, delta, grad_q1, grad_q2, documents, slopes,
+            first, second, value, sum_k1, sum_k2, sum_v, key, real, key_documents, g, rows, queries, offset,
+            window, factor, plane, stride_qh, stride_qt, stride_dh, stride_dt, stride_gh, stride_gt,
+            D, E, WIDTH, VALUES, REPEATS, STREAMS, OWN_KEYS, CAUSAL, WINDOW, DOCUMENTS, SLOPES, True,
+            PRECISION, BLOCK_M,
+        )  # fmt: skip
+    else:
+        # A last block of keys with a gap is masked throughout. Rows beyond the last are zeros and need no mask.
+        middle = tl.cdiv(tl.maximum(all_low, 0) * REPEATS, BLOCK_M) * BLOCK_M
+        middle = tl.where(gap, high_row, middle)
+        middle = tl.minimum(tl.maximum(middle, low_row), high_row)
+        edge = high_row
+        if WINDOW:
+            edge = tl.minimum(tl.maximum(all_high, 0), queries) * REPEATS // BLOCK_M * BLOCK_M
+            edge = tl.minimum(tl.maximum(edge, middle), high_row)
+        sum_k1, sum_k2, sum_v = walk(
+            low_row, middle, q1, q2, grad, gate, statistics, delta, grad_q1, grad_q2, documents, slopes,
+            first, second, value, sum_k1, sum_k2, sum_v, key, real, key_documents, g, rows, queries, offset,
+            window, factor, plane, stride_qh, stride_qt, stride_dh, stride_dt, stride_gh, stride_gt,
+            D, E, WIDTH, VALUES, REPEATS, STREAMS, OWN_KEYS, CAUSAL, WINDOW, DOCUMENTS, SLOPES, True,
+            PRECISION, BLOCK_M,
+        )  # fmt: skip
+        sum_k1, sum_k2, sum_v = walk(
+            middle, edge, q1, q2, grad, gate, statistics, delta, grad_q1, grad_q2, documents, slopes,
+            first, second, value, sum_k1, sum_k2, sum_v, key, real, key_documents, g, rows, queries, offset,
+            window, factor, plane, stride_qh, stride_qt, stride_dh, stride_dt, stride_gh, stride_gt,
+            D, E, WIDTH, VALUES, REPEATS, STREAMS, OWN_KEYS, CAUSAL, WINDOW, DOCUMENTS, SLOPES, False,
+            PRECISION, BLOCK_M,
+        )  # fmt: skip
+        if WINDOW:
+            sum_k1, sum_k2, sum_v = walk(
+                edge, high_row, q1, q2, grad, gate, statistics, delta, grad_q1, grad_q2, documents, slopes,
+                first, second, value, sum_k1, sum_k2, sum_v, key, real, key_documents, g, rows, queries, offset,
+                window, factor, plane, stride_qh, stride_qt, stride_dh, stride_dt, stride_gh, stride_gt,
+                D, E, WIDTH, VALUES, REPEATS, STREAMS, OWN_KEYS, CAUSAL, WINDOW, DOCUMENTS, SLOPES, True,
+                PRECISION, BLOCK_M,
+            )  # fmt: skip
+    return sum_k1, sum_k2, sum_v
+
+
+@triton.jit
+def store_sum(base, tile, rows, inside, WIDTH: tl.constexpr, D: tl.constexpr):
+    columns = tl.arange(0, WIDTH)
+    pointers = base + rows.to(tl.int64)[:, None] * D + columns[None, :]
+    there = inside[:, None]
+    if D != WIDTH:
+        there = there & (columns < D)[None, :]
+    tl.store(pointers, tile, mask=there)
+
+
+@triton.jit
+def visit(
+    start, first_row, end_row, end_key, ranges,
+    q1, q2, k1, k2, v, grad, gate, statistics, delta, grad_q1, grad_q2, grad_k1, grad_k2, grad_v,
+    padding, documents, slopes, g, rows, queries, keys, offset, window, factor, plane,
+    stride_qh, stride_qt, stride_kt, stride_vt, stride_dh, stride_dt, stride_gh, stride_gt,
+    D: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr, REPEATS: tl.constexpr,
+    STREAMS: tl.constexpr, OWN_KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    PADDING: tl.constexpr, DOCUMENTS: tl.constexpr, SLOPES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One block of keys: its dK and dV, and what it adds to dQ of the rows of one stretch."""
+    low, high, all_low, all_high = token_range(start, offset, queries, keys, window, CAUSAL, WINDOW, BLOCK_N)
+    low_row = tl.maximum(tl.maximum(low, 0) * REPEATS, first_row)
+    high_row = tl.minimum(tl.minimum(tl.maximum(high, 0), queries) * REPEATS, end_row)
+    if PADDING or DOCUMENTS:
+        at = ranges + start // BLOCK_N * 2
+        low_row = tl.maximum(low_row, tl.load(at) * BLOCK_M)
+        high_row = tl.minimum(high_row, tl.load(at + 1) * BLOCK_M)
+    low_row = low_row // BLOCK_M * BLOCK_M
+    high_row = tl.maximum(high_row, low_row)
+
+    key = start + tl.arange(0, BLOCK_N)
+    there = key < end_key
+    real = there
+    if PADDING:
+        real = real & (tl.load(padding + key, mask=there, other=0) != 0)
+    key_documents = key
+    if DOCUMENTS:
+        key_documents = tl.load(documents + key, mask=there, other=0)
+    first = load_rows(k1, key, real, stride_kt, WIDTH, D)
+    second = first
+    value = load_rows(v, key, real, stride_vt, VALUES, E)
+    sum_k1 = load_rows(grad_k1, key, there, D, WIDTH, D)
+    sum_k2 = sum_k1
+    if OWN_KEYS:
+        second = load_rows(k2, key, real, stride_kt, WIDTH, D)
+        sum_k2 = load_rows(grad_k2, key, there, D, WIDTH, D)
+    sum_v = load_rows(grad_v, key, there, E, VALUES, E)
+    sum_k1, sum_k2, sum_v = sweep(
+        low_row, high_row, all_low, all_high, start + BLOCK_N > end_key,
+        q1, q2, grad, gate, statistics, delta, grad_q1, grad_q2, documents, slopes,
+        first, second, value, sum_k1, sum_k2, sum_v, key, real, key_documents, g, rows, queries, offset,
+        window, factor, plane, stride_qh, stride_qt, stride_dh, stride_dt, stride_gh, stride_gt,
+        D, E, WIDTH, VALUES, REPEATS, STREAMS, OWN_KEYS, CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES,
+        PRECISION, BLOCK_M,
+    )  # fmt: skip
+    store_sum(grad_k1, sum_k1, key, there, WIDTH, D)
+    if OWN_KEYS:
+        store_sum(grad_k2, sum_k2, key, there, WIDTH, D)
+    store_sum(grad_v, sum_v, key, there, VALUES, E)
+
+
+@triton.jit
 def backward(
     q1, q2, k1, k2, v, gate, padding, documents, position, slopes, ranges,
     grad, statistics, delta, grad_q1, grad_q2, grad_k1, grad_k2, grad_v,
@@ -172,6 +305,7 @@ def backward(
     grad += b * stride_db
     padding += b * stride_padding
     documents += b * stride_documents
+    ranges += b * stride_ranges
     plane = tl.num_programs(1).to(tl.int64) * rows
     statistics += b * groups * rows
     delta += b * groups * rows
@@ -182,93 +316,13 @@ def backward(
     grad_v += pair.to(tl.int64) * keys * E
 
     for start in range(first_key, end_key, BLOCK_N):
-        # Tokens that see some key of the block, and those that see all of them.
-        low, high, all_low, all_high = 0, queries, 0, queries
-        last = tl.minimum(start + BLOCK_N, keys) - 1
-        if CAUSAL:
-            low, all_low = start - offset, last - offset
-        elif WINDOW:
-            low, all_low = start - window + 1 - offset, last - window + 1 - offset
-        if WINDOW:
-            high, all_high = last + window - offset, start + window - offset
-        low_row = tl.maximum(tl.maximum(low, 0) * REPEATS, first_row)
-        high_row = tl.minimum(tl.minimum(tl.maximum(high, 0), queries) * REPEATS, end_row)
-        if PADDING or DOCUMENTS:
-            at = ranges + b * stride_ranges + start // BLOCK_N * 2
-            low_row = tl.maximum(low_row, tl.load(at) * BLOCK_M)
-            high_row = tl.minimum(high_row, tl.load(at + 1) * BLOCK_M)
-        low_row = low_row // BLOCK_M * BLOCK_M
-        high_row = tl.maximum(high_row, low_row)
-
-        key = start + tl.arange(0, BLOCK_N)
-        there = key < end_key
-        real = there
-        if PADDING:
-            real = real & (tl.load(padding + key, mask=there, other=0) != 0)
-        key_documents = key
-        if DOCUMENTS:
-            key_documents = tl.load(documents + key, mask=there, other=0)
-        first = load_rows(k1, key, real, stride_kt, WIDTH, D)
-        second = first
-        value = load_rows(v, key, real, stride_vt, VALUES, E)
-        sum_k1 = load_rows(grad_k1, key, there, D, WIDTH, D)
-        sum_k2 = sum_k1
-        if OWN_KEYS:
-            second = load_rows(k2, key, real, stride_kt, WIDTH, D)
-            sum_k2 = load_rows(grad_k2, key, there, D, WIDTH, D)
-        sum_v = load_rows(grad_v, key, there, E, VALUES, E)
-        if PADDING or DOCUMENTS:
-            sum_k1, sum_k2, sum_v = walk(
-                low_row, high_row, q1, q2, grad, gate, statistics, delta, grad_q1, grad_q2, documents, slopes,
-                first, second, value, sum_k1, sum_k2, sum_v, key, real, key_documents, g, rows, queries, offset,
-                window, factor, plane, stride_qh, stride_qt, stride_dh, stride_dt, stride_gh, stride_gt,
-                D, E, WIDTH, VALUES, REPEATS, STREAMS, OWN_KEYS, CAUSAL, WINDOW, DOCUMENTS, SLOPES, True,
-                PRECISION, BLOCK_M,
-            )  # fmt: skip
-        else:
-            # A last block of keys with a gap is masked throughout. Rows beyond the last are zeros and need no mask.
-            middle = tl.cdiv(tl.maximum(all_low, 0) * REPEATS, BLOCK_M) * BLOCK_M
-            middle = tl.where(start + BLOCK_N > end_key, high_row, middle)
-            middle = tl.minimum(tl.maximum(middle, low_row), high_row)
-            edge = high_row
-            if WINDOW:
-                edge = tl.minimum(tl.maximum(all_high, 0), queries) * REPEATS // BLOCK_M * BLOCK_M
-                edge = tl.minimum(tl.maximum(edge, middle), high_row)
-            sum_k1, sum_k2, sum_v = walk(
-                low_row, middle, q1, q2, grad, gate, statistics, delta, grad_q1, grad_q2, documents, slopes,
-                first, second, value, sum_k1, sum_k2, sum_v, key, real, key_documents, g, rows, queries, offset,
-                window, factor, plane, stride_qh, stride_qt, stride_dh, stride_dt, stride_gh, stride_gt,
-                D, E, WIDTH, VALUES, REPEATS, STREAMS, OWN_KEYS, CAUSAL, WINDOW, DOCUMENTS, SLOPES, True,
-                PRECISION, BLOCK_M,
-            )  # fmt: skip
-            sum_k1, sum_k2, sum_v = walk(
-                middle, edge, q1, q2, grad, gate, statistics, delta, grad_q1, grad_q2, documents, slopes,
-                first, second, value, sum_k1, sum_k2, sum_v, key, real, key_documents, g, rows, queries, offset,
-                window, factor, plane, stride_qh, stride_qt, stride_dh, stride_dt, stride_gh, stride_gt,
-                D, E, WIDTH, VALUES, REPEATS, STREAMS, OWN_KEYS, CAUSAL, WINDOW, DOCUMENTS, SLOPES, False,
-                PRECISION, BLOCK_M,
-            )  # fmt: skip
-            if WINDOW:
-                sum_k1, sum_k2, sum_v = walk(
-                    edge, high_row, q1, q2, grad, gate, statistics, delta, grad_q1, grad_q2, documents, slopes,
-                    first, second, value, sum_k1, sum_k2, sum_v, key, real, key_documents, g, rows, queries, offset,
-                    window, factor, plane, stride_qh, stride_qt, stride_dh, stride_dt, stride_gh, stride_gt,
-                    D, E, WIDTH, VALUES, REPEATS, STREAMS, OWN_KEYS, CAUSAL, WINDOW, DOCUMENTS, SLOPES, True,
-                    PRECISION, BLOCK_M,
-                )  # fmt: skip
-        store_sum(grad_k1, sum_k1, key, there, WIDTH, D)
-        if OWN_KEYS:
-            store_sum(grad_k2, sum_k2, key, there, WIDTH, D)
-        store_sum(grad_v, sum_v, key, there, VALUES, E)
+        visit(
+            start, first_row, end_row, end_key, ranges,
+            q1, q2, k1, k2, v, grad, gate, statistics, delta, grad_q1, grad_q2, grad_k1, grad_k2, grad_v,
+            padding, documents, slopes, g, rows, queries, keys, offset, window, factor, plane,
+            stride_qh, stride_qt, stride_kt, stride_vt, stride_dh, stride_dt, stride_gh, stride_gt,
+            D, E, WIDTH, VALUES, REPEATS, STREAMS, OWN_KEYS, CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES,
+            PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
         # The next block of keys adds to the same rows of dQ, from other threads perhaps.
         tl.debug_barrier()
-
-
-@triton.jit
-def store_sum(base, tile, rows, inside, WIDTH: tl.constexpr, D: tl.constexpr):
-    columns = tl.arange(0, WIDTH)
-    pointers = base + rows.to(tl.int64)[:, None] * D + columns[None, :]
-    there = inside[:, None]
-    if D != WIDTH:
-        there = there & (columns < D)[None, :]
-    tl.store(pointers, tile, mask=there)

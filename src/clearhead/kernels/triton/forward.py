@@ -83,6 +83,92 @@ def walk(
 
 
 @triton.jit
+def sweep(
+    low, high, all_low, all_high, query1, query2, k1, k2, v, padding, documents, positions, row_documents, row_slopes,
+    keys, window, factor, stride_kt, stride_vt,
+    D: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, STREAMS: tl.constexpr, OWN_KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    PADDING: tl.constexpr, DOCUMENTS: tl.constexpr, SLOPES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All keys in [low, high) for one block of rows, with a mask only where a row may not see all of a block."""
+    maximum1 = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total1 = tl.zeros([BLOCK_M], tl.float32)
+    accumulator1 = tl.zeros([BLOCK_M, VALUES], tl.float32)
+    maximum2, total2, accumulator2 = maximum1, total1, accumulator1
+    if PADDING or DOCUMENTS:
+        maximum1, total1, accumulator1, maximum2, total2, accumulator2 = walk(
+            low, high, query1, query2, k1, k2, v, padding, documents,
+            maximum1, total1, accumulator1, maximum2, total2, accumulator2, positions, row_documents, row_slopes,
+            keys, window, factor, stride_kt, stride_vt, D, E, WIDTH, VALUES, BLOCK_N, STREAMS, OWN_KEYS,
+            CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, True, PRECISION,
+        )  # fmt: skip
+    else:
+        # Whole blocks between the edges need no mask.
+        middle = tl.minimum(tl.maximum(tl.cdiv(all_low, BLOCK_N) * BLOCK_N, low), high)
+        edge = tl.minimum(tl.maximum(all_high // BLOCK_N * BLOCK_N, middle), high)
+        if WINDOW:
+            maximum1, total1, accumulator1, maximum2, total2, accumulator2 = walk(
+                low, middle, query1, query2, k1, k2, v, padding, documents,
+                maximum1, total1, accumulator1, maximum2, total2, accumulator2, positions, row_documents, row_slopes,
+                keys, window, factor, stride_kt, stride_vt, D, E, WIDTH, VALUES, BLOCK_N, STREAMS, OWN_KEYS,
+                CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, True, PRECISION,
+            )  # fmt: skip
+        maximum1, total1, accumulator1, maximum2, total2, accumulator2 = walk(
+            middle, edge, query1, query2, k1, k2, v, padding, documents,
+            maximum1, total1, accumulator1, maximum2, total2, accumulator2, positions, row_documents, row_slopes,
+            keys, window, factor, stride_kt, stride_vt, D, E, WIDTH, VALUES, BLOCK_N, STREAMS, OWN_KEYS,
+            CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, False, PRECISION,
+        )  # fmt: skip
+        maximum1, total1, accumulator1, maximum2, total2, accumulator2 = walk(
+            edge, high, query1, query2, k1, k2, v, padding, documents,
+            maximum1, total1, accumulator1, maximum2, total2, accumulator2, positions, row_documents, row_slopes,
+            keys, window, factor, stride_kt, stride_vt, D, E, WIDTH, VALUES, BLOCK_N, STREAMS, OWN_KEYS,
+            CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, True, PRECISION,
+        )  # fmt: skip
+    return maximum1, total1, accumulator1, maximum2, total2, accumulator2
+
+
+@triton.jit
+def keep_part(
+    parts, statistics, accumulator1, maximum1, total1, accumulator2, maximum2, total2, split, pair, row, inside, rows,
+    STREAMS: tl.constexpr, E: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """What one split found, unfinished, for `combine`."""
+    at = ((split * tl.num_programs(1) + pair).to(tl.int64) * rows + row) * STREAMS
+    half = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * rows * STREAMS
+    store_packed(parts, accumulator1, at, at * 0, inside, 0, E, VALUES, E)
+    tl.store(statistics + at, maximum1, mask=inside)
+    tl.store(statistics + half + at, total1, mask=inside)
+    if STREAMS == 2:
+        store_packed(parts, accumulator2, at + 1, at * 0, inside, 0, E, VALUES, E)
+        tl.store(statistics + at + 1, maximum2, mask=inside)
+        tl.store(statistics + half + at + 1, total2, mask=inside)
+
+
+@triton.jit
+def mix(
+    noise, statistics, accumulator1, maximum1, total1, accumulator2, maximum2, total2,
+    gate, token, head, inside, flat, plane, stride_oh, stride_ot,
+    STREAMS: tl.constexpr, KEEP: tl.constexpr, E: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """The rows of the output; with KEEP what the backward pass needs beside them is stored."""
+    mixed = accumulator1 / tl.where(total1 == 0, 1.0, total1)[:, None]
+    if STREAMS == 2:
+        second = accumulator2 / tl.where(total2 == 0, 1.0, total2)[:, None]
+        mixed = mixed - tl.load(gate, mask=inside, other=0.0)[:, None] * second
+        if KEEP:
+            store_packed(noise, second, token, head, inside, stride_oh, stride_ot, VALUES, E)
+            maximum2 = tl.where(total2 == 0, 0.0, maximum2)
+            tl.store(statistics + 2 * plane + flat, maximum2, mask=inside)
+            tl.store(statistics + 3 * plane + flat, total2, mask=inside)
+    if KEEP:
+        maximum1 = tl.where(total1 == 0, 0.0, maximum1)
+        tl.store(statistics + flat, maximum1, mask=inside)
+        tl.store(statistics + plane + flat, total1, mask=inside)
+    return mixed
+
+
+@triton.jit
 def forward(
     q1, q2, k1, k2, v, gate, padding, documents, position, slopes, ranges,
     out, noise, statistics, parts,
@@ -134,75 +220,24 @@ def forward(
     if SLOPES:
         row_slopes = tl.load(slopes + head, mask=inside, other=0.0)
 
-    maximum1 = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total1 = tl.zeros([BLOCK_M], tl.float32)
-    accumulator1 = tl.zeros([BLOCK_M, VALUES], tl.float32)
-    maximum2, total2, accumulator2 = maximum1, total1, accumulator1
-    if PADDING or DOCUMENTS:
-        maximum1, total1, accumulator1, maximum2, total2, accumulator2 = walk(
-            low, high, query1, query2, k1, k2, v, padding, documents,
-            maximum1, total1, accumulator1, maximum2, total2, accumulator2, positions, row_documents, row_slopes,
-            keys, window, factor, stride_kt, stride_vt, D, E, WIDTH, VALUES, BLOCK_N, STREAMS, OWN_KEYS,
-            CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, True, PRECISION,
-        )  # fmt: skip
-    else:
-        # Whole blocks between the edges need no mask.
-        middle = tl.minimum(tl.maximum(tl.cdiv(all_low, BLOCK_N) * BLOCK_N, low), high)
-        edge = tl.minimum(tl.maximum(all_high // BLOCK_N * BLOCK_N, middle), high)
-        if WINDOW:
-            maximum1, total1, accumulator1, maximum2, total2, accumulator2 = walk(
-                low, middle, query1, query2, k1, k2, v, padding, documents,
-                maximum1, total1, accumulator1, maximum2, total2, accumulator2, positions, row_documents, row_slopes,
-                keys, window, factor, stride_kt, stride_vt, D, E, WIDTH, VALUES, BLOCK_N, STREAMS, OWN_KEYS,
-                CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, True, PRECISION,
-            )  # fmt: skip
-        maximum1, total1, accumulator1, maximum2, total2, accumulator2 = walk(
-            middle, edge, query1, query2, k1, k2, v, padding, documents,
-            maximum1, total1, accumulator1, maximum2, total2, accumulator2, positions, row_documents, row_slopes,
-            keys, window, factor, stride_kt, stride_vt, D, E, WIDTH, VALUES, BLOCK_N, STREAMS, OWN_KEYS,
-            CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, False, PRECISION,
-        )  # fmt: skip
-        maximum1, total1, accumulator1, maximum2, total2, accumulator2 = walk(
-            edge, high, query1, query2, k1, k2, v, padding, documents,
-            maximum1, total1, accumulator1, maximum2, total2, accumulator2, positions, row_documents, row_slopes,
-            keys, window, factor, stride_kt, stride_vt, D, E, WIDTH, VALUES, BLOCK_N, STREAMS, OWN_KEYS,
-            CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, True, PRECISION,
-        )  # fmt: skip
-
+    maximum1, total1, accumulator1, maximum2, total2, accumulator2 = sweep(
+        low, high, all_low, all_high, query1, query2, k1, k2, v, padding, documents, positions, row_documents,
+        row_slopes, keys, window, factor, stride_kt, stride_vt, D, E, WIDTH, VALUES, BLOCK_M, BLOCK_N, STREAMS,
+        OWN_KEYS, CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, PRECISION,
+    )  # fmt: skip
     if SPLIT:
-        rows = queries * REPEATS
-        at = ((split * tl.num_programs(1) + pair).to(tl.int64) * rows + row) * STREAMS
-        half = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * rows * STREAMS
-        store_packed(parts, accumulator1, at, at * 0, inside, 0, E, VALUES, E)
-        tl.store(statistics + at, maximum1, mask=inside)
-        tl.store(statistics + half + at, total1, mask=inside)
-        if STREAMS == 2:
-            store_packed(parts, accumulator2, at + 1, at * 0, inside, 0, E, VALUES, E)
-            tl.store(statistics + at + 1, maximum2, mask=inside)
-            tl.store(statistics + half + at + 1, total2, mask=inside)
+        keep_part(
+            parts, statistics, accumulator1, maximum1, total1, accumulator2, maximum2, total2,
+            split, pair, row, inside, queries * REPEATS, STREAMS, E, VALUES,
+        )  # fmt: skip
     else:
-        mixed = accumulator1 / tl.where(total1 == 0, 1.0, total1)[:, None]
-        flat = (b * groups * REPEATS + head) * queries + token
         plane = tl.num_programs(1).to(tl.int64) * REPEATS * queries
-        if STREAMS == 2:
-            second = accumulator2 / tl.where(total2 == 0, 1.0, total2)[:, None]
-            lam = tl.load(
-                gate + b * stride_gb + head * stride_gh + token.to(tl.int64) * stride_gt,
-                mask=inside,
-                other=0.0,
-            )
-            mixed = mixed - lam[:, None] * second
-            if KEEP:
-                store_packed(
-                    noise + b * stride_ob, second, token, head, inside, stride_oh, stride_ot, VALUES, E
-                )
-                maximum2 = tl.where(total2 == 0, 0.0, maximum2)
-                tl.store(statistics + 2 * plane + flat, maximum2, mask=inside)
-                tl.store(statistics + 3 * plane + flat, total2, mask=inside)
-        if KEEP:
-            maximum1 = tl.where(total1 == 0, 0.0, maximum1)
-            tl.store(statistics + flat, maximum1, mask=inside)
-            tl.store(statistics + plane + flat, total1, mask=inside)
+        flat = (b * groups * REPEATS + head) * queries + token
+        at = gate + b * stride_gb + head * stride_gh + token.to(tl.int64) * stride_gt
+        mixed = mix(
+            noise + b * stride_ob, statistics, accumulator1, maximum1, total1, accumulator2, maximum2, total2,
+            at, token, head, inside, flat, plane, stride_oh, stride_ot, STREAMS, KEEP, E, VALUES,
+        )  # fmt: skip
         store_packed(out + b * stride_ob, mixed, token, head, inside, stride_oh, stride_ot, VALUES, E)
 
 

@@ -111,7 +111,7 @@ def splits(shape: Shape, config: configs.Config, device: torch.device) -> int:
 
 def precision(inputs: TritonInputs) -> str:
     """TensorFloat-32 for float32 only where PyTorch's own setting allows it."""
-    if inputs.v.device.type == "cpu" and inputs.v.dtype != torch.float32:
+    if inputs.v.device.type == "cpu":
         return "interpreter"
     allowed = inputs.v.device.type == "cuda" and not torch.version.hip
     if inputs.v.dtype == torch.float32 and allowed and torch.backends.cuda.matmul.fp32_precision == "tf32":

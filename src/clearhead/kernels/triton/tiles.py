@@ -11,11 +11,20 @@ import triton.language as tl
 
 
 @triton.jit
+def exact(a, b):
+    """a b in Triton's interpreter, rounded to float32 once.
+
+    The interpreter multiplies with NumPy, whose float32 sums differ from processor to processor, and takes the bits of
+    bfloat16 for integers.
+    """
+    return tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+
+
+@triton.jit
 def product(a, b, total, PRECISION: tl.constexpr):
     """total + a b in float32."""
     if PRECISION == "interpreter":
-        # Which multiplies the bits of bfloat16 as if they were integers.
-        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+        total += exact(a, b)
     else:
         total = tl.dot(a, b, total, input_precision=PRECISION)
     return total
@@ -25,7 +34,7 @@ def product(a, b, total, PRECISION: tl.constexpr):
 def scores(a, b, PRECISION: tl.constexpr):
     """a b in float32."""
     if PRECISION == "interpreter":
-        tile = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        tile = exact(a, b)
     else:
         tile = tl.dot(a, b, input_precision=PRECISION)
     return tile
