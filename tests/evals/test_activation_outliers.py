@@ -86,7 +86,9 @@ def rotated(x: np.ndarray) -> np.ndarray:
     )
 
 
-def by_hand(model: Any, ids: list[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def by_hand(
+    model: Any, ids: list[int], windows: tuple[int | None, ...] = (None, None)
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Visible |logits| of each layer, and hidden states: the embeddings and what each layer puts out."""
     decoder = model.model
     with torch.no_grad():
@@ -94,7 +96,7 @@ def by_hand(model: Any, ids: list[int]) -> tuple[list[np.ndarray], list[np.ndarr
         states = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
         decoder.norm = norm
         logits = []
-        for layer, x in zip(decoder.layers, states[:-1], strict=True):
+        for layer, x, window in zip(decoder.layers, states[:-1], windows, strict=True):
             inside = layer.input_layernorm(x[0])
             q = layer.self_attn.q_proj(inside).numpy().reshape(len(ids), -1, 8)
             k = layer.self_attn.k_proj(inside).numpy().reshape(len(ids), -1, 8)
@@ -103,29 +105,40 @@ def by_hand(model: Any, ids: list[int]) -> tuple[list[np.ndarray], list[np.ndarr
                 # Query heads in order share key heads in order; of V1 both are the streams' (2i + s), of V2 queries.
                 key = rotated(k[:, h * k.shape[1] // q.shape[1]])
                 full = rotated(q[:, h]) @ key.T / math.sqrt(8)
-                some += [abs(full[m, n]) for m in range(len(ids)) for n in range(m + 1)]
+                seen = window or len(ids)
+                some += [abs(full[m, n]) for m in range(len(ids)) for n in range(max(0, m + 1 - seen), m + 1)]
             logits.append(np.array(some))
     return logits, [np.abs(x[0].numpy()).ravel() for x in states]
 
 
+def mistral() -> MistralForCausalLM:
+    torch.manual_seed(0)
+    sizes = {**tiny.SIZES, "num_key_value_heads": 2, "initializer_range": 0.2, "head_dim": 8}
+    return MistralForCausalLM(MistralConfig(vocab_size=320, sliding_window=8, **sizes)).eval()
+
+
 @pytest.mark.parametrize(
-    "make",
+    ("make", "windows"),
     [
-        tiny.llama,
-        tiny.ours,
-        lambda: tiny.ours(attention="differential"),
-        lambda: tiny.ours(attention="differential_v2", num_key_value_heads=2),
+        (tiny.llama, (None, None)),
+        (tiny.ours, (None, None)),
+        (lambda: tiny.ours(attention="differential"), (None, None)),
+        (lambda: tiny.ours(attention="differential_v2", num_key_value_heads=2), (None, None)),
+        (lambda: tiny.ours(attention="differential", layers=[{"sliding_window": 3}, {}]), (3, None)),
+        (mistral, (8, 8)),
     ],
-    ids=["llama", "softmax", "v1", "v2"],
+    ids=["llama", "softmax", "v1", "v2", "v1 with a window", "mistral"],
 )
-def test_numbers_are_those_by_hand(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_are_those_by_hand(
+    make: Any, windows: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make().double()
     documents = tiny.store([N, 9, N, N])
     config = ActivationOutliersConfig(length=N, tokens=2 * N + 1)
     values = ActivationOutliers().run(tiny.subject(model, documents), config)
     assert values["n"] == 3 and values["tokens"] == 3 * N
     texts = [[1, *documents.document(i).tolist()[: N - 1]] for i in (0, 2, 3)]
-    found = [by_hand(model, ids) for ids in texts]
+    found = [by_hand(model, ids, windows) for ids in texts]
     for kind, index in (("logits", 0), ("hidden", 1)):
         layers = [np.concatenate([one[index][i] for one in found]) for i in range(len(found[0][index]))]
         first = 1 if kind == "hidden" else 0
@@ -174,9 +187,6 @@ def test_what_cannot_be_measured_is_skipped_with_the_reason() -> None:
     config = ActivationOutliersConfig(length=N)
     short = ActivationOutliers().run(tiny.subject(tiny.llama(), tiny.store([9])), config)
     assert f"no document has {N} tokens" in short["skipped"]
-    narrow = MistralConfig(vocab_size=320, num_key_value_heads=2, sliding_window=8, **tiny.SIZES)
-    found = ActivationOutliers().run(tiny.subject(MistralForCausalLM(narrow).eval(), tiny.store([N])), config)
-    assert "within a window of 8 tokens" in found["skipped"]
     table = ActivationOutliers().run(tiny.subject(tiny.gpt2()), ActivationOutliersConfig(length=64))
     assert "more than the model takes" in table["skipped"]
     broken = tiny.llama()

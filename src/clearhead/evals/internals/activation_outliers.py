@@ -4,8 +4,8 @@ The quantities of the Differential Transformer paper's Table 5, as its authors e
 1666), with what they leave open settled here:
 
 * *attention logits*: |q kᵀ / √d| after scaling and before the softmax, of every query with each key that it sees
-  (itself included), all heads and layers pooled; of differential attention both streams, |q1 k1ᵀ / √d| and |q2 k2ᵀ /
-  √d|, pooled. What is added to a logit by position (ALiBi) is not part of it;
+  (itself included; in a layer with a window those within it), all heads and layers pooled; of differential attention
+  both streams, |q1 k1ᵀ / √d| and |q2 k2ᵀ / √d|, pooled. What is added to a logit by position (ALiBi) is not part of it;
 * *hidden states*: |x| of every component of every token after each layer (attention, feed-forward and residuals),
   before the final norm. The input of the first layer (the embeddings) is shown beside them and not pooled.
 
@@ -37,7 +37,7 @@ from clearhead.evals.cells import LengthEvaluation, TextLength
 from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
 from clearhead.evals.probing.magnitudes import Magnitudes
 from clearhead.evals.probing.recorder import Recorded, recorded
-from clearhead.evals.reasons import unless
+from clearhead.evals.probing.windows import windows
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
 
@@ -109,7 +109,6 @@ class ActivationOutliers(LengthEvaluation[ActivationOutliersConfig, ActivationOu
         self, subject: Subject, config: ActivationOutliersConfig, cell: TextLength
     ) -> ActivationOutliersResult:
         length = cell.tokens
-        unless(narrow_window(subject.model, length))
         read = openings(subject, length, -(-config.tokens // length), config.seed, f"{self.name}.length")
         found = ActivationTally(
             subject.model, [torch.from_numpy(row[None]).to(subject.device) for row in read.rows]
@@ -160,17 +159,6 @@ class ActivationOutliers(LengthEvaluation[ActivationOutliersConfig, ActivationOu
         )
 
 
-def narrow_window(model: Any, length: int) -> str | None:
-    """Why logits of `length` tokens would be counted that no softmax takes, or None."""
-    known = model.config.to_dict()
-    window = known.get("sliding_window") if known.get("use_sliding_window", True) else None
-    own = [kind.window for kind in getattr(model.config, "layer_kinds", ()) if kind.window is not None]
-    window = min(own) if own else window
-    if window is not None and window < length:
-        return f"the model attends within a window of {window} tokens; give a length of at most {window}"
-    return None
-
-
 class ActivationTally:
     """Everything that is counted of one model on `rows`, (1, L) ids each: two readings."""
 
@@ -183,6 +171,7 @@ class ActivationTally:
         }
         self.by_text: dict[Kind, list[float]] = {kind: [0.0] * len(rows) for kind in KINDS}
         self.whole: dict[Kind, Magnitudes] = {}
+        self._windows = windows(model)
         self._reading = 0
         with (
             inference(model, length=rows[0].shape[1]),
@@ -204,7 +193,7 @@ class ActivationTally:
         if self._last and self._last[0] is streams.q[0]:
             return
         self._last = streams.q
-        for logits in visible_logits(streams):
+        for logits in visible_logits(streams, self._windows[streams.layer]):
             self._add("logits", streams.layer, logits)
 
     def _hidden_states(self, place: int, states: Tensor) -> None:
@@ -265,8 +254,8 @@ def _hidden(layers: nn.ModuleList, record: Any) -> Iterator[None]:
         yield
 
 
-def visible_logits(streams: Recorded) -> Iterator[Tensor]:
-    """The scaled logits of one text (a batch of 1) under a causal mask, some at a time, flat."""
+def visible_logits(streams: Recorded, window: int | None) -> Iterator[Tensor]:
+    """The scaled logits of one text (a batch of 1) under a causal mask and a window, some at a time, flat."""
     for q, k in zip(streams.q, streams.k, strict=True):
         heads, groups, length = q.shape[1], k.shape[1], q.shape[2]
         step = max(1, AT_ONCE // length)
@@ -274,9 +263,11 @@ def visible_logits(streams: Recorded) -> Iterator[Tensor]:
             keys = k[0, head // (heads // groups)].float()
             for start in range(0, length, step):
                 queries = q[0, head, start : start + step].float()
-                stop = start + len(queries)
-                logits = queries @ keys[:stop].T * streams.scale
-                seen = torch.ones_like(logits, dtype=torch.bool).tril(diagonal=start)
+                first, stop = 0 if window is None else max(0, start + 1 - window), start + len(queries)
+                logits = queries @ keys[first:stop].T * streams.scale
+                seen = torch.ones_like(logits, dtype=torch.bool).tril(diagonal=start - first)
+                if window is not None:
+                    seen = seen.triu(diagonal=start - first + 1 - window)
                 yield logits[seen]
 
 

@@ -39,6 +39,7 @@ from clearhead.evals.asking.texts import openings
 from clearhead.evals.cells import LengthEvaluation, TextLength
 from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
 from clearhead.evals.probing.recorder import Recorded, recorded
+from clearhead.evals.probing.windows import windows
 from clearhead.evals.reasons import Unmeasured
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
@@ -111,9 +112,15 @@ class AnomalousCases(LengthEvaluation[AnomalousCasesConfig, AnomalousCasesResult
         near = min(config.near, (length - 1) // 2)
         at = torch.linspace(near, length - 1 - near, min(config.positions, length - 2 * near)).round().long()
         layers: dict[int, CaseTally] = {}
+        wide = [window is None or window > near + 1 for window in windows(subject.model)]
+        if not any(wide):
+            raise Unmeasured(
+                f"no layer sees {near + 2} tokens, as scores of keys up to {near} tokens away need"
+            )
 
         def record(streams: Recorded) -> None:
-            if streams.pairs is None:
+            # Of what a layer does not see it takes no score.
+            if streams.pairs is None or not wide[streams.layer]:
                 return
             if streams.placement is not None and streams.placement.mode == "slack":
                 raise Unmeasured("slack collinear attention has no score that depends on the distance alone")
@@ -160,7 +167,8 @@ class AnomalousCases(LengthEvaluation[AnomalousCasesConfig, AnomalousCasesResult
                 f"{first.n} documents of {first.length} tokens, keys up to {first.near} tokens {sides}; a key is "
                 "moved one token further away and the score compared. (a) and (d) are the anomalous cases of the CoCA "
                 "paper, shares of the weight |q||k| of rotary pairs; random vectors give 1/2 for their sum and for "
-                "rising scores. Intervals: bootstrap over documents or Student's t over seeds, the wider.",
+                "rising scores. Layers whose window has no room for that are left out. "
+                "Intervals: bootstrap over documents or Student's t over seeds, the wider.",
                 *run.skipped(self.name),
             ],
         )

@@ -18,7 +18,7 @@ the last queries at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ from clearhead.evals.cells import Cell, CellEvaluation, Measured
 from clearhead.evals.evaluation import EvaluationConfig, EvaluationResult
 from clearhead.evals.probing.recorder import Recorded, recorded
 from clearhead.evals.probing.rescaling import rescaled
+from clearhead.evals.probing.windows import windows
 from clearhead.evals.reasons import Unmeasured, unless
 from clearhead.evals.subject import Subject
 from clearhead.runs.results import RunResults
@@ -128,11 +129,12 @@ class LogitOutliers(CellEvaluation[LogitOutliersConfig, LogitOutliersResult, Log
             )
         read = openings(subject, length, config.documents, config.seed, f"{self.name}.length")
         count = int(subject.model.config.get_text_config().num_hidden_layers)
-        layers = config.layers or sorted({max(0, round(count * part / 4) - 1) for part in (1, 2, 3, 4)})
-        if unknown := [layer for layer in layers if not 0 <= layer < count]:
+        if unknown := [layer for layer in config.layers or () if not 0 <= layer < count]:
             raise ValueError(
                 f"logit_outliers.layers: the model has layers 0 to {count - 1}, not {unknown[0]}"
             )
+        seen = [None if window is None or window >= length else window for window in windows(subject.model)]
+        layers = far_layers(seen, config.layers)
         return [
             LogitReading(name=named(scaling), scaling=scaling, read=read, layers=layers, trained=trained)
             for scaling in (None, *config.scalings)
@@ -296,6 +298,26 @@ def one_head_at_a_time(streams: Recorded, queries: int, distance: Tensor) -> Any
             if streams.slopes is not None:
                 logits = logits - streams.slopes[head].cpu() * distance
             yield logits
+
+
+def far_layers(seen: Sequence[int | None], named: Sequence[int] | None) -> list[int]:
+    """The layers to look at: those named, or some at even steps; a layer with a window takes no logits beyond it.
+
+    Raises ValueError for a named layer with a window, Unmeasured where every layer has one.
+    """
+    if narrow := [layer for layer in named or () if seen[layer] is not None]:
+        raise ValueError(
+            f"logit_outliers.layers: layer {narrow[0]} sees {seen[narrow[0]]} tokens, so it takes no logits beyond "
+            "the training length; name layers that see all tokens"
+        )
+    if named:
+        return list(named)
+    wide = [layer for layer, window in enumerate(seen) if window is None]
+    if not wide:
+        raise Unmeasured(
+            "every layer sees a window of the tokens, so none takes logits beyond the training length"
+        )
+    return sorted({wide[max(0, round(len(wide) * part / 4) - 1)] for part in (1, 2, 3, 4)})
 
 
 def mean_over_layers(
