@@ -6,7 +6,7 @@
     python benchmarks/retrofit_tables.py [--runs runs] [--save docs/results/retrofit]
 
 The unit is a model: one number for each arm and seed, differences from the arm "plain" with the same seed, Student's t
-over seeds. p-values of one measure are adjusted for the number of arms (Holm). Models that were differential from the
+over seeds. p-values of one measure are adjusted for the number of comparisons (Holm). Models that were differential from the
 start share no weights with the plain ones, so that they are compared without pairs (Welch). Seeds that are missing in
 an arm are left out everywhere. `--save` writes `tables.md` and `models.json`, every number of every model.
 """
@@ -27,6 +27,8 @@ from clearhead.analysis.statistics import decimal, holm
 from clearhead.runs.results import ArmResults, load_run
 
 PLAIN = "plain"
+# What trains few numbers has a control that trains as few.
+CONTROLS = {"DiffLoRA": "LoRA", "DEX alone": "W_O alone"}
 Results = Mapping[str, Mapping[str, Any]]
 """Evaluation -> its values, of one model."""
 
@@ -166,6 +168,8 @@ def adjust(found: Mapping[str, Difference]) -> dict[str, Difference]:
 def told(one: Difference, measure: Measure) -> str:
     """The difference in a cell: its interval, and ▲ or ▼ where it is detected after the adjustment."""
     digits = measure.digits
+    if one.p is None:
+        return f"{decimal(one.difference, digits)} with every seed"
     text = f"{decimal(one.difference, digits)} ({decimal(one.low, digits)} to {decimal(one.high, digits)})"
     if one.adjusted is None or one.adjusted >= 0.05:
         return text
@@ -223,7 +227,7 @@ def main() -> None:
         )
     head = (
         f"Seeds {', '.join(map(str, seeds))}. ▲ better, ▼ worse than the plain models trained on, where the p-value "
-        f"adjusted for {len(everything) - 1} arms (Holm) is below 0.05; the intervals are not adjusted."
+        f"adjusted for {len(everything) - 1 + len(CONTROLS)} comparisons (Holm) is below 0.05; the intervals are not adjusted."
     )
     found = [head, *tables(everything, set(scratch), seeds)]
     print("\n\n".join(found))
