@@ -6,9 +6,9 @@
     python benchmarks/retrofit_tables.py [--runs runs] [--save docs/results/retrofit]
 
 The unit is a model: one number for each arm and seed, differences from the arm "plain" with the same seed, Student's t
-over seeds. p-values of one measure are adjusted for the number of comparisons (Holm). Models that were differential from the
-start share no weights with the plain ones, so that they are compared without pairs (Welch). Seeds that are missing in
-an arm are left out everywhere. `--save` writes `tables.md` and `models.json`, every number of every model.
+over seeds. p-values of one measure are adjusted for the number of comparisons (Holm). Models that were differential
+from the start share no weights with the plain ones, so that they are compared without pairs (Welch). Seeds that are
+missing in an arm are left out everywhere. `--save` writes `tables.md` and `models.json`, every number of every model.
 """
 
 from __future__ import annotations
@@ -227,7 +227,8 @@ def main() -> None:
         )
     head = (
         f"Seeds {', '.join(map(str, seeds))}. ▲ better, ▼ worse than the plain models trained on, where the p-value "
-        f"adjusted for {len(everything) - 1 + len(CONTROLS)} comparisons (Holm) is below 0.05; the intervals are not adjusted."
+        f"adjusted for {len(everything) - 1 + len(CONTROLS)} comparisons (Holm) is below 0.05; the intervals are "
+        "not adjusted."
     )
     found = [head, *tables(everything, set(scratch), seeds)]
     print("\n\n".join(found))
