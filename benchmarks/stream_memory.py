@@ -4,9 +4,9 @@
     python benchmarks/stream_memory.py --show
 
 The text is synthetic: words of random letters, drawn from 200,000 by a Zipf law, in documents of 2.5 kB on average
-(log-normal). Three fifths of it are one .jsonl file, the rest forty .txt files; weights are 0.7 and 0.3. The tokenizer is a
-byte-level BPE with 32,768 entries, trained on 64 MiB as a recipe's is; rows have 1,024 tokens. What was written is
-removed at the end.
+(log-normal). Three fifths of it are one .jsonl file, the rest forty .txt files; weights are 0.7 and 0.3. The tokenizer
+is a byte-level BPE with 32,768 entries, trained on 64 MiB as a recipe's is; rows have 1,024 tokens. What was written
+is removed at the end.
 
 tokenize: from text to shards. read: all rows of an epoch, and the rows behind a drawn place once more in another
 process ("same": they are equal to the bit). Peaks are the system's (`ru_maxrss`), mapped files and imports included;
@@ -48,7 +48,7 @@ def write_text(folder: Path, size: int) -> None:
     drawn = rng.choice(letters, int(sizes.sum()), p=chances / chances.sum()).tobytes()
     ends = np.cumsum(sizes)
     words = [drawn[end - one : end].decode() for one, end in zip(sizes.tolist(), ends.tolist(), strict=True)]
-    table = np.cumsum(1 / (np.arange(WORDS) + 2.7) ** 1.05)
+    table = np.cumsum(1 / (np.arange(WORDS) + 2.7) ** 1.2)
     table /= table[-1]
 
     def document() -> str:

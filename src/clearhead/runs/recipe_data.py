@@ -1,8 +1,9 @@
 """What a recipe says of its text: corpus, tokenizer, kinds of rows. Everything here is pure, as in `recipe`."""
 
 import re
+from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -119,10 +120,16 @@ class CorpusOptions(RecipeTable):
     @property
     def named(self) -> str:
         """The text in a few words: its source, or the sources with their parts of the rows."""
-        if self.sources is None:
-            return self.source
-        total = sum(one.weight for one in self.sources)
-        return ", ".join(f"{one.source} ({one.weight / total:.3g})" for one in self.sources)
+        return corpus_name(self.model_dump())
+
+
+def corpus_name(corpus: Mapping[str, Any]) -> str:
+    """The same of a table as it stands in recipe.toml or job.json."""
+    sources = corpus.get("sources")
+    if not sources:
+        return str(corpus.get("source", ""))
+    total = sum(one["weight"] for one in sources)
+    return ", ".join(f"{one['source']} ({one['weight'] / total:.1%})" for one in sources)
 
 
 class TokenizerOptions(RecipeTable):
