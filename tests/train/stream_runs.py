@@ -76,7 +76,7 @@ def task(texts: Path, run: Path, arm: str = "V1") -> TrainingTask:
 def train(
     texts: Path, run: Path, environment: dict[str, str], log: Path | None, stop: int = 0, arm: str = "V1"
 ) -> None:
-    """Train; every row that this process is given goes to `log` as "number digest". stop: die when step `stop` begins."""
+    """Train; each row that this process is given goes to `log` as "number digest". stop: die when that step begins."""
     os.environ |= environment
     torch.set_num_threads(1)
     small_shards()

@@ -1,4 +1,4 @@
-"""Streamed text in training: the same rows for every arm and number of processes, and on from where a checkpoint says."""
+"""Streamed text in training: the same rows for every arm and number of processes, on from where a checkpoint says."""
 
 import json
 import random

@@ -289,8 +289,14 @@ def corpora(folder: Path) -> Iterator[tuple[str, int | None]]:
     yield str(folder / "rows.parquet"), 700
 
 
-def test_reading_goes_on_from_any_place(texts: Path) -> None:
-    for source, limit in corpora(texts):
+def test_reading_goes_on_from_any_place(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = [{"text": one} for one in (*sentences(9, "row"), " ", None, *sentences(4, "end"))]
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
+    for source, limit in (*corpora(texts), ("hf:owner/name", None), ("hf:owner/name", 700)):
         corpus = open_corpus(source, max_bytes=limit)
         whole = list(corpus.read())
         assert [document for document, _ in whole] == list(corpus.documents())

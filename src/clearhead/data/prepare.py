@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from clearhead.data.began import check_text, check_tokens
 from clearhead.data.cache import cache_dir, digest_json, fingerprint
-from clearhead.data.corpora import Corpus, open_corpus
+from clearhead.data.corpora import Corpus, FileCorpus, open_corpus
 from clearhead.data.readers import CorpusError
 from clearhead.data.spec import DataSpec as DataSpec
 from clearhead.data.spec import PreparedData as PreparedData
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 SOURCES = "sources.json"
 BATCH_BYTES = 2**20
+# Text that whoever has little memory should rather have in shards.
+LARGE_TEXT = 2 * 2**30
 TOKENIZER_BYTES = 64 * 2**20
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG}
 
@@ -70,6 +72,10 @@ def prepare(
     say(f"checking {spec.source}")
     if (account := corpus.account()) is not None:
         say(account)
+    if isinstance(corpus, FileCorpus) and (size := sum(file.size for file in corpus.used())) > LARGE_TEXT:
+        say(
+            f'{size / 1e9:.1f} GB in one store need much memory: corpus.tokenized = "FOLDER" streams them instead'
+        )
     sources = corpus.sources()
     made_from = {
         "format": FORMAT,

@@ -43,10 +43,10 @@ def whole_shares(weights: Sequence[float]) -> list[int]:
 
 
 class Interleaving:
-    """Which source row i is of: in any first n rows each source has its share, exact to less than one row for two.
+    """Which source row i is of: the one that lags most behind its share, as in Megatron's blended data sets.
 
-    The row goes to the source that lags most behind its share, as in Megatron's blended data sets. That repeats after
-    `period` rows, which are kept as a table.
+    So in any first n rows two sources have their shares exact to less than a row, several nearly so. The choice repeats
+    after `period` rows, which are kept as a table.
     """
 
     def __init__(self, shares: Sequence[int]) -> None:
