@@ -18,7 +18,7 @@ def main(folder: str, moment: str) -> None:
     """Prepare the mixture in `folder`, and die."""
     name, _, number = moment.partition(":")
     left = int(number)
-    before = {"write": Path.write_bytes, "replace": Path.replace}[name]
+    before: Any = {"write": Path.write_bytes, "replace": Path.replace}[name]
 
     def mortal(path: Path, *arguments: Any) -> Any:
         nonlocal left
