@@ -25,6 +25,7 @@ INCLUDES = {
 VERBS = {
     "compare": "train",
     "scale": "train",
+    "tokenize": "train",
     "train": "train",
     "evaluate": "train",
     "explain": "train",

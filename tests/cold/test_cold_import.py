@@ -42,6 +42,7 @@ except SystemExit as end:
     [
         "",
         "compare",
+        "tokenize",
         "train",
         "evaluate",
         "report",

@@ -25,7 +25,7 @@ from clearhead.runs.recipe import (
     TokenizerOptions,
     Train,
 )
-from clearhead.runs.recipe_data import ExampleOptions, MaskOptions
+from clearhead.runs.recipe_data import ExampleOptions, MaskOptions, SourceOptions
 from clearhead.runs.recipe_io import differences, dump_toml, load_recipe, parse_recipe
 
 TEXT = """
@@ -297,7 +297,7 @@ def test_the_documented_recipe_is_complete_and_true() -> None:
         ("data", Data),
         ("train", Train),
     ):
-        assert set(raw[table]) == set(model.model_fields) - {"instructions"}
+        assert set(raw[table]) == set(model.model_fields) - {"instructions", "sources", "tokenized"}
         expected = model().model_copy(update={"max_bytes": 4_000_000}) if model is CorpusOptions else model()
         assert getattr(shown, table) == expected
     assert set(raw["data"]["needles"]) == set(NeedleRows.model_fields)
@@ -309,6 +309,36 @@ def test_the_documented_recipe_is_complete_and_true() -> None:
     assert set(raw["arms"][0]) == set(Arm.model_fields) - {"retrofit"}
     assert set(raw) == set(Recipe.model_fields)
     assert shown.evaluate.suites == Evaluate().suites
+
+
+def test_the_documented_mixture_is_complete() -> None:
+    """What the page of recipes leaves out of the corpus, the page of text at scale shows."""
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    raw = tomllib.loads(text.partition("```toml")[2].partition("```")[0])
+    shown = parse_recipe(raw, source="docs/data.md")
+    assert set(raw["corpus"]["sources"][0]) == set(SourceOptions.model_fields)
+    assert shown.corpus.named == "data/web (70.0%), data/books.jsonl.gz (30.0%)"
+    assert parse_recipe(tomllib.loads(dump_toml(shown)), source="again") == shown
+
+
+@pytest.mark.parametrize(
+    ("corpus", "said"),
+    [
+        ({"source": "a", "sources": [{"source": "b"}]}, "source and sources both name the text"),
+        ({"sources": [{"source": "b"}], "max_bytes": 10}, "max_bytes beside sources"),
+        ({"sources": [{"source": "b"}, {"source": "b"}]}, "sources names 'b' twice"),
+        ({"sources": []}, "corpus.sources"),
+        ({"sources": [{"source": "b", "weight": 0}]}, r"corpus\.sources\.0\.weight"),
+        ({"sources": [{"source": "b", "wieght": 1}]}, "did you mean 'weight'"),
+        (
+            {"sources": [{"source": "b", "weight": 1e-5}, {"source": "c"}]},
+            r"weight 1e-05 of 'b' is less than 1/10,000",
+        ),
+    ],
+)
+def test_mixtures_that_cannot_be_are_refused(corpus: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        parse_recipe({"name": "t", "corpus": corpus, "arms": [{"name": "A"}]}, source="test")
 
 
 def test_the_documented_retrofit_is_complete() -> None:

@@ -94,7 +94,14 @@ def test_any_value_of_any_key_is_taken_or_refused_in_a_sentence(path: Path, key:
 # What is no value of TOML is text, which these take as it is.
 TEXTUAL = {
     key: {"9" * 5000}
-    for key in ("description", "corpus.source", "corpus.text_field", "tokenizer.source", "data.instructions")
+    for key in (
+        "description",
+        "corpus.source",
+        "corpus.tokenized",
+        "corpus.text_field",
+        "tokenizer.source",
+        "data.instructions",
+    )
 }
 
 

@@ -20,6 +20,7 @@ from clearhead.cli import (
     report,
     retrofit,
     scale,
+    tokenize,
     train,
 )
 from clearhead.cli.console import Interrupted, fail, interruptible
@@ -34,6 +35,7 @@ app = typer.Typer(
 for verb in (
     compare,
     scale,
+    tokenize,
     train,
     evaluate,
     report,

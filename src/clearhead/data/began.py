@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clearhead.data.cache import fingerprint
+from clearhead.data.cache import digest_json, fingerprint
 from clearhead.data.corpora import listed, open_corpus, walk
 from clearhead.data.readers import CorpusError
 
@@ -74,6 +74,12 @@ def _local(source: str) -> list[Path]:
             p for p in map(Path, sorted(glob.glob(os.path.expanduser(source), recursive=True))) if p.is_file()
         ]
     return []
+
+
+def data_fingerprint(identity: Mapping[str, Any]) -> str:
+    """One number for text, tokenizer, tokens and mixture: what must not differ between two parts of a training."""
+    decisive = {name: found for name, found in identity.get("files", {}).items() if _decides(name)}
+    return digest_json([identity.get("corpus"), identity.get("tokenizer_files"), decisive])
 
 
 def _decides(name: str) -> bool:

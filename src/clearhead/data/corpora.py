@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import sysconfig
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,11 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from clearhead.data.cache import WHOLE_FILE_LIMIT, fingerprint
-from clearhead.data.hub import without_waiting
-from clearhead.data.readers import PLAIN, SUFFIXES, CorpusError, Document, encodable, read_file, suffix_of
-from clearhead.extras import need
+from clearhead.data.hub_corpus import HubCorpus
+from clearhead.data.readers import (
+    PLAIN,
+    START,
+    SUFFIXES,
+    Corpus,
+    CorpusError,
+    Document,
+    Place,
+    read_file,
+    suffix_of,
+)
 
-__all__ = ["Corpus", "CorpusError", "Document", "open_corpus"]
+__all__ = ["START", "Corpus", "CorpusError", "Document", "Place", "open_corpus"]
 
 # Library sources are what a reader of the library would read: no installed packages, no tests, no build record.
 STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
@@ -34,29 +42,6 @@ SMALLEST_PART = 16 * 2**10
 LARGEST_PART = 2**20
 LARGE_FILE = 4 * 2**20
 KINDS_NAMED = 5
-
-
-class Corpus(ABC):
-    """A named collection of documents."""
-
-    @abstractmethod
-    def identity(self, sources: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """What the corpus is, as JSON: equal identities mean equal documents in equal order.
-
-        sources: what `sources` gave, if it was asked before.
-        """
-
-    def sources(self) -> dict[str, str]:
-        """Size and content of each file by its name in the corpus; empty where there are no files to look at."""
-        return {}
-
-    def account(self) -> str | None:
-        """What of the source is read and what is left, in a sentence; None where there is nothing to say."""
-        return None
-
-    @abstractmethod
-    def documents(self) -> Iterator[Document]:
-        """Every document once, none empty, one in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +79,7 @@ class FileCorpus(Corpus):
         self.left = dict(left or {})
 
     def account(self) -> str | None:
-        used = self._files_within_limit()
+        used = self.used()
         kinds_read = Counter(suffix_of(file.path) for file in used)
         found = f"reading {counted(kinds_read)}, {sum(file.size for file in used) / 1e6:.1f} MB"
         if passed := len(self.files) - len(used):
@@ -104,19 +89,20 @@ class FileCorpus(Corpus):
         return found
 
     def sources(self) -> dict[str, str]:
-        found = {}
-        for file in self._files_within_limit():
-            try:
-                stamp = f" {file.path.stat().st_mtime_ns}" if file.size > WHOLE_FILE_LIMIT else ""
-                found[file.name] = f"{file.size} {fingerprint(file.path)}{stamp}"
-            except OSError as error:
-                raise unreadable(file.path, error) from error
-        return found
+        return {file.name: self.stamp(file) for file in self.used()}
+
+    def stamp(self, file: SourceFile) -> str:
+        """Size and fingerprint of a file; of one that is fingerprinted in samples also when it was changed."""
+        try:
+            late = f" {file.path.stat().st_mtime_ns}" if file.size > WHOLE_FILE_LIMIT else ""
+            return f"{file.size} {fingerprint(file.path)}{late}"
+        except OSError as error:
+            raise unreadable(file.path, error) from error
 
     def identity(self, sources: Mapping[str, str] | None = None) -> dict[str, Any]:
         sources = self.sources() if sources is None else sources
         digest = hashlib.sha256()
-        used = self._files_within_limit()
+        used = self.used()
         for file in used:
             size, _, content = sources[file.name].partition(" ")
             digest.update(f"{file.name}\0{size}\0{content}\n".encode("utf-8", "surrogateescape"))
@@ -130,7 +116,7 @@ class FileCorpus(Corpus):
             "sha256": digest.hexdigest(),
         }
 
-    def _files_within_limit(self) -> list[SourceFile]:
+    def used(self) -> list[SourceFile]:
         """The files that reading can reach; how much text a structured file holds is unknown, so it counts as none."""
         left = self.max_bytes
         if left is None:
@@ -143,18 +129,25 @@ class FileCorpus(Corpus):
                 break
         return reached
 
-    def documents(self) -> Iterator[Document]:
-        read = 0
-        for file in self.files:
+    def read(self, begin: Place = START) -> Iterator[tuple[Document, Place]]:
+        read = begin.read
+        if self.max_bytes is not None and read >= self.max_bytes:
+            return
+        for number, file in enumerate(self.files[begin.file :], start=begin.file):
             part = self._part_bytes(file)
-            before = read
-            for document in read_file(file.path, file.name, text_field=self.text_field, part_bytes=part):
-                yield document
+            # Of the file that is gone on with, `read` has counted what came before.
+            skipped = begin.document if number == begin.file else 0
+            whole = begin.before if skipped else read
+            documents = read_file(file.path, file.name, text_field=self.text_field, part_bytes=part)
+            for count, document in enumerate(documents, start=1):
+                if count <= skipped:
+                    continue
                 read += len(document.text.encode())
+                yield document, Place(number, count, read, whole)
                 if self.max_bytes is not None and read >= self.max_bytes:
                     return
             # Marks and blank parts count too, so that the files that are read can be told from their sizes.
-            read = before + file.size if suffix_of(file.path) in PLAIN else read
+            read = whole + file.size if suffix_of(file.path) in PLAIN else read
             if self.max_bytes is not None and read >= self.max_bytes:
                 return
 
@@ -166,82 +159,6 @@ class FileCorpus(Corpus):
         if len(self.files) == 1:
             return min(max(file.size // LONE_FILE_PARTS, SMALLEST_PART), LARGEST_PART)
         return LARGEST_PART if file.size > LARGE_FILE else None
-
-
-class HubCorpus(Corpus):
-    """A Hugging Face dataset, streamed in its own order; `max_bytes` takes its beginning.
-
-    The identity is the name, not the content: data already prepared is used again without asking the network.
-    """
-
-    def __init__(
-        self, source: str, path: str, config: str | None, split: str, text_field: str, max_bytes: int | None
-    ) -> None:
-        self.source = source
-        self.path = path
-        self.config = config
-        self.split = split
-        self.text_field = text_field
-        self.max_bytes = max_bytes
-
-    def identity(self, sources: Mapping[str, str] | None = None) -> dict[str, Any]:
-        return {
-            "source": self.source,
-            "kind": "huggingface",
-            "dataset": self.path,
-            "config": self.config,
-            "split": self.split,
-            "text_field": self.text_field,
-            "max_bytes": self.max_bytes,
-        }
-
-    def documents(self) -> Iterator[Document]:
-        read = found = 0
-        for row, record in enumerate(self._records()):
-            if self.text_field not in record:
-                fields = ", ".join(sorted(map(str, record)))
-                raise CorpusError(
-                    f"the dataset '{self.path}' has no field '{self.text_field}'; its fields are {fields}: "
-                    "set corpus.text_field to one of them"
-                )
-            text = record[self.text_field]
-            if text is None or (isinstance(text, str) and not text.strip()):
-                continue
-            if not isinstance(text, str):
-                raise CorpusError(
-                    f"field '{self.text_field}' of the dataset '{self.path}' is not text but "
-                    f"{type(text).__name__}: set corpus.text_field to a text field"
-                )
-            found += 1
-            yield Document(f"{self.path}:{row}", encodable(text, f"row {row} of the dataset '{self.path}'"))
-            read += len(text.encode())
-            if self.max_bytes is not None and read >= self.max_bytes:
-                return
-        if not found:
-            raise CorpusError(
-                f"the dataset '{self.path}' (split '{self.split}') holds no text: choose another split"
-            )
-
-    def _records(self) -> Iterator[dict[str, Any]]:
-        name = f"the Hugging Face dataset '{self.path}'"
-        need(f"reading {name}", "train")
-        if not Path(self.path).exists():
-            without_waiting()
-        import datasets
-
-        try:
-            stream = datasets.load_dataset(self.path, self.config, split=self.split, streaming=True)
-        except Exception as error:  # the library raises a dozen unrelated types for a wrong name
-            hint = (
-                ""
-                if self.source.startswith("hf:")
-                else f"; there is no file or directory '{self.source}' either"
-            )
-            raise CorpusError(f"{name} cannot be opened ({first_line(error)}){hint}") from error
-        try:
-            yield from stream
-        except OSError as error:
-            raise CorpusError(f"{name} broke off while streaming ({first_line(error)}): try again") from error
 
 
 def open_corpus(source: str, *, text_field: str = "text", max_bytes: int | None = None) -> Corpus:
@@ -382,7 +299,3 @@ def kinds() -> str:
 
 def unreadable(path: Path, error: OSError) -> CorpusError:
     return CorpusError(f"'{path}' cannot be read ({error.strerror}): correct its permissions or leave it out")
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -13,6 +13,7 @@ import numpy as np
 from clearhead.data.examples import padded
 from clearhead.data.packing import IGNORED, Example, PackedText
 from clearhead.data.readers import CorpusError
+from clearhead.data.streamed import MixedRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -30,7 +31,12 @@ class GapRows:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, text: PackedText, target_length: int, rows: int, seed: int
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        text: PackedText | MixedRows,
+        target_length: int,
+        rows: int,
+        seed: int,
     ) -> None:
         if tokenizer.mask_token_id is None:
             raise CorpusError(

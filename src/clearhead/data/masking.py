@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clearhead.data.packing import Example, PackedText
+from clearhead.data.packing import Example
 from clearhead.data.readers import CorpusError
+from clearhead.data.store import TextRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -82,7 +83,7 @@ class Masker:
 class MaskedRows:
     """Packed rows of text with tokens hidden; what row i hides depends on (seed, i) alone, so each epoch hides anew."""
 
-    def __init__(self, text: PackedText, masker: Masker, rows: int, seed: int) -> None:
+    def __init__(self, text: TextRows, masker: Masker, rows: int, seed: int) -> None:
         self.text = text
         self.masker = masker
         self.rows = rows

@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from clearhead.data.prepare import DataSpec, PreparedData, prepare
 from clearhead.data.readers import CorpusError
-from clearhead.data.store import TokenStore
+from clearhead.data.store import IGNORED as IGNORED
+from clearhead.data.store import Example, TokenStore
+from clearhead.data.streamed import MixedRows, StreamedText
 
 __all__ = [
     "DataSpec",
@@ -21,9 +23,6 @@ __all__ = [
     "prepare",
     "validation_windows",
 ]
-
-Example = dict[str, NDArray[np.int64]]
-IGNORED = -100
 
 
 class PackedText:
@@ -95,7 +94,9 @@ class PackedText:
         return self._order, self._starts
 
 
-def pack_text(store: TokenStore, length: int, seed: int, *, document_masks: bool) -> PackedText:
+def pack_text(
+    store: TokenStore | StreamedText, length: int, seed: int, *, document_masks: bool
+) -> PackedText | MixedRows:
     """Training rows: every token of `store` once an epoch, in rows of exactly `length` tokens.
 
     The documents, each preceded by bos, are laid end to end in an order shuffled by `(seed, epoch)` and cut; an end
@@ -108,8 +109,12 @@ def pack_text(store: TokenStore, length: int, seed: int, *, document_masks: bool
     `position_ids`, which restart at 0 at each piece with `document_masks` (no attention across documents), else
     run through the row.
 
+    Streamed text has rows of its own, equal in form: `streamed.MixedRows`.
+
     Raises CorpusError when the store does not fill one row.
     """
+    if isinstance(store, StreamedText):
+        return store.rows(length, seed, document_masks=document_masks)
     return PackedText(store, length, seed, document_masks)
 
 

@@ -7,8 +7,8 @@ import hashlib
 import json
 import shutil
 from array import array
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -16,65 +16,35 @@ from filelock import FileLock, Timeout
 
 from clearhead.data.began import check_text, check_tokens
 from clearhead.data.cache import cache_dir, digest_json, fingerprint
-from clearhead.data.corpora import Corpus, open_corpus
+from clearhead.data.corpora import Corpus, FileCorpus, open_corpus
 from clearhead.data.readers import CorpusError
+from clearhead.data.spec import DataSpec as DataSpec
+from clearhead.data.spec import PreparedData as PreparedData
+from clearhead.data.spec import Progress
 from clearhead.data.store import DamagedStore, TokenStore, TokenWriter
-from clearhead.data.tokenizer import check_vocab_size, encode_texts, get_tokenizer, load_pretrained
+from clearhead.data.streams import prepare_stream
+from clearhead.data.tokenizer import encode_texts, get_tokenizer, load_pretrained, tokenizer_files
+from clearhead.data.tokenizing import share
 from clearhead.data.writing import writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Progress = Callable[[str], None]
 FORMAT = 1
 SOURCES = "sources.json"
 BATCH_BYTES = 2**20
+# Text that whoever has little memory should rather have in shards.
+LARGE_TEXT = 2 * 2**30
 TOKENIZER_BYTES = 64 * 2**20
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG}
 
 
-@dataclass(frozen=True)
-class DataSpec:
-    """What to read and how to split and tokenize it; equal specs over an equal corpus give equal data.
-
-    `validation_fraction` is a share of the documents, `seed` chooses which; `vocab_size` belongs to the
-    tokenizer `"bpe"` and is ignored for others. `mask`: the tokenizer has a mask token.
-    """
-
-    source: str = "stdlib"
-    text_field: str = "text"
-    max_bytes: int | None = None
-    validation_fraction: float = 0.05
-    tokenizer: str = "bpe"
-    vocab_size: int = 1024
-    seed: int = 0
-    mask: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.validation_fraction < 1:
-            raise CorpusError(
-                f"corpus.validation_fraction is {self.validation_fraction}: it must lie between 0 and 1, such as 0.05"
-            )
-        if self.tokenizer == "bpe":
-            check_vocab_size(self.vocab_size)
-
-    def identity(self) -> dict[str, Any]:
-        """As JSON; what a key says that came later stands only where it is not the default, so that names stay."""
-        return {name: value for name, value in asdict(self).items() if name != "mask" or value}
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """Tokenizer, training and validation documents, and what they were made from (JSON-able `identity`)."""
-
-    tokenizer: PreTrainedTokenizerFast
-    train: TokenStore
-    validation: TokenStore
-    identity: dict[str, Any]
-
-
 def prepare(
-    spec: DataSpec, *, progress: Progress | None = None, began: Mapping[str, Any] | None = None
+    spec: DataSpec,
+    *,
+    progress: Progress | None = None,
+    began: Mapping[str, Any] | None = None,
+    verify: bool = False,
 ) -> PreparedData:
     """Read, split, tokenize and store the corpus of `spec`, or open what an earlier call stored.
 
@@ -89,14 +59,23 @@ def prepare(
     began: the identity of the data that a run began with. Text, tokenizer and tokens that are not those any more are
     refused, the file that differs named; so is a text that changes while it is read.
 
+    Several sources, and one that is to be tokenized in shards (`DataSpec.streamed`), are prepared by `streams`; verify:
+    read every shard that is there and make a damaged one again.
+
     Raises CorpusError for any fault of the corpus (see `corpora.open_corpus`), when it has fewer
     than two different documents, and when the cache directory cannot be written.
     """
     say = progress or (lambda message: None)
+    if spec.streamed:
+        return prepare_stream(spec, say, began, verify=verify)
     corpus = open_corpus(spec.source, text_field=spec.text_field, max_bytes=spec.max_bytes)
     say(f"checking {spec.source}")
     if (account := corpus.account()) is not None:
         say(account)
+    if isinstance(corpus, FileCorpus) and (size := sum(file.size for file in corpus.used())) > LARGE_TEXT:
+        say(
+            f'{size / 1e9:.1f} GB in one store need much memory: corpus.tokenized = "FOLDER" streams them instead'
+        )
     sources = corpus.sources()
     made_from = {
         "format": FORMAT,
@@ -183,16 +162,6 @@ def unwritable(folder: Path, error: OSError) -> CorpusError:
     )
 
 
-def tokenizer_files(source: str) -> dict[str, str] | None:
-    """Fingerprints of a local tokenizer's files, so that a changed tokenizer is not taken for the old one."""
-    path = Path(source)
-    if source == "bpe" or not path.is_dir():
-        return None
-    return {
-        file.name: fingerprint(file) for file in sorted(path.iterdir()) if file.suffix in {".json", ".txt"}
-    }
-
-
 def load(folder: Path) -> PreparedData | None:
     """What `build` left in `folder`; None when nothing or something damaged is there."""
     from transformers import PreTrainedTokenizerFast
@@ -270,12 +239,6 @@ def read_corpus(corpus: Corpus, spec: DataSpec, file: IO[bytes], say: Progress) 
             say(f"reading {spec.source}: {reported / 1e6:.0f} MB")
     file.flush()
     return spool
-
-
-def share(seed: int, digest: bytes) -> float:
-    """A number in [0, 1) that depends on the seed and the text alone."""
-    mixed = hashlib.sha256(f"{seed}:".encode() + digest).digest()
-    return int.from_bytes(mixed[:6], "big") / 2**48
 
 
 def split(spool: Spool, spec: DataSpec) -> tuple[list[int], list[int]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +28,50 @@ class Document:
 
     id: str
     text: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far a corpus has been read.
+
+    file: how many files are behind it. document: documents of the next one (of a data set: rows) behind it.
+    read: bytes that count for `max_bytes` up to here; before: up to the beginning of the file.
+    """
+
+    file: int = 0
+    document: int = 0
+    read: int = 0
+    before: int = 0
+
+
+START = Place()
+
+
+class Corpus(ABC):
+    """A named collection of documents."""
+
+    @abstractmethod
+    def identity(self, sources: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """What the corpus is, as JSON: equal identities mean equal documents in equal order.
+
+        sources: what `sources` gave, if it was asked before.
+        """
+
+    def sources(self) -> dict[str, str]:
+        """Size and content of each file by its name in the corpus; empty where there are no files to look at."""
+        return {}
+
+    def account(self) -> str | None:
+        """What of the source is read and what is left, in a sentence; None where there is nothing to say."""
+        return None
+
+    @abstractmethod
+    def read(self, begin: Place = START) -> Iterator[tuple[Document, Place]]:
+        """Every document from `begin` on, each with the place behind it; none is empty, one is in memory at a time."""
+
+    def documents(self) -> Iterator[Document]:
+        """Every document once."""
+        return (document for document, _ in self.read())
 
 
 def suffix_of(path: Path) -> str:
@@ -240,3 +285,8 @@ def is_text(kind: Any) -> bool:
 
     checks = (pa.types.is_string, pa.types.is_large_string, getattr(pa.types, "is_string_view", None))
     return any(check(kind) for check in checks if check is not None)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ from clearhead.data.needles import (
     text_run,
     vocabulary,
 )
+from clearhead.data.store import TextRows
 
 __all__ = [
     "IGNORE",
@@ -54,12 +55,6 @@ Example = dict[str, NDArray[np.int64]]
 # Last word of the seed of a random stream: 0 and 1 are the needle documents'.
 _PAIRS = {"train": 2, "validation": 3}
 _ROWS = {"needles": 4, "pairs": 5}
-
-
-class TextRows(Protocol):
-    """Packed text (`packing.pack_text`): `[i]` works for every `i >= 0`."""
-
-    def __getitem__(self, index: int, /) -> Example: ...
 
 
 def pair_document(
@@ -213,6 +208,12 @@ class Mixture:
         if (made + 1) * pair // (needle + pair) == paired:
             return "needles", made - paired
         return "pairs", lead + paired
+
+    def text_before(self, index: int) -> int:
+        """How many of the first `index` rows are text."""
+        after = index - min(index, round(self.rows * self.pairs_first))
+        needle, pair, whole = _whole_shares(self.needle_share, self.pair_share)
+        return after - after * (needle + pair) // whole
 
     def kind(self, index: int) -> Kind:
         """ "text", "pairs" or "needles": what row `index` holds."""

@@ -6,10 +6,19 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+Example = dict[str, NDArray[np.int64]]
+IGNORED = -100
+
+
+class TextRows(Protocol):
+    """Packed text (`packing.pack_text`): `[i]` works for every `i >= 0`."""
+
+    def __getitem__(self, index: int, /) -> Example: ...
 
 
 class DamagedStore(Exception):
@@ -41,6 +50,11 @@ class TokenStore:
     @property
     def num_tokens(self) -> int:
         return int(self.offsets[-1])
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text that a token stands for on average."""
+        return float(self.utf8_bytes.sum()) / self.num_tokens
 
     def document(self, i: int) -> NDArray[Any]:
         """Token ids of document `i`, without bos."""

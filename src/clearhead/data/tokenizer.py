@@ -8,10 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clearhead.data.cache import cache_dir, digest_json, write_atomic
-from clearhead.data.corpora import first_line
+from clearhead.data.cache import cache_dir, digest_json, fingerprint, write_atomic
 from clearhead.data.hub import without_waiting
-from clearhead.data.readers import CorpusError
+from clearhead.data.readers import CorpusError, first_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -139,6 +138,16 @@ def load_pretrained(source: str, *, mask: bool = False) -> PreTrainedTokenizerFa
     if mask and tokenizer.mask_token is None:
         tokenizer.add_special_tokens({"mask_token": MASK})
     return tokenizer
+
+
+def tokenizer_files(source: str) -> dict[str, str] | None:
+    """Fingerprints of a local tokenizer's files, so that a changed tokenizer is not taken for the old one."""
+    path = Path(source)
+    if source == "bpe" or not path.is_dir():
+        return None
+    return {
+        file.name: fingerprint(file) for file in sorted(path.iterdir()) if file.suffix in {".json", ".txt"}
+    }
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:

@@ -22,6 +22,7 @@ from clearhead.report.scaling import scaling_sections
 from clearhead.report.training import cost, diagnostics, lambdas, learning_curves
 from clearhead.runs.directory import LOOK_PAGE
 from clearhead.runs.files import write_json, write_text
+from clearhead.runs.recipe_data import corpus_name
 from clearhead.runs.results import RunResults, load_run
 from clearhead.runs.study import is_study, load_study
 
@@ -80,7 +81,7 @@ def _study_report(root: Path, reload_every: float | None) -> Path:
     recipe = study.recipe
     widths, budgets = len(recipe.scaling.widths), len(recipe.scaling.budgets)  # type: ignore[union-attr]
     parts = (count(len(recipe.arms), "arm"), count(widths, "size"), count(budgets, "budget"))
-    where = f"corpus {recipe.corpus.source}"
+    where = f"corpus {recipe.corpus.named}"
     done, total = study.states["evaluated"], study.states.total()
     page = _Page(
         recipe.name,
@@ -241,7 +242,7 @@ def state(run: RunResults) -> str:
 def setting(run: RunResults) -> str:
     """One line: arms, seeds, budget, corpus."""
     tokens = run.recipe.get("train", {}).get("tokens")
-    source = run.recipe.get("corpus", {}).get("source")
+    source = corpus_name(run.recipe.get("corpus", {}))
     parts = [count(len(run.arms), "arm"), count(len(run.baseline.seeds), "seed")]
     if tokens:
         parts.append(f"{tokens / 1e6:.3g} million training tokens each")

@@ -93,7 +93,7 @@ def _header(config: Mapping[str, Any], job: Mapping[str, Any], licence: str | No
     tags = ["clearhead", pipeline]
     attention = _attention(config)
     tags += [tag for tag in (attention.replace("_", "-"),) if tag != "softmax"]
-    source = job.get("corpus", {}).get("source", "")
+    sets = [source.removeprefix("hf:") for source, _ in _sources(job) if source.startswith("hf:")]
     lines = [
         "---",
         f"library_name: {'clearhead' if ours else 'transformers'}",
@@ -102,8 +102,8 @@ def _header(config: Mapping[str, Any], job: Mapping[str, Any], licence: str | No
     ]
     if licence:
         lines.insert(1, f"license: {json.dumps(licence)}")
-    if source.startswith("hf:"):
-        lines.append(f"datasets: {json.dumps([source.removeprefix('hf:')])}")
+    if sets:
+        lines.append(f"datasets: {json.dumps(sets)}")
     return "\n".join([*lines, "---", ""])
 
 
@@ -192,8 +192,12 @@ def _data(job: Mapping[str, Any], run: RunResults | None) -> str:
     if not job:
         return "## Data\n\nNot recorded here.\n"
     corpus, data = job["corpus"], job["data"]
-    source = corpus["source"]
-    named = "the sources of Python's standard library" if source == "stdlib" else f"`{_named(source)}`"
+    sources = _sources(job)
+    each = [
+        _named(source) + (f" ({part:.1%} of the rows)" if len(sources) > 1 else "")
+        for source, part in sources
+    ]
+    named = " and ".join(filter(None, (", ".join(each[:-1]), each[-1])))
     shares = [
         f"{share:.0%} {what}"
         for share, what in (
@@ -206,7 +210,7 @@ def _data(job: Mapping[str, Any], run: RunResults | None) -> str:
     if examples := data.get("examples", {}).get("source"):
         folds = data["examples"]["folds"]
         return (
-            f"## Data\n\n`{_named(examples)}`, in rows of {data['length']} tokens; one of {folds} folds was held out. "
+            f"## Data\n\n{_named(examples)}, in rows of {data['length']} tokens; one of {folds} folds was held out. "
             f"The tokenizer was made from, or chosen for, {named}.\n"
         )
     return (
@@ -215,9 +219,19 @@ def _data(job: Mapping[str, Any], run: RunResults | None) -> str:
     )
 
 
+def _sources(job: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The texts of a job's corpus with their parts of the rows."""
+    corpus = job.get("corpus", {})
+    several = corpus.get("sources") or [{"source": corpus.get("source", ""), "weight": 1.0}]
+    total = sum(one["weight"] for one in several)
+    return [(one["source"], one["weight"] / total) for one in several]
+
+
 def _named(source: str) -> str:
     """A corpus without the directories of the machine that it was on."""
-    return source if source.startswith("hf:") else Path(source).name
+    if source == "stdlib":
+        return "the sources of Python's standard library"
+    return f"`{source if source.startswith('hf:') else Path(source).name}`"
 
 
 def _recipe(job: Mapping[str, Any]) -> str:

@@ -205,4 +205,7 @@ def _fixed(recipe: Recipe) -> dict[str, Any]:
         del plain[key]
     for key in FREE_TRAIN_KEYS:
         del plain["train"][key]
+    # Where shards lie is free; whether there are some is not.
+    corpus = plain["corpus"]
+    corpus["tokenized"] = corpus["tokenized"] is not None or corpus["sources"] is not None
     return plain

@@ -1,8 +1,9 @@
 """What a recipe says of its text: corpus, tokenizer, kinds of rows. Everything here is pure, as in `recipe`."""
 
 import re
+from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -22,6 +23,8 @@ COUNTS = tuple[Count, Count]
 TaskName = Literal["causal", "masked", "seq2seq", "classify"]
 # Tasks that learn from examples, and tasks that learn from the text of the corpus.
 FROM_EXAMPLES: tuple[TaskName, ...] = ("classify", "seq2seq")
+# The parts of a mixture are whole ten-thousandths.
+WEIGHTS = 10_000
 EXAMPLE_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv")
 
 
@@ -68,15 +71,65 @@ def _ordered(range_: tuple[int, int], what: str) -> None:
         raise ValueError(f"{what} is [smallest, largest], got {list(range_)}")
 
 
+Bytes = Annotated[int, Field(ge=1, lt=2**63)]
+
+
+class SourceOptions(RecipeTable):
+    """One text of several; see `CorpusOptions`."""
+
+    source: Written
+    # Its part of the rows, in proportion to the weights of the others.
+    weight: Annotated[float, Field(gt=0, le=1e9)] = 1.0
+    text_field: Written | None = None  # left out: corpus.text_field
+    max_bytes: Bytes | None = None
+
+
 class CorpusOptions(RecipeTable):
     """Where the text comes from; see `clearhead.data.corpora.open_corpus` for what a source can be."""
 
     source: Written = "stdlib"
+    # Several texts by weight in place of `source`. They are tokenized into shards and streamed: `data.streams`.
+    sources: Annotated[list[SourceOptions], Field(min_length=1)] | None = None
+    tokenized: Written | None = None  # the folder of the shards; with `source`, it is streamed too
     text_field: Written = "text"
-    max_bytes: Annotated[int, Field(ge=1, lt=2**63)] | None = None
+    max_bytes: Bytes | None = None
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     # Seed of the split by document, not the seed of a run, so that all seeds share one validation set.
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.sources is None:
+            return self
+        if self.source != "stdlib":
+            raise ValueError("source and sources both name the text: leave one of them out")
+        if self.max_bytes is not None:
+            raise ValueError("max_bytes beside sources says nothing: set it in the tables of sources")
+        names = [one.source for one in self.sources]
+        if again := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"sources names {again[0]!r} twice: give it once, with both weights together")
+        total = sum(one.weight for one in self.sources)
+        for one in self.sources:
+            if one.weight / total * WEIGHTS < 1:
+                raise ValueError(
+                    f"sources: the weight {one.weight:g} of {one.source!r} is less than 1/{WEIGHTS:,} of all of them, "
+                    f"{total:g}: raise it or leave the source out"
+                )
+        return self
+
+    @property
+    def named(self) -> str:
+        """The text in a few words: its source, or the sources with their parts of the rows."""
+        return corpus_name(self.model_dump())
+
+
+def corpus_name(corpus: Mapping[str, Any]) -> str:
+    """The same of a table as it stands in recipe.toml or job.json."""
+    sources = corpus.get("sources")
+    if not sources:
+        return str(corpus.get("source", ""))
+    total = sum(one["weight"] for one in sources)
+    return ", ".join(f"{one['source']} ({one['weight'] / total:.1%})" for one in sources)
 
 
 class TokenizerOptions(RecipeTable):

@@ -7,6 +7,8 @@ from clearhead.data.needles import Split, needle_document, sentences, vocabulary
 from clearhead.data.packing import pack_text
 from clearhead.data.prepare import DataSpec, PreparedData
 from clearhead.data.retrieval import Mixture, NeedleRange, pair_document
+from clearhead.data.spec import TextSource
+from clearhead.data.streamed import MixedRows
 from clearhead.runs.recipe import Job, Recipe
 
 # Evaluations that write needles with the tokenizer's own words.
@@ -28,6 +30,11 @@ def data_spec(source: Recipe | Job) -> DataSpec:
         vocab_size=source.tokenizer.vocab_size,
         seed=source.corpus.seed,
         mask=source.task == "masked" or (source.task == "seq2seq" and source.data.examples.source is None),
+        sources=tuple(
+            TextSource(one.source, one.weight, one.text_field or source.corpus.text_field, one.max_bytes)
+            for one in source.corpus.sources or ()
+        ),
+        tokenized=source.corpus.tokenized,
     )
 
 
@@ -53,24 +60,37 @@ def training_rows(job: Job, data: PreparedData) -> Mixture | InstructionRows:
     )
 
 
-def epochs_of_text(job: Job, data: PreparedData) -> float:
-    """How many times the job's text rows go through the training text."""
+def text_rows(job: Job, data: PreparedData) -> float:
+    """How many of the job's rows are text."""
     rows = training_rows(job, data)
     after = len(rows) - round(len(rows) * job.data.pairs_first)
-    share = 1.0 - job.data.needle_share - job.data.pair_share
-    return (
-        max(0.0, share) * after / len(pack_text(data.train, job.data.length, job.seed, document_masks=False))
-    )
+    return max(0.0, 1.0 - job.data.needle_share - job.data.pair_share) * after
+
+
+def epochs_of_text(job: Job, data: PreparedData) -> float:
+    """How many times the job's text rows go through the training text; of several sources, the one read most often."""
+    return max(epochs_by_source(job, data).values())
+
+
+def epochs_by_source(job: Job, data: PreparedData) -> dict[str, float]:
+    """How many times the job's text rows go through each source."""
+    text = pack_text(data.train, job.data.length, job.seed, document_masks=False)
+    count = text_rows(job, data)
+    return text.epochs(count) if isinstance(text, MixedRows) else {job.corpus.source: count / len(text)}
 
 
 def describe_text(job: Job, data: PreparedData) -> str:
     """What is trained on and held out, and how often the text is read, in a sentence."""
-    epochs = epochs_of_text(job, data)
+    epochs = epochs_by_source(job, data)
+    most = max(epochs.values())
     parts = [f"training text: {len(data.train):,} documents, {data.train.num_tokens:,} tokens"]
     parts.append(f"held out: {len(data.validation):,}, {data.validation.num_tokens:,} tokens")
-    if epochs > 0:
-        parts.append(f"a run reads the text {epochs:.2g} times")
-    if epochs > REPEATED:
+    if most > 0 and len(epochs) > 1:
+        each = ", ".join(f"{name} {times:.2g} times" for name, times in epochs.items())
+        parts.append(f"a run reads {each}")
+    elif most > 0:
+        parts.append(f"a run reads the text {most:.2g} times")
+    if most > REPEATED:
         parts.append("so often that it is learned by heart: more text or fewer train.tokens would say more")
     return "; ".join(parts)
 
@@ -81,7 +101,7 @@ def check_validation(job: Job, data: PreparedData) -> None:
     if found < FEWEST_HELD_OUT:
         raise ValueError(
             f"corpus.validation_fraction {job.corpus.validation_fraction:g} of {found + len(data.train):,} documents "
-            f"in {job.corpus.source!r} holds out {found}, and nothing can be said from one: raise it, or give more or "
+            f"in {job.corpus.named!r} holds out {found}, and nothing can be said from one: raise it, or give more or "
             "smaller files (at least 2 held out, better 20)"
         )
 

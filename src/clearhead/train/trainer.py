@@ -41,6 +41,7 @@ from clearhead.train.checkpoint import (
 )
 from clearhead.train.finishing import drop_checkpoints, finish
 from clearhead.train.optimiser import adamw, course
+from clearhead.train.position import Stream
 from clearhead.train.probe import make_probe
 from clearhead.train.trainable import TrainedPart, choose_part
 from clearhead.variants.schedule import begins
@@ -79,6 +80,9 @@ def train_job(job: Job, job_dir: Path) -> None:
     resume = newest_complete(job_dir / "checkpoints", partial(_note, job_dir, first), first=first)
     resumed_step = 0 if resume is None else int(resume.name.rpartition("-")[2])
     rows = task.rows(job, data)
+    stream = Stream(rows, rows_per_step, job.data.length, data.identity)
+    if resume is not None:
+        stream.check(resume, resumed_step)
     # Behind the reading: what was read is then what is looked at.
     check_files(job_dir, files_read(job))
     journal = Journal(job_dir / "metrics.jsonl", resumed_step) if first else None
@@ -96,6 +100,7 @@ def train_job(job: Job, job_dir: Path) -> None:
         part=part,
     )
     _check_shared(trainer, data)
+    trainer.stream = stream
     trainer.kept = branching_steps(job)
     trainer.add_callback(SaveAt(trainer.kept))
     trainer.remove_callback(PrinterCallback)
@@ -170,6 +175,7 @@ class ComparisonTrainer(Trainer):
         self.journal = journal
         self.plan = train
         self.kept: tuple[int, ...] = ()
+        self.stream: Stream | None = None
         # What the next record sums up since the last one; a checkpoint between two records keeps it.
         self._loss = torch.zeros(2)
         self._text = torch.zeros(2, dtype=torch.float64)
@@ -245,6 +251,8 @@ class ComparisonTrainer(Trainer):
             if self.args.should_save:
                 if self.journal is not None and self.journal.path.exists():
                     sync(self.journal.path)
+                if self.stream is not None:
+                    self.stream.save(folder, self.state.global_step)
                 mark_complete(folder)
                 drop_old(self.folder, KEEP_CHECKPOINTS, self.kept)
 

@@ -166,7 +166,7 @@ class Task(ABC):
 
     def bytes_per_label(self, job: Job, data: PreparedData) -> float | None:
         """Bytes of text that a label stands for on average; None where labels are no text."""
-        return float(data.train.utf8_bytes.sum()) / data.train.num_tokens
+        return data.train.bytes_per_token
 
     def check(self, job: Job, data: PreparedData) -> None:
         """Raise ValueError, which names the key, for what would end a training at some row, or an evaluation."""
