@@ -3,7 +3,8 @@
 Both take the same rows, model, optimiser, schedule and clipping. The bare loop does nothing else: no log, no
 checkpoint, no bits per byte, no status. In turns of `--steps` steps each in one process: what one turn of the recipe's
 loop took, from the end of the bare one before it, is divided by what the bare one took behind it. Logs and checkpoints
-come as often as the recipe of the shape has them (`demo` as recipes/demo.toml, `wide` by the defaults), without probes.
+come as often as the recipe of the shape has them (`demo` as recipes/demo.toml, `wide` by the defaults), without probes;
+status.json, which is written once a second, by the processor's clock, as on a machine that does nothing else.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -27,7 +29,7 @@ from clearhead.bench.records import append
 from clearhead.models.tasks import TrainingRows, collate
 from clearhead.runs.recipe import Job, Train
 from clearhead.runs.recipe_io import load_recipe
-from clearhead.train import trainer
+from clearhead.train import callbacks, trainer
 from clearhead.train.optimiser import adamw, course
 from clearhead.train.pool import TrainingTask, place
 
@@ -105,7 +107,10 @@ def measure(job: Job, folder: Path, steps: int) -> list[tuple[float, float]]:
         built.append(Turns(steps, bare(twin, rows, job.train, job.train.batch_tokens // job.data.length)))
         return make(model, *rest, **more)
 
+    # Only `StatusCallback` and the journal ask it there.
+    processor = SimpleNamespace(monotonic=time.process_time)
     with (
+        patch.object(callbacks, "time", processor),
         patch.object(trainer, "ComparisonTrainer", beside),
         patch.object(trainer, "SaveAt", lambda kept: built[0]),
     ):

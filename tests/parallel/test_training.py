@@ -99,11 +99,11 @@ def test_every_variant_trains_the_same(folder: Path, model: str) -> None:
 @pytest.mark.long
 def test_copies_compiled_layers_and_bfloat16_train_the_same(folder: Path) -> None:
     """The whole model in each process (DDP), compiled layers, and a bfloat16 whose weights, norms and λ are float32."""
-    training.train(folder, "one", "all")
-    training.train(folder, "narrow", "all", precision="bfloat16")
-    copies = {"run": "copies", "model": "all", "parallel": {"rows": 2}}
-    compiled = {"run": "compiled", "model": "all", "parallel": {"fsdp": True, "compile": True}}
-    both = {"run": "both", "model": "all", "precision": "bfloat16", "parallel": FSDP}
+    training.train(folder, "one", "V1")
+    training.train(folder, "narrow", "V1", precision="bfloat16")
+    copies = {"run": "copies", "model": "V1", "parallel": {"rows": 2}}
+    compiled = {"run": "compiled", "model": "V1", "parallel": {"fsdp": True, "compile": True}}
+    both = {"run": "both", "model": "V1", "precision": "bfloat16", "parallel": FSDP}
     together(folder, 2, copies, compiled, both)
     check(folder, "copies", "compiled", loss=1e-5)
     # Its products round in other places; nothing else of it does.
@@ -118,7 +118,7 @@ def test_torchrun_goes_on_after_a_death(folder: Path, seed: str) -> None:
     training.train(folder, "one", "V1")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, "--max-restarts", "1", "-m", "tests.parallel.elastic", str(folder), seed],
+        [*command, "--max-restarts", "3", "-m", "tests.parallel.elastic", str(folder), seed],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -127,9 +127,10 @@ def test_torchrun_goes_on_after_a_death(folder: Path, seed: str) -> None:
         timeout=PATIENCE,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    began = [int((folder / f"began.{attempt}.0").read_text()) for attempt in range(2)]
+    # An attempt may end while its processes are still meeting.
+    began = [int(path.read_text()) for path in sorted(folder.glob("began.*.0"))]
     reached = max(int((folder / f"reached.0.{rank}").read_text()) for rank in range(2))
-    assert began[0] == 0 and reached - training.EVERY <= began[1] <= reached
+    assert len(began) == 2 and began[0] == 0 and reached - training.EVERY <= began[1] <= reached
     (folder / "elastic" / "arms" / "arm" / "seed-0").rename(folder / "again")
     check(folder, "again", loss=1e-6)
 
