@@ -45,6 +45,7 @@ def check(folder: Path, *runs: str, loss: float) -> None:
     for run in runs:
         assert training.apart(folder, run, "one") < loss, run
         assert training.apart(folder, run, "one", "grad_norm") < 1e-5, run
+        assert training.probes(folder, run) == pytest.approx(training.probes(folder, "one"), rel=1e-5), run
 
 
 def weights(folder: Path, run: str) -> dict[str, torch.Tensor]:

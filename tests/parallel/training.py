@@ -37,7 +37,10 @@ def recipe(folder: Path, model: str, **train: Any) -> Recipe:
         "name": "shared",
         "corpus": {"source": str(folder / "corpus"), "validation_fraction": 0.2},
         "tokenizer": {"vocab_size": 300},
-        "data": {"length": LENGTH},
+        "data": {
+            "length": LENGTH,
+            "needles": {"lengths": [24, 32], "needles": [1, 2], "questions": 1},
+        },
         "model": {
             "hidden_size": 16,
             "intermediate_size": 32,
@@ -53,6 +56,7 @@ def recipe(folder: Path, model: str, **train: Any) -> Recipe:
             "grad_clip": 0.5,  # less than the gradients of the first steps
             "save_every": EVERY,
             "log_every": 1,
+            "probe_every": 10,
             "report_to": [],
             **train,
         },
@@ -101,9 +105,15 @@ def plan(folder: Path, runs: list[dict[str, Any]]) -> None:
 
 def records(folder: Path, run: str) -> list[dict[str, Any]]:
     lines = (folder / run / "metrics.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
+    found = [record for line in lines if "loss" in (record := json.loads(line))]
     assert [record["step"] for record in found] == list(range(1, len(found) + 1))
     return found
+
+
+def probes(folder: Path, run: str) -> list[float]:
+    """The losses on held-out text."""
+    found = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+    return [record["probe"]["validation_loss"] for record in found if "probe" in record]
 
 
 def apart(folder: Path, run: str, other: str, key: str = "loss") -> float:

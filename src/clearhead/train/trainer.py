@@ -312,8 +312,9 @@ class ComparisonTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             sums = load_random(Path(checkpoint), self.args.process_index)
-            self._loss = sums["loss"]
-            self._text = sums["text"] if self.args.process_index == 0 else torch.zeros_like(self._text)
+            self._loss = sums.get("loss", self._loss)
+            if self.args.process_index == 0:
+                self._text = sums.get("text", self._text)
 
 
 class _Rows(Dataset[dict[str, Any]]):
