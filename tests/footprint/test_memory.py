@@ -180,3 +180,42 @@ def test_the_peak_is_at_one_end_of_the_backward_pass() -> None:
     assert size.parameters == size.outside + 4 * size.layer
     half = training_memory(size, kept, 2, "fsdp", torch.float32, checkpointing=False, accumulates=False)
     assert half.weights == 4 * size.parameters // 2 and half.gathered > 0
+
+
+def test_a_command_builds_each_model_twice_at_most(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once to check the recipe and once to count: of 13 billion weights that is most of what explain itself takes."""
+    from clearhead.cli.main import app
+    from clearhead.models import ClearheadForCausalLM
+
+    built, make = [], ClearheadForCausalLM.__init__
+
+    def counted(model: Any, config: Any, *rest: Any, **more: Any) -> None:
+        built.append(config.attention)
+        make(model, config, *rest, **more)
+
+    monkeypatch.setattr(ClearheadForCausalLM, "__init__", counted)
+    monkeypatch.chdir(ROOT)
+    app(["explain", "recipes/paper/diff-830m.toml", "--on", "8xh100"], standalone_mode=False)
+    assert "Transformer" in capsys.readouterr().out
+    assert sorted(built) == ["differential"] * 2 + ["softmax"] * 2
+
+
+def test_layers_of_a_kind_are_sized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = ClearheadConfig(
+        hidden_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        layers=[{"attention": "softmax"}, {"attention": "differential"}],
+    )
+    sized, widths = [], ClearheadConfig.widths
+
+    def counted(self: ClearheadConfig, kind: Any) -> Any:
+        sized.append(kind.attention)
+        return widths(self, kind)
+
+    monkeypatch.setattr(ClearheadConfig, "widths", counted)
+    layers = made.per_layer_config
+    assert sized == ["softmax", "differential"]
+    assert [layer.num_key_value_heads for layer in layers] == [4, 2] * 3

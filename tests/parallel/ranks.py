@@ -42,7 +42,7 @@ def _work(rank: int, job: str, folder: str, processes: int) -> None:
         init_method=f"file://{folder}/{MEETING}",
         rank=rank,
         world_size=processes,
-        timeout=timedelta(minutes=2),
+        timeout=timedelta(minutes=10),
     )
     module, _, name = job.partition(":")
     function: Any = getattr(importlib.import_module(module), name)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from clearhead.core.dispatch import AttentionProblem, Plan
     from clearhead.models import ClearheadConfig
+    from clearhead.models.cost import WeightCounts
 
 Costs = Mapping[str, Mapping[str, int]]
 """Model -> what it costs."""
@@ -62,6 +63,7 @@ def command(
     import torch
 
     from clearhead.core.capability import parse_device
+    from clearhead.models.cost import weight_counts
 
     floats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in floats:
@@ -74,9 +76,12 @@ def command(
         raise ValueError("--json has no form for --on yet; leave out one of the two")
     models, length = _models(subject, overrides or [], arm)
     length = context or length
-    costs = {name: _costs(config, length, floats[dtype]) for name, config in models.items()}
+    counts = {name: weight_counts(config) for name, config in models.items()}
+    costs = {
+        name: _costs(config, counts[name].total, length, floats[dtype]) for name, config in models.items()
+    }
     if on is not None:
-        _explain_devices(subject, overrides or [], models, costs, on, sharding, rows, length)
+        _explain_devices(subject, overrides or [], models, counts, costs, on, sharding, rows, length)
         return
     plans = {
         name: {
@@ -105,6 +110,7 @@ def _explain_devices(
     subject: Path,
     overrides: list[str],
     models: "dict[str, ClearheadConfig]",
+    counts: "Mapping[str, WeightCounts]",
     costs: Costs,
     on: str,
     sharding: str,
@@ -122,7 +128,7 @@ def _explain_devices(
     recipe = load_recipe(subject, overrides)
     if recipe.task != "causal":
         raise ValueError(f'--on knows causal language models; {str(subject)!r} has task = "{recipe.task}"')
-    print_footprint(models, recipe, on, sharding, rows, length)
+    print_footprint(models, counts, recipe, on, sharding, rows, length)
     Console(highlight=False, soft_wrap=True).print("", _cost_table(costs, length))
 
 
@@ -236,12 +242,12 @@ def _models(subject: Path, overrides: list[str], arm: str | None) -> "tuple[dict
     return {str(subject): config}, config.max_position_embeddings
 
 
-def _costs(config: "ClearheadConfig", length: int, dtype: "torch.dtype") -> dict[str, int]:
+def _costs(config: "ClearheadConfig", parameters: int, length: int, dtype: "torch.dtype") -> dict[str, int]:
     """Parameters, FLOPs of a token's forward pass and bytes of the cache, at `length` tokens."""
-    from clearhead.models.cost import forward_flops_per_token, kv_bytes, kv_bytes_per_token, parameters
+    from clearhead.models.cost import forward_flops_per_token, kv_bytes, kv_bytes_per_token
 
     return {
-        "parameters": parameters(config),
+        "parameters": parameters,
         "forward_flops_per_token": forward_flops_per_token(config, length),
         "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
         "kv_bytes": kv_bytes(config, length, dtype),

@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from clearhead.models import ClearheadConfig
+    from clearhead.models.cost import WeightCounts
     from clearhead.models.footprint.devices import Fleet
     from clearhead.models.footprint.memory import Footprint, Sharding
     from clearhead.runs.recipe import Recipe
@@ -19,14 +20,23 @@ WARNING = (
 
 
 def print_footprint(
-    models: "dict[str, ClearheadConfig]", recipe: "Recipe", on: str, sharding: str, rows: int, length: int
+    models: "dict[str, ClearheadConfig]",
+    counts: "Mapping[str, WeightCounts]",
+    recipe: "Recipe",
+    on: str,
+    sharding: str,
+    rows: int,
+    length: int,
 ) -> None:
-    """A table a model. Raises ValueError for an unknown device or sharding, and a step too small for the devices."""
+    """A table a model; `counts` are the weights of each.
+
+    Raises ValueError for an unknown device or sharding, and a step too small for the devices.
+    """
     from rich.console import Console
     from rich.markup import escape
 
     from clearhead.models.footprint.devices import fleet
-    from clearhead.models.footprint.memory import footprint
+    from clearhead.models.footprint.memory import ModelSize, footprint
 
     if sharding not in ("fsdp", "none"):
         raise ValueError(f"--sharding {sharding!r} is none of fsdp, none")
@@ -50,6 +60,7 @@ def print_footprint(
             rows=rows,
             sharding=kind,
             documents=recipe.data.document_masks,
+            size=ModelSize.counted(counts[name]),
         )
         console.print(f"\n[bold]{escape(name)}[/bold]")
         console.print(_table(config, found, devices, recipe, length))

@@ -201,8 +201,9 @@ class ClearheadConfig(SavedConfig):
         prefill). V1 holds half of the twin's heads, twice as wide. Where keys and values differ in width (compact
         caches) they are qk_head_dim and v_head_dim, as for models with latent attention.
         """
-        made: dict[LayerKind, PreTrainedConfig] = {}
-        return [made.setdefault(kind, self._of_cache(kind)) for kind in self.layer_kinds]
+        kinds = self.layer_kinds
+        made = {kind: self._of_cache(kind) for kind in dict.fromkeys(kinds)}
+        return [made[kind] for kind in kinds]
 
     @per_layer_config.setter
     def per_layer_config(self, value: dict[int | str, dict[str, Any]] | None) -> None:

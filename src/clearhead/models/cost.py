@@ -3,9 +3,11 @@
 Legend: H heads of one stream, G key-value heads, D key width, E value width, K key streams.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from clearhead.models.config import ClearheadConfig
 from clearhead.models.kinds import LayerKind
@@ -13,16 +15,34 @@ from clearhead.models.seq2seq_config import ClearheadSeq2SeqConfig
 from clearhead.variants.base import Variant
 
 
-def parameters(config: ClearheadConfig | ClearheadSeq2SeqConfig, model_class: Any = None) -> int:
-    """Weights of the model, tied ones once. Builds it without memory.
+@dataclass(frozen=True)
+class WeightCounts:
+    """Weights of a model, tied ones once, and of each layer of a decoder; () for models that are no single stack."""
+
+    total: int
+    layers: tuple[int, ...]
+
+
+def weight_counts(
+    config: ClearheadConfig | ClearheadSeq2SeqConfig, model_class: type[nn.Module] | None = None
+) -> WeightCounts:
+    """Builds the model without memory.
 
     model_class: what is built, by default the language model of the family.
     """
     from clearhead.models.tasks import task_of_config
 
+    built = model_class or task_of_config(config).model_class
     with torch.device("meta"):
-        model = (model_class or task_of_config(config).model_class)(config)
-    return sum(weight.numel() for weight in model.parameters())
+        model: Any = built(config)
+    layers = getattr(model.base_model, "layers", None) or ()
+    each = tuple(sum(weight.numel() for weight in layer.parameters()) for layer in layers)
+    return WeightCounts(sum(weight.numel() for weight in model.parameters()), each)
+
+
+def parameters(config: ClearheadConfig | ClearheadSeq2SeqConfig, model_class: Any = None) -> int:
+    """Weights of the model, tied ones once: `weight_counts`."""
+    return weight_counts(config, model_class).total
 
 
 def forward_flops_per_token(config: ClearheadConfig | ClearheadSeq2SeqConfig, context: int) -> int:

@@ -1,6 +1,8 @@
 """Numbers of a model's layers that are worth a line in a log."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,19 @@ def diagnostics_of(
     hidden = states() if needed and states is not None else None
     found: dict[str, dict[int, float]] = {}
     for index, layer in enumerate(layers):
-        seen = None if hidden is None else layer.input_layernorm(hidden[index])
-        for name, value in layer.self_attn.variant.diagnostics(seen).items():
-            found.setdefault(name, {})[index] = value
+        with whole(layer):
+            seen = None if hidden is None else layer.input_layernorm(hidden[index])
+            for name, value in layer.self_attn.variant.diagnostics(seen).items():
+                found.setdefault(name, {})[index] = value
     return found
+
+
+@contextmanager
+def whole(module: Any) -> Iterator[None]:
+    """With all weights of a module's own group here, where FSDP2 has shared them out; every process does this."""
+    sharded = hasattr(module, "unshard")
+    if sharded:
+        module.unshard()
+    yield
+    if sharded:
+        module.reshard()

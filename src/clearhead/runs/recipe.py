@@ -62,6 +62,15 @@ RESERVED_MODEL_KEYS = {
 }
 
 
+class Parallel(RecipeTable):
+    """How one training fills its devices; the rows of a step and their order are the same whatever it says."""
+
+    fsdp: bool = False  # weights, gradients and moments shared out over the processes (FSDP2)
+    rows: Annotated[int, Field(ge=0, le=2**20)] = 0  # of a device at a time; 0 = all of its share of a step
+    checkpointing: bool = False  # activations computed again in the backward pass
+    compile: bool = False  # torch.compile, layer by layer
+
+
 class Train(RecipeTable):
     """Budget, optimiser and bookkeeping of one training run. Budgets are in tokens, periods in optimiser steps."""
 
@@ -90,6 +99,7 @@ class Train(RecipeTable):
     lora_modules: tuple[Written, ...] = LINEAR
     threads: Processes = 1  # per job; 0 = cores // workers
     workers: Processes = 0  # jobs side by side; 0 = number of cores
+    parallel: Parallel = Parallel()
     # Where a run is logged beside metrics.jsonl: "tensorboard" (in the job's directory) and whatever Hugging Face's
     # Trainer knows and is installed: "wandb", "mlflow", "trackio", ...
     report_to: list[Written] = Field(default_factory=lambda: ["tensorboard"])
@@ -98,6 +108,10 @@ class Train(RecipeTable):
     def _check(self) -> Self:
         if self.stop_at_mastery and not self.probe_every:
             raise ValueError("stop_at_mastery needs probe_every > 0")
+        if self.parallel.fsdp and self.trainable in ("new", "lora"):
+            raise ValueError(
+                f'parallel.fsdp trains whole matrices, and trainable = "{self.trainable}" does not'
+            )
         return self
 
     @property

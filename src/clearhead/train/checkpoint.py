@@ -18,11 +18,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from clearhead.runs.checksums import fault, seal
+from clearhead.train.sharded import BUFFERS, VALUES, WEIGHTS
 
 MARKER = "complete"
 _TENSORS = "optimizer.safetensors"
 _VALUES = "optimizer.json"
 _NEEDED = ("model.safetensors", _TENSORS, _VALUES, "random-0.safetensors", "trainer_state.json")
+# Of a model shared out over processes; what these wrote is named by the checksums alone.
+_NEEDED_SHARDED = (BUFFERS, VALUES, "random-0.safetensors", "trainer_state.json")
 
 
 def save_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler) -> None:
@@ -60,11 +63,9 @@ def save_random(folder: Path, rank: int, sums: Mapping[str, torch.Tensor]) -> No
 
 
 def load_random(folder: Path, rank: int) -> dict[str, torch.Tensor]:
-    """Restore what `save_random` wrote and return the sums; with more processes than before, new ones have neither."""
+    """Restore what `save_random` wrote and return the sums; a process that was not there before has the first one's."""
     path = folder / f"random-{rank}.safetensors"
-    if not path.exists():
-        return {}
-    states = load_file(path)
+    states = load_file(path if path.exists() else folder / "random-0.safetensors")
     torch.set_rng_state(states.pop("cpu"))
     cuda = states.pop("cuda", None)
     if cuda is not None and torch.cuda.is_available():
@@ -115,7 +116,8 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a complete checkpoint, in a clause, or None."""
     if (reason := fault(folder, MARKER)) is not None:
         return reason
-    for name in _NEEDED:
+    sharded = (folder / WEIGHTS).is_dir() or (folder / VALUES).exists()
+    for name in _NEEDED_SHARDED if sharded else _NEEDED:
         path = folder / name
         try:
             if path.suffix == ".json":

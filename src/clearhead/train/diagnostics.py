@@ -6,16 +6,19 @@ from typing import Any
 
 from torch import Tensor
 
-from clearhead.models.diagnostics import diagnostics_of
+from clearhead.models.diagnostics import diagnostics_of, whole
 
 ByLayer = dict[str, dict[str, float]]
 
 
 def measure(model: Any, tokens: Tensor) -> ByLayer:
     """Each diagnostic of a model by its name, then by layer."""
+    # Embeddings are read outside the whole model's forward pass, which would gather them.
+    with whole(model):
+        found = _found(model, tokens)
     return {
         name: {str(layer): round(value, 6) for layer, value in values.items()}
-        for name, values in _found(model, tokens).items()
+        for name, values in found.items()
     }
 
 

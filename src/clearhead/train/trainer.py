@@ -43,6 +43,15 @@ from clearhead.train.finishing import drop_checkpoints, finish
 from clearhead.train.optimiser import adamw, course
 from clearhead.train.position import Stream
 from clearhead.train.probe import make_probe
+from clearhead.train.sharded import (
+    gathered,
+    is_sharded,
+    load_moments,
+    load_weights,
+    save_moments,
+    save_weights,
+)
+from clearhead.train.spread import rows_of_device, spread
 from clearhead.train.trainable import TrainedPart, choose_part
 from clearhead.variants.schedule import begins
 
@@ -64,12 +73,7 @@ def train_job(job: Job, job_dir: Path) -> None:
             drop_checkpoints(job, job_dir)
             forget_start(job_dir)
         return
-    rows_per_step = job.train.batch_tokens // job.data.length
-    if rows_per_step % world:
-        raise TrainingError(
-            f"train.batch_tokens is {rows_per_step} rows a step, which {world} processes cannot share evenly; "
-            f"make it a multiple of {world * job.data.length}"
-        )
+    rows_at_once, accumulated = rows_of_device(job, world)
     data = prepare(data_spec(job), began=kept_data(job_dir))
     # Progress is told through status.json; the bars of saving and loading would only break its display.
     disable_progress_bar()
@@ -77,6 +81,8 @@ def train_job(job: Job, job_dir: Path) -> None:
     task = task_of(job.task)
     model = build_model(job, data) if job.start is None else begun_model(job, job_dir, data)
     part = choose_part(model, job.train)
+    arguments = _arguments(job, job_dir, rows_at_once, accumulated)
+    spread(model, job, arguments)
     resume = newest_complete(job_dir / "checkpoints", partial(_note, job_dir, first), first=first)
     resumed_step = 0 if resume is None else int(resume.name.rpartition("-")[2])
     rows = task.rows(job, data)
@@ -90,7 +96,7 @@ def train_job(job: Job, job_dir: Path) -> None:
     progress = StatusCallback(job_dir, job.train.batch_tokens, job.train.steps, last)
     trainer = ComparisonTrainer(
         model,
-        _arguments(job, job_dir, rows_per_step // world),
+        arguments,
         task,
         rows,
         bytes_per_label=task.bytes_per_label(job, data),
@@ -114,8 +120,9 @@ def train_job(job: Job, job_dir: Path) -> None:
     # Whatever has no better name for what it could not write, TensorBoard's events say.
     with writing(job_dir):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    if first and journal is not None:
-        finish(job, job_dir, model, part, data, journal, trainer.state.global_step)
+    whole = gathered(model) if is_sharded(model) else model
+    if journal is not None:
+        finish(job, job_dir, whole, part, data, journal, trainer.state.global_step)
 
 
 def _note(job_dir: Path, first: bool, text: str) -> None:
@@ -161,6 +168,8 @@ class ComparisonTrainer(Trainer):
     ) -> None:
         self.rows = _Rows(rows)
         optimizer = adamw(model, train, () if part is None else part.partial)
+        # Trainer refuses to write checkpoints of sharded models, as its own could not be gone on from; these can.
+        arguments.save_only_model = is_sharded(model)
         super().__init__(
             model=model,
             args=arguments,
@@ -168,6 +177,9 @@ class ComparisonTrainer(Trainer):
             data_collator=collate,
             optimizers=(optimizer, LambdaLR(optimizer, course(train))),
         )
+        self.args.save_only_model = False
+        # The loss is a mean over rows; Trainer would count labels, over all processes, to scale it by.
+        self.model_accepts_loss_kwargs = False
         self.folder = Path(str(arguments.output_dir))
         self.task = task
         self.bytes_per_label = bytes_per_label
@@ -256,33 +268,61 @@ class ComparisonTrainer(Trainer):
                 mark_complete(folder)
                 drop_old(self.folder, KEEP_CHECKPOINTS, self.kept)
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: Trainer would walk over all parameters in every step for it, and cost.json has it."""
+        return 0
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        found = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # Of a sharded model it is made of every process's part.
+        return found.full_tensor() if hasattr(found, "full_tensor") else found
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.args.should_save and isinstance(self.model, PreTrainedModel):
-            self.model.save_pretrained(output_dir or str(self.folder), state_dict=state_dict)
+        folder = Path(output_dir or self.folder)
+        if self.plan.parallel.fsdp:
+            save_weights(folder, self.accelerator.unwrap_model(self.model))
+        elif self.args.should_save and isinstance(self.model, PreTrainedModel):
+            self.model.save_pretrained(folder, state_dict=state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.args.should_save:
-            save_optimizer(Path(output_dir), _bare(self.optimizer), _bare(self.lr_scheduler))
+        states = _bare(self.optimizer), _bare(self.lr_scheduler)
+        if self.plan.parallel.fsdp:
+            save_moments(Path(output_dir), self.accelerator.unwrap_model(self.model), *states)
+        elif self.args.should_save:
+            save_optimizer(Path(output_dir), *states)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            load_optimizer(Path(checkpoint), _bare(self.optimizer), _bare(self.lr_scheduler))
+        if checkpoint is None:
+            return
+        states = _bare(self.optimizer), _bare(self.lr_scheduler)
+        if self.plan.parallel.fsdp:
+            load_moments(Path(checkpoint), self.accelerator.unwrap_model(self.model), *states)
+        else:
+            load_optimizer(Path(checkpoint), *states)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         bare = self.accelerator.unwrap_model(model or self.model)
-        load_model(bare, Path(resume_from_checkpoint) / "model.safetensors", device="cpu")
+        if self.plan.parallel.fsdp:
+            load_weights(Path(resume_from_checkpoint), bare)
+        else:
+            load_model(bare, Path(resume_from_checkpoint) / "model.safetensors", device="cpu")
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """There is none in float32 and bfloat16; whatever file has its name is not read."""
 
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        save_random(Path(output_dir), self.args.process_index, {"loss": self._loss, "text": self._text})
+        # Of all processes, so that any other number of them goes on with the same sums.
+        loss = self.accelerator.gather(self._loss[None].to(self.args.device)).mean(dim=0)
+        text = self.accelerator.reduce(self._text.to(self.args.device), reduction="sum")
+        save_random(Path(output_dir), self.args.process_index, {"loss": loss, "text": text})
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             sums = load_random(Path(checkpoint), self.args.process_index)
-            self._loss, self._text = sums.get("loss", self._loss), sums.get("text", self._text)
+            self._loss = sums.get("loss", self._loss)
+            if self.args.process_index == 0:
+                self._text = sums.get("text", self._text)
 
 
 class _Rows(Dataset[dict[str, Any]]):
@@ -308,7 +348,7 @@ def _bare(wrapped: Any) -> Any:
     return wrapped.scheduler if isinstance(wrapped, AcceleratedScheduler) else wrapped
 
 
-def _arguments(job: Job, job_dir: Path, rows_per_device: int) -> TrainingArguments:
+def _arguments(job: Job, job_dir: Path, rows_at_once: int, accumulated: int) -> TrainingArguments:
     cuda = torch.cuda.is_available()
     # On CPU bfloat16 autocast took 1.25 times float32's time at width 64 and 0.63 at width 256 (AVX-512 with BF16);
     # "auto" stays in float32 there, which every processor computes.
@@ -317,7 +357,10 @@ def _arguments(job: Job, job_dir: Path, rows_per_device: int) -> TrainingArgumen
     )
     return TrainingArguments(
         output_dir=str(job_dir / "checkpoints"),
-        per_device_train_batch_size=rows_per_device,
+        per_device_train_batch_size=rows_at_once,
+        gradient_accumulation_steps=accumulated,
+        activation_checkpointing=job.train.parallel.checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         max_steps=job.train.steps,
         learning_rate=job.train.learning_rate,
         max_grad_norm=job.train.grad_clip,

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from clearhead.models.config import ClearheadConfig
-from clearhead.models.cost import forward_flops_per_token
+from clearhead.models.cost import WeightCounts, forward_flops_per_token, weight_counts
 from clearhead.models.footprint.activations import KeptActivations, activations
 from clearhead.models.footprint.devices import Fleet
 
@@ -28,13 +28,12 @@ class ModelSize:
     @classmethod
     def of(cls, config: ClearheadConfig) -> "ModelSize":
         """Counted on the meta device."""
-        from clearhead.models.causal import ClearheadForCausalLM
+        return cls.counted(weight_counts(config))
 
-        with torch.device("meta"):
-            model = ClearheadForCausalLM(config)
-        layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
-        total = sum(p.numel() for p in model.parameters())
-        return cls(total, max(layers), total - sum(layers))
+    @classmethod
+    def counted(cls, found: WeightCounts) -> "ModelSize":
+        """From counts made already."""
+        return cls(found.total, max(found.layers), found.total - sum(found.layers))
 
 
 @dataclass(frozen=True)
@@ -165,9 +164,11 @@ def footprint(
     rows: int = 1,
     sharding: Sharding = "fsdp",
     documents: bool = False,
+    size: ModelSize | None = None,
 ) -> Footprint:
     """Memory and least time of a training in bfloat16 with float32 weights, gradients and moments.
 
+    size: the model's, where it has been counted.
     rows: of each device in one forward pass; more rows of a step than the devices take at once are accumulated.
     Raises ValueError where a step has not enough rows for every device.
     """
@@ -176,7 +177,7 @@ def footprint(
         raise ValueError(
             f"a step of {batch_tokens:,} tokens has not {rows} rows of {length:,} tokens for each of {on.count} devices"
         )
-    size = ModelSize.of(config)
+    size = size or ModelSize.of(config)
     kept = activations(config, rows, length, torch.bfloat16, documents=documents)
     both = []
     for checkpointing in (False, True):
