@@ -43,7 +43,7 @@ WITHOUT_ANGLES: dict[str, str] = {
 
 # T5 alone, a control: what transformers says of T5 by itself is not in the source distribution.
 T5: dict[str, str] = {
-    "test_model_base_model_prefix": 'T5 says its base model is called "transformer" and has none: it has encoder and decoder',
+    "test_model_base_model_prefix": 'its base model has a name, "transformer", that it does not have as a part',
 }
 
 # For encoder-decoders, T5 and BART among them.
