@@ -306,9 +306,11 @@ def _partial_in(out: Path, part: Path, size: int) -> Iterator[None]:
         raise ConversionError(
             f"cannot write to {str(out.parent)!r} ({error.strerror or error}); choose another --out"
         ) from None
-    if free < size + 2**24:
+    # Beside the weights: tokenizer, configuration, record.
+    needed = size + 2**24
+    if free < needed:
         raise ConversionError(
-            f"the result needs {size / 1e6:,.0f} MB of disk but only {free / 1e6:,.0f} MB are free in "
+            f"the result needs {needed / 1e6:,.0f} MB of disk but only {free / 1e6:,.0f} MB are free in "
             f"{str(out.parent)!r}; make room or choose another --out"
         )
     try:
@@ -325,6 +327,9 @@ def _partial_in(out: Path, part: Path, size: int) -> Iterator[None]:
                 shutil.rmtree(part, ignore_errors=True)
                 raise
     except OSError as error:
+        # Not even the lock was written: an empty directory is what is left.
+        with suppress(OSError):
+            part.rmdir()
         if isinstance(error, ValueError):
             raise
         raise ConversionError(_out_of_room(out, error)) from None
