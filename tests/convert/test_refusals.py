@@ -228,11 +228,16 @@ def test_an_output_that_is_there(llama: Path, tmp_path: Path) -> None:
 def test_no_space(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(run.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
-        refused(llama, tmp_path / "out", "MB are free in")
+        refused(llama, tmp_path / "out", "the result needs 17 MB of disk but only 0 MB are free in")
 
     def full(*arguments: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    with monkeypatch.context() as patch:
+        # Not even for the lock.
+        patch.setattr("clearhead.runs.directory.os.getpid", full)
+        refused(llama, tmp_path / "new/out", "no space is left for")
+        assert not (tmp_path / "new").exists()
     monkeypatch.setattr(run, "write_weights", full)
     refused(llama, tmp_path / "out", "no space is left for")
 

@@ -41,6 +41,11 @@ WITHOUT_ANGLES: dict[str, str] = {
     for kind in ("0_linear", "2_yarn")
 }
 
+# T5 alone, a control: what transformers says of T5 by itself is not in the source distribution.
+T5: dict[str, str] = {
+    "test_model_base_model_prefix": 'its base model has a name, "transformer", that it does not have as a part',
+}
+
 # For encoder-decoders, T5 and BART among them.
 SEQ2SEQ: dict[str, str] = {
     "test_training_overfit": "it generates from a prompt of the decoder alone, as for causal models",

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from clearhead.convert.base import Source, refuse
+from clearhead.convert.carrying import load_tokenizer
 from clearhead.convert.check import Agreement
 from clearhead.convert.choosing import RULE, chosen_layers, highest, measured_entropy
 from clearhead.convert.inits import Init, Layer, find_init
 from clearhead.convert.run import convert
 from clearhead.convert.start import new_values
-from clearhead.convert.weights import MadeWeights, TensorRecipe, Weights, reason, same
+from clearhead.convert.weights import MadeWeights, TensorRecipe, Weights, same
 from clearhead.models.config import ClearheadConfig
 from clearhead.registry import did_you_mean, resolve
 from clearhead.variants.base import option_names
@@ -177,14 +178,7 @@ def new_numbers(model: torch.nn.Module) -> int:
 def _tokenizer(source: Source) -> Any:
     if source.tokenizer is not None or source.folder is None:
         return source.tokenizer
-    if not (source.folder / "tokenizer_config.json").exists():
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source.folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"its tokenizer cannot be loaded ({reason(error)[:200]})") from None
+    return load_tokenizer(source.folder)
 
 
 def layer_numbers(text: str) -> str | tuple[int, ...]:

@@ -13,7 +13,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from clearhead.convert.base import INVALID, Converter, Source
+from clearhead.convert.carrying import carry, load_tokenizer
 from clearhead.convert.check import EXACT, ROUNDED, Agreement, compare, precision, token_ids
-from clearhead.convert.source import find_converter, open_source, read_config
+from clearhead.convert.source import find_converter, open_source
 from clearhead.convert.start import OtherAttention, Start
 from clearhead.convert.weights import (
     FLOATS,
@@ -40,19 +41,6 @@ from clearhead.runs.directory import exclusive
 
 SHARD_BYTES = 5 * 10**9
 RECORD = "conversion.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-KEPT = ("LICENSE*", "NOTICE*")
 PACKAGES = ("clearhead", "torch", "transformers", "safetensors")
 
 Say = Callable[[str], None]
@@ -111,8 +99,7 @@ def convert(
     if attention is not None:
         resolve("variants", attention)
         start = OtherAttention(attention)
-    if out.exists():
-        raise ConversionError(f"{str(out)!r} exists already; choose another --out or remove it")
+    _check_free(out)
     source = open_source(named)
     plan = make_plan(source, to, start)
     size = sum(sheet.size for sheet in plan.sheets)
@@ -121,7 +108,7 @@ def convert(
     )
     with _partial(out, size) as part, _disk(out):
         sums = _write(part, plan, shard_bytes)
-        _carry(plan, part)
+        carry(plan.source, part)
         say("comparing logits on text")
         agreement = _check(plan, part)
         _record(part, plan, agreement, sums)
@@ -133,6 +120,16 @@ def convert(
             )
     say(sentence(plan, agreement))
     return agreement
+
+
+def _check_free(out: Path) -> None:
+    """Nothing is called `out`, not even a link that leads nowhere."""
+    try:
+        taken = out.is_symlink() or out.exists()
+    except OSError as error:
+        raise ConversionError(_out_of_room(out, error)) from None
+    if taken:
+        raise ConversionError(f"{str(out)!r} exists already; choose another --out or remove it")
 
 
 def make_plan(source: Source, to: str, start: Start | None) -> ConversionPlan:
@@ -234,45 +231,10 @@ def _write(part: Path, plan: ConversionPlan, shard_bytes: int) -> dict[str, str]
     return {file.name: _sha256(file) for file in files}
 
 
-def _carry(plan: ConversionPlan, part: Path) -> None:
-    """Tokenizer, generation settings and licence."""
-    source = plan.source
-    if source.generation is not None:
-        text = json.dumps(source.generation, indent=2) + "\n"
-        (part / "generation_config.json").write_text(text, encoding="utf-8")
-    if source.tokenizer is not None:
-        source.tokenizer.save_pretrained(part)
-    if source.folder is None:
-        return
-    for name in TOKENIZER_FILES:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, part / name)
-    _name_tokenizer_class(source.folder, part)
-    for pattern in KEPT:
-        for file in source.folder.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, part / file.name)
-
-
-def _name_tokenizer_class(folder: Path, part: Path) -> None:
-    """Say which class the tokenizer is of, where only the source's model type did."""
-    file = part / "tokenizer_config.json"
-    if not file.exists() or "tokenizer_class" in read_config(file):
-        return
-    from transformers import AutoTokenizer
-
-    try:
-        found = type(AutoTokenizer.from_pretrained(folder)).__name__
-    except (OSError, ValueError, KeyError, ImportError):
-        found = "PreTrainedTokenizerFast"
-    text = json.dumps({**read_config(file), "tokenizer_class": found}, indent=2, ensure_ascii=False)
-    file.write_text(text + "\n", encoding="utf-8")
-
-
 def _check(plan: ConversionPlan, part: Path) -> Agreement:
     vocabulary = plan.ours.vocab_size
     # The one that was carried: what cannot be loaded now could not be loaded later.
-    tokenizer = _tokenizer(part)
+    tokenizer = load_tokenizer(part)
     ids = token_ids(tokenizer, vocabulary)[: max(2, plan.ours.max_position_embeddings)]
     written = FileWeights(sorted(part.glob("*.safetensors")))
     layer = max(
@@ -290,20 +252,6 @@ def _check(plan: ConversionPlan, part: Path) -> Agreement:
         dtype,
         EXACT if exact else ROUNDED,
     )
-
-
-def _tokenizer(folder: Path) -> Any:
-    if not (folder / "tokenizer_config.json").exists():
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConversionError(
-            f"the source's tokenizer cannot be loaded ({reason(error)[:200]}); mend it, or move its files away to "
-            "convert the weights alone"
-        ) from None
 
 
 def _record(part: Path, plan: ConversionPlan, agreement: Agreement, sums: Mapping[str, str]) -> None:
@@ -338,6 +286,19 @@ def _sha256(file: Path) -> str:
 def _partial(out: Path, size: int) -> Iterator[Path]:
     """A directory beside `out` that becomes it, or disappears."""
     part = out.with_name(f".{out.name}.partial")
+    new = [parent for parent in out.parents if not parent.exists()]
+    try:
+        with _partial_in(out, part, size):
+            yield part
+    except BaseException:
+        for parent in new:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+@contextmanager
+def _partial_in(out: Path, part: Path, size: int) -> Iterator[None]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
@@ -345,9 +306,11 @@ def _partial(out: Path, size: int) -> Iterator[Path]:
         raise ConversionError(
             f"cannot write to {str(out.parent)!r} ({error.strerror or error}); choose another --out"
         ) from None
-    if free < size + 2**24:
+    # Beside the weights: tokenizer, configuration, record.
+    needed = size + 2**24
+    if free < needed:
         raise ConversionError(
-            f"the result needs {size / 1e6:,.0f} MB of disk but only {free / 1e6:,.0f} MB are free in "
+            f"the result needs {needed / 1e6:,.0f} MB of disk but only {free / 1e6:,.0f} MB are free in "
             f"{str(out.parent)!r}; make room or choose another --out"
         )
     try:
@@ -357,13 +320,16 @@ def _partial(out: Path, size: int) -> Iterator[Path]:
                 if left.name != ".lock":
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
             try:
-                yield part
+                yield
                 (part / ".lock").unlink()
                 part.rename(out)
             except BaseException:
                 shutil.rmtree(part, ignore_errors=True)
                 raise
     except OSError as error:
+        # Not even the lock was written: an empty directory is what is left.
+        with suppress(OSError):
+            part.rmdir()
         if isinstance(error, ValueError):
             raise
         raise ConversionError(_out_of_room(out, error)) from None

@@ -43,10 +43,8 @@ def find_converter(source: Source) -> tuple[str, Converter]:
         converter: Converter = resolve("converters", name)()
         if converter.claims(source):
             return name, converter
-    if source.model_type in NOT_CONVERTED:
-        raise ConversionError(
-            f"{source.name!r} is {NOT_CONVERTED[source.model_type]}; causal language models alone are converted"
-        )
+    if (kind := NOT_CONVERTED.get(str(source.model_type))) is not None:
+        raise ConversionError(f"{source.name!r} is {kind}; causal language models alone are converted")
     kind = "no config.json" if not source.config else f"the model type {source.model_type!r}"
     raise ConversionError(
         f"{source.name!r} has {kind} and tensors of none of the formats that can be converted: "
@@ -58,7 +56,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """A JSON object; ConversionError for anything else."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ConversionError(f"{str(file)!r} cannot be read ({error}); get it again") from None
     if not isinstance(found, dict):
         raise ConversionError(f"{str(file)!r} holds {type(found).__name__}, not an object; get it again")
@@ -81,7 +79,11 @@ def _from_files(named: str, folder: Path, files: Sequence[Path]) -> Source:
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).exists():
-        listed = read_config(folder / INDEX).get("weight_map", {})
+        listed = read_config(folder / INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not all(map(_is_plain, listed.values())):
+            raise ConversionError(
+                f"{str(folder / INDEX)!r} has no weight_map from tensors to files beside it; get it again"
+            )
         files = [folder / name for name in sorted(set(listed.values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing or not files:
@@ -108,6 +110,11 @@ def _weight_files(folder: Path) -> list[Path]:
     gguf = sorted(folder.glob("*.gguf"))
     hint = f"; give the file {str(gguf[0])!r}" if gguf else ""
     raise ConversionError(f"{str(folder)!r} holds no weights (no {SINGLE}){hint}")
+
+
+def _is_plain(name: object) -> bool:
+    """Whether it is the name of a file in a directory, and leads nowhere else."""
+    return isinstance(name, str) and Path(name).name == name
 
 
 def _pickled(path: Path, found: Sequence[str]) -> ConversionError:

@@ -5,13 +5,14 @@ Nothing is ever unpickled.
 """
 
 import json
+import math
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,7 +124,7 @@ class FileWeights(Weights):
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         entry = self.entries[name]
         stop = min(stop, entry.shape[0])
-        width = entry.size // entry.shape[0]
+        width = entry.size // max(1, entry.shape[0])
         read = _read(entry, entry.begin + start * width, (stop - start) * width)
         return read.view(stop - start, *entry.shape[1:])
 
@@ -215,36 +216,51 @@ class MadeWeights(Weights):
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The table of a safetensors file; ConversionError for one that is damaged or cut off."""
-    total = file.stat().st_size
+    """The table of a safetensors file; ConversionError for one that is damaged, cut off or not there."""
     try:
+        total = file.stat().st_size
         with file.open("rb") as stream:
             (size,) = struct.unpack("<Q", stream.read(8))
             if size > min(total, HEADER_LIMIT):
                 raise ValueError("no table of tensors")
             table = json.loads(stream.read(size))
-        begin, found, end = 8 + size, {}, 0
-        for name, entry in table.items():
-            if name == "__metadata__":
-                continue
-            first, last = entry["data_offsets"]
-            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-            numbers = 1
-            for length in shape:
-                numbers *= length
-            if last - first != numbers * dtype.itemsize:
-                raise ValueError(f"the size of {name!r} is not that of its shape")
-            found[name] = Stored(file, dtype, shape, begin + first, last - first)
-            end = max(end, last)
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        begin = 8 + size
+        found = {name: _stored(file, begin, name, e) for name, e in table.items() if name != "__metadata__"}
+        end = begin
+        for name, entry in sorted(found.items(), key=lambda item: item[1][3:]):
+            if entry.begin != end:
+                raise ValueError(f"{name!r} does not begin where the tensor before it ends")
+            end += entry.size
+    except ConversionError:
+        raise
+    except OSError as error:
+        raise ConversionError(
+            f"{str(file)!r} cannot be read ({error.strerror or error}); get it again"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise ConversionError(
             f"{str(file)!r} is not a safetensors file, or damaged ({error}); get it again"
         ) from None
-    if begin + end != total:
+    if end != total:
         raise ConversionError(
-            f"{str(file)!r} has {total:,} bytes where its table says {begin + end:,}: it is incomplete; get it again"
+            f"{str(file)!r} has {total:,} bytes where its table says {end:,}: it is incomplete; get it again"
         )
     return found
+
+
+def _stored(file: Path, begin: int, name: str, entry: Mapping[str, Any]) -> Stored:
+    """One row of the table of a file whose tensors begin at `begin`; ValueError for one that cannot be."""
+    (first, last), shape = entry["data_offsets"], tuple(entry["shape"])
+    if any(type(number) is not int or number < 0 for number in (first, last, *shape)):
+        raise ValueError(f"the place or the shape of {name!r} is not made of natural numbers")
+    if entry["dtype"] not in DTYPES:
+        raise ConversionError(
+            f"{str(file)!r} has {name!r} in {entry['dtype']}, which is not converted: take the model it was made from"
+        )
+    dtype = DTYPES[entry["dtype"]]
+    if last - first != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"the size of {name!r} is not that of its shape")
+    return Stored(file, dtype, shape, begin + first, last - first)
 
 
 def _read(entry: Stored, begin: int, size: int) -> Tensor:

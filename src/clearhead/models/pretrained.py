@@ -18,6 +18,7 @@ from clearhead.models.autoload import is_own
 from clearhead.models.config import AUTOMATIC, ClearheadConfig
 from clearhead.positions.base import Position
 from clearhead.registry import names
+from clearhead.runs.card_file import put_card, read_card
 from clearhead.variants.base import Variant
 
 # Hugging Face's names for what this library runs itself.
@@ -26,6 +27,9 @@ _OWN_ENGINES = {"eager": "eager", "sdpa": "sdpa", "flex_attention": "flex"}
 
 # Whether the caller of `from_pretrained` is handed the names of what is missing and unexpected.
 _TELLS: ContextVar[bool] = ContextVar("tells", default=False)
+
+# The card that a directory had before its model was saved into it again.
+_CARD: ContextVar[str | None] = ContextVar("card", default=None)
 
 # Loaded here, so that a first call inside `torch.compile` has nothing left to import.
 automatic_backends()
@@ -73,7 +77,19 @@ class ClearheadPreTrainedModel(PreTrainedModel):
         """As Hugging Face's; every tool of theirs can load it with trust_remote_code=True (`autoload`)."""
         if self.is_remote_code():
             self.config.auto_map = dict(self.config.auto_map)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        # Before transformers writes one of its own there, as it does when it pushes.
+        token = _CARD.set(read_card(save_directory))
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            _CARD.reset(token)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """As Hugging Face's, with the card of the directory that is pushed or that the model was loaded from."""
+        card = _CARD.get() or read_card(self.name_or_path)
+        if card is not None:
+            put_card(working_dir, card)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

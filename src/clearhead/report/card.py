@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from clearhead.runs.card_file import CARD, CARD_MARK
 from clearhead.runs.files import write_text
 from clearhead.runs.results import RunResults, load_run, read_json, slugify
 
-CARD = "README.md"
 RECORD = "conversion.json"
-MARK = "<!-- clearhead card -->"
-"""Stands in every card that was made here, so that one that a person wrote is never replaced."""
 OURS = ("clearhead", "clearhead_encoder", "clearhead_seq2seq")
 """Families of models of this library."""
 PIPELINES = {
@@ -57,7 +55,7 @@ def write_card(
     if folder is None:
         raise ValueError(f"{str(directory)!r} holds no model (no config.json)")
     target = folder / CARD
-    if target.exists() and not replace and MARK not in target.read_text(encoding="utf-8"):
+    if target.exists() and not replace and CARD_MARK not in target.read_text(encoding="utf-8"):
         raise ValueError(
             f"{str(target)!r} was not written by clearhead card; --replace writes over it, or move it away"
         )
@@ -74,7 +72,7 @@ def card(folder: Path, *, name: str | None = None, licence: str | None = None) -
     licence = licence or _licence(folder)
     parts = [
         _header(config, job, licence),
-        f"{MARK}\n# {title}\n",
+        f"{CARD_MARK}\n# {title}\n",
         _what(config, folder, job),
         _origin(read_json(folder / RECORD)),
         _data(job, run),

@@ -51,11 +51,11 @@ def exclusive(directory: Path, what: str, wait: float = 0.0) -> Iterator[None]:
                 ) from None
             else:
                 time.sleep(0.1)
-        with writing(path):
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
         try:
+            with writing(path):
+                file.truncate(0)
+                file.write(str(os.getpid()))
+                file.flush()
             yield
         except BaseException:
             # Whoever refuses a directory leaves nothing of ours in it.
