@@ -101,7 +101,7 @@ PEERS_PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $
 	-o addopts=--import-mode=importlib -W ignore -p no:cacheprovider $(if $(K),-k "$(K)")
 test-peers: install $(PEERS)
 	PYTHONPATH="$(PEERS)/clients" $(PEERS_PYTEST) tests/peers/clients.py tests/peers/tuning.py tests/peers/machines.py \
-		tests/peers/parallel.py tests/peers/vision.py || test $$? = 5
+		tests/peers/parallel.py tests/peers/vision.py tests/peers/weights.py || test $$? = 5
 	PYTHONPATH="$(PEERS)" $(PEERS_PYTEST) tests/peers/common.py tests/peers/encoders.py tests/peers/seq2seq.py || test $$? = 5
 
 $(PEERS): | install

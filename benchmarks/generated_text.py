@@ -7,9 +7,10 @@ that most of a cache is codes. All prompts are one batch. Each is read once, and
 keys and values of that pass, as a cache that was there from the start would be: a prompt attends to itself in full
 precision. Then `--new` tokens are written twice:
 
+* *fed*: each form is fed the tokens of the whole cache's text; "agree" is the same next token after the same text;
 * *free*: each form goes on with its own tokens. "Equal" is a token that stands at the same position in both texts.
-  After one different token they are different texts, so this falls with the first difference, not the number of them;
-* *fed*: each form is fed the tokens of the whole cache's text; "agree" is the same next token after the same text.
+  After one different token they are different texts, so this falls with the first difference, not the number of them.
+  Prompts all of whose tokens agree are not written again: their text is the same.
 
 The margin is the best logit minus the second of the whole cache: a token changes only where a form moves two logits by
 more than that against one another. Forms with a block or a group of their own, and those of keys or values alone, are
@@ -45,6 +46,7 @@ class Rounding:
     """What an imitated cache does to tokens that have left the newest `newest`, in whole blocks of `block`.
 
     bits: of keys and of values; None leaves them. group: channels of a value that share a scale.
+    first: whether the first token's keys and values stay as they are, which most heads look at much of the time.
     """
 
     key_bits: int | None = 8
@@ -52,6 +54,7 @@ class Rounding:
     block: int = 128
     group: int = 64
     newest: int = 32
+    first: bool = False
 
 
 class RoundedLayer(DynamicLayer):
@@ -77,6 +80,8 @@ class RoundedLayer(DynamicLayer):
             if own.value_bits is not None:
                 groups = values[:, :, new].unflatten(3, (-1, own.group))
                 self.values[:, :, new] = rounded(groups, 4, own.value_bits).flatten(3, 4)
+            if own.first and not self.sealed:
+                self.keys[:, :, 0], self.values[:, :, 0] = keys[:, :, 0], values[:, :, 0]
             self.sealed = end
         return keys, values
 
@@ -105,21 +110,22 @@ def whole(model: PreTrainedModel) -> Cache:
     return DynamicCache(config=model.config)
 
 
+# The whole cache by another backend than the model's own choice: what rounding in float32 alone does to a text.
+CONTROL = "whole, other backend"
 FORMS: dict[str, MakeCache] = {
-    "whole": whole,
+    CONTROL: whole,
     "bfloat16 (imitated)": partial(imitated, Rounding(16, 16)),
     "int8, newest 32": partial(quantised, 8, 32),
     "int8, newest 128": partial(quantised, 8, 128),
     "int8, newest 256": partial(quantised, 8, 256),
     "int8, imitated": partial(imitated, Rounding()),
+    "int8, first token whole (imitated)": partial(imitated, Rounding(first=True)),
     "int8, blocks of 32, groups of 32 (imitated)": partial(imitated, Rounding(block=32, group=32)),
     "int8, keys alone (imitated)": partial(imitated, Rounding(value_bits=None)),
     "int8, values alone (imitated)": partial(imitated, Rounding(key_bits=None)),
     "int4, newest 32": partial(quantised, 4, 32),
     "int4, newest 128": partial(quantised, 4, 128),
 }
-# The whole cache through another of PyTorch's operations: what rounding in float32 alone does to a text.
-CONTROL = "whole, on SDPA"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +136,12 @@ class Written:
     logits: Tensor
 
 
-def filled(model: PreTrainedModel, make: MakeCache, read: Cache) -> Cache:
-    """A new cache with the keys and values of `read`."""
+def filled(model: PreTrainedModel, make: MakeCache, read: Cache, rows: Tensor | slice = slice(None)) -> Cache:
+    """A new cache with the keys and values of some rows of `read`."""
     cache = make(model)
     for index, layer in enumerate(read.layers):
         assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
-        cache.update(layer.keys, layer.values, index)
+        cache.update(layer.keys[rows], layer.values[rows], index)
     return cache
 
 
@@ -165,11 +171,11 @@ def first_difference(a: Tensor, b: Tensor) -> list[int | None]:
     return found
 
 
-def compared(reference: Written, free: Written, fed: Written) -> dict[str, Any]:
+def compared(reference: Written, free: Tensor, fed: Written) -> dict[str, Any]:
     """What a form did to the text. Position 0 is chosen from the prompt's own logits and cannot differ."""
     best = reference.logits.topk(2, -1).values
     margins = best[..., 0] - best[..., 1]
-    first = first_difference(reference.tokens, free.tokens)
+    first = first_difference(reference.tokens, free)
     differs = fed.tokens != reference.tokens
     # How far a form moves the reference's two best tokens against one another.
     pair = reference.logits.topk(2, -1).indices
@@ -179,7 +185,7 @@ def compared(reference: Written, free: Written, fed: Written) -> dict[str, Any]:
     divergence = (logs.exp() * (logs - fed.logits.log_softmax(-1))).sum(-1)[:, 1:]
     at = [float(margins[i, place]) for i, place in enumerate(first) if place is not None]
     return {
-        "equal": float((free.tokens == reference.tokens).double().mean()),
+        "equal": float((free == reference.tokens).double().mean()),
         "agree": float((~differs[:, 1:]).double().mean()),
         "texts_equal": sum(place is None for place in first),
         "first_difference": first,
@@ -208,11 +214,6 @@ def prompts(model: Path, count: int, length: int) -> tuple[list[str], Tensor]:
     return list(chosen), torch.tensor(list(chosen.values()))
 
 
-def forms(names: list[str]) -> Iterator[tuple[str, MakeCache]]:
-    yield from ((name, FORMS[name]) for name in names)
-    yield CONTROL, whole
-
-
 @torch.no_grad()
 def study(model: PreTrainedModel, ids: Tensor, new: int, names: list[str]) -> Iterator[dict[str, Any]]:
     """A record of each form, as it is measured."""
@@ -220,10 +221,14 @@ def study(model: PreTrainedModel, ids: Tensor, new: int, names: list[str]) -> It
     first = model(input_ids=ids, past_key_values=read, use_cache=True, logits_to_keep=1).logits[:, -1].float()
     own = model.config._attn_implementation
     reference = write(model, filled(model, whole, read), first, new)
-    for name, make in forms(names):
-        model.set_attn_implementation("sdpa" if name == CONTROL else own)
-        free = write(model, filled(model, make, read), first, new)
+    for name in names:
+        make = FORMS[name]
+        model.set_attn_implementation("cpu" if name == CONTROL else own)
         fed = write(model, filled(model, make, read), first, new, reference.tokens)
+        free = reference.tokens.clone()
+        rows = (fed.tokens != free).any(1).nonzero().flatten()
+        if len(rows):
+            free[rows] = write(model, filled(model, make, read, rows), first[rows], new).tokens
         yield {"form": name, **compared(reference, free, fed)}
     model.set_attn_implementation(own)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     Cache,
     DiffLlamaConfig,
@@ -103,7 +103,8 @@ def build(arm: GenerateArm, case: GenerateCase) -> PreTrainedModel:
             if arm.family == "llama"
             else DiffLlamaForCausalLM(DiffLlamaConfig(**sizes))
         )
-    return model.to(dtype_of(case)).eval()  # type: ignore[no-any-return, call-overload]
+    nn.Module.to(model, dtype_of(case))
+    return model.eval()
 
 
 def prompt_of(case: GenerateCase) -> Tensor:
@@ -128,8 +129,8 @@ def cache_bytes(cache: Cache) -> int:
     own = getattr(cache, "nbytes", None)
     if own is not None:
         return int(own)
-    tensors = (x for layer in cache.layers for x in (layer.keys, layer.values) if isinstance(x, Tensor))
-    return sum(x.nbytes for x in tensors)
+    found = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(x.nbytes for x in found if isinstance(x, Tensor))
 
 
 def forward(model: PreTrainedModel, cache: Cache, tokens: Tensor) -> Tensor:
