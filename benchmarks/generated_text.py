@@ -78,7 +78,7 @@ class RoundedLayer(DynamicLayer):
                 blocks = keys[:, :, new].unflatten(2, (-1, own.block))
                 self.keys[:, :, new] = rounded(blocks, 3, own.key_bits).flatten(2, 3)
             if own.value_bits is not None:
-                groups = values[:, :, new].unflatten(3, (-1, own.group))
+                groups = values[:, :, new].unflatten(3, (-1, min(own.group, values.shape[3])))
                 self.values[:, :, new] = rounded(groups, 4, own.value_bits).flatten(3, 4)
             if own.first and not self.sealed:
                 self.keys[:, :, 0], self.values[:, :, 0] = keys[:, :, 0], values[:, :, 0]
