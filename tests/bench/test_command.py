@@ -146,6 +146,28 @@ def test_an_interruption_keeps_the_peers_that_were_measured(
     assert "CoCA exact: interrupted before its turn was over" in done.stdout
 
 
+def test_a_writer_goes_back_to_its_prompt() -> None:
+    case, arm = TINY["generate"][0], generating.ARMS[cases.GENERATING]
+    assert isinstance(case, cases.GenerateCase)
+    model, ids = generating.build(arm, case), generating.prompt_of(case)
+    cache = generating.new_cache(arm, model, 0)
+    first = generating.forward(model, cache, ids).argmax(-1, keepdim=True)
+    writer = generate_run.Writer(model, cache, first)
+
+    def text() -> list[int]:
+        found = []
+        for _ in range(4):
+            writer.step()
+            found.append(int(writer.token))
+        return found
+
+    written = text()
+    writer.cut_back()
+    assert cache.get_seq_length() == case.context and text() == written
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert [int(first), *written] == expected[0, case.context :].tolist()
+
+
 def test_memory_of_a_part_of_a_process() -> None:
     with generate_run.peak_of_process() as peak:
         kept = torch.ones(8 * 2**20)

@@ -70,6 +70,9 @@ class Writer:
     token: Tensor
     steps: int = 0
 
+    def __post_init__(self) -> None:
+        self._first = self.token
+
     def step(self) -> None:
         """One more token of every row."""
         self.token = forward(self.model, self.cache, self.token).argmax(-1, keepdim=True)
@@ -79,7 +82,7 @@ class Writer:
         """Forget what was written."""
         if self.steps:
             self.cache.crop(-self.steps)
-        self.steps = 0
+        self.token, self.steps = self._first, 0
 
 
 @dataclass
