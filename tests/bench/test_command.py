@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import Cache, PreTrainedModel
 from typer.testing import CliRunner, Result
 
 from clearhead import registry
-from clearhead.bench import cases, peers
+from clearhead.bench import cases, generate_run, generating, peers
 from clearhead.cli.main import app
+from clearhead.models import QuantisedCache
 from tests.bench.tiny import TINY, V1
 
 KEYS = {
@@ -25,6 +28,7 @@ KEYS = {
     "gflops": float | None,
     "over_reading_kv": dict | None,
     "extra_bytes": int | None,
+    "generation": dict | None,
     "yardsticks": dict,
     "machine": dict,
     "versions": dict,
@@ -71,6 +75,110 @@ def test_a_run_from_end_to_end(verb: str, tmp_path: Path) -> None:
     assert {entry["ratio"]["median"] for entry in entries if entry["peer"] == entry["reference"]} == {1.0}
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     assert "<svg" in out.with_suffix(".svg").read_text()
+
+
+SPREADS = ("processor_ms", "processor_ratio", "first_ms", "first_ratio", "first_processor_ms")
+
+
+def test_models_that_write(tmp_path: Path) -> None:
+    out = tmp_path / "found.jsonl"
+    done = bench("generate", "--rounds", "2", "--out", str(out), "--chart")
+    assert done.exit_code == 0, done.output
+    found = {entry["peer"]: entry for entry in lines(out)}
+    # The one that has to be asked for by name is left out.
+    assert list(found) == list(TINY["generate"][0].peers)
+    for entry in found.values():
+        assert entry.keys() == KEYS.keys() and entry["reason"] is None
+        own = entry["generation"]
+        assert {*SPREADS} < own.keys() and all(own[key]["median"] > 0 for key in SPREADS)
+        assert own["tokens_a_second"] == pytest.approx(1e3 / entry["time_ms"]["median"])
+    reference = found[cases.GENERATING]
+    assert reference["ratio"]["median"] == reference["generation"]["first_ratio"]["median"] == 1.0
+    held = {name: entry["generation"]["cache_bytes"] for name, entry in found.items()}
+    # Of 192 tokens one block of 128 is codes, and the twins hold equally many numbers.
+    whole = 192 * 2 * 32 * 4
+    assert held[cases.GENERATING] == held["DIFF V1"] == held["CoCA exact"] == whole
+    assert held["CoCA exact, compact"] == whole * 3 // 4
+    assert held["DIFF V1, a quarter of the prompt"] == whole // 4
+    assert whole / 3 < held["DIFF V1, int4"] < held["DIFF V1, int8"] < whole * 2 / 3
+    assert held["DIFF V1, static"] == whole // 192 * (192 + 2 + 2 + 1)
+
+
+def test_a_cache_that_is_read_wrongly_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = generating.forward
+
+    def wrong(model: PreTrainedModel, cache: Cache, tokens: torch.Tensor) -> torch.Tensor:
+        """Off by a thousandth where a model that is timed reads codes; the plain one it is held to is right."""
+        logits = right(model, cache, tokens)
+        codes = isinstance(cache, QuantisedCache) and model.config._attn_implementation == "clearhead"
+        return logits * 1.001 if codes else logits
+
+    monkeypatch.setattr(generating, "forward", wrong)
+    out = tmp_path / "found.jsonl"
+    done = bench("generate", "--rounds", "1", "--out", str(out))
+    assert done.exit_code == 1 and not out.exists()
+    red = {line.split(":")[0].strip() for line in done.stdout.splitlines() if "logits: off by" in line}
+    assert red == {"Transformer, int8", "DIFF V1, int8"}
+
+
+def test_an_interruption_keeps_the_peers_that_were_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = generate_run.Writer.step
+    calls = 0
+
+    def step(writer: generate_run.Writer) -> None:
+        nonlocal calls
+        calls += 1
+        # Two to warm up each of three, three rounds beside the second one, and one beside the third.
+        if calls == 2 + 2 + 6 + 2 + 3:
+            raise KeyboardInterrupt
+        right(writer)
+
+    monkeypatch.setattr(generate_run.Writer, "step", step)
+    peers = TINY["generate"][0].peers
+    chosen = (peers[0], "DIFF V1", "DIFF V2", "CoCA exact")
+    monkeypatch.setitem(cases.CASES, "generate", (replace(TINY["generate"][0], peers=chosen),))
+    out = tmp_path / "found.jsonl"
+    done = bench("generate", "--rounds", "3", "--out", str(out))
+    assert done.exit_code != 0 and not out.exists()
+    assert "interrupted" in done.stdout and "DIFF V1" in done.stdout
+    assert "CoCA exact: interrupted before its turn was over" in done.stdout
+
+
+def test_a_writer_goes_back_to_its_prompt() -> None:
+    case, arm = TINY["generate"][0], generating.ARMS[cases.GENERATING]
+    assert isinstance(case, cases.GenerateCase)
+    model, ids = generating.build(arm, case), generating.prompt_of(case)
+    cache = generating.new_cache(arm, model, 0)
+    first = generating.forward(model, cache, ids).argmax(-1, keepdim=True)
+    writer = generate_run.Writer(model, cache, first)
+
+    def text() -> list[int]:
+        found = []
+        for _ in range(4):
+            writer.step()
+            found.append(int(writer.token))
+        return found
+
+    written = text()
+    writer.cut_back()
+    assert cache.get_seq_length() == case.context and text() == written
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert [int(first), *written] == expected[0, case.context :].tolist()
+
+
+def test_memory_of_a_part_of_a_process() -> None:
+    with generate_run.peak_of_process() as peak:
+        kept = torch.ones(8 * 2**20)
+    found = peak()
+    if found is not None:
+        assert 0.9 * kept.nbytes < found < 2 * kept.nbytes
+
+
+def test_generation_has_no_cases_for_a_gpu() -> None:
+    done = bench("generate", "--device", "cuda")
+    assert isinstance(done.exception, ValueError) and "leave --device cuda out" in str(done.exception)
 
 
 def test_results_are_added_to(tmp_path: Path) -> None:
@@ -143,6 +251,7 @@ def test_help() -> None:
         "attention",
         "decode",
         "train",
+        "generate",
         "--case",
         "--rounds",
         "--threads",

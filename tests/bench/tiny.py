@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from clearhead.bench.cases import CASES, AttentionCase, Case, TrainCase, select
+from clearhead.bench.cases import CASES, AttentionCase, Case, GenerateCase, TrainCase, select
 
 
 def attention(origin: str, verb: str = "attention", /, **changes: object) -> AttentionCase:
@@ -23,10 +23,22 @@ def train(**changes: object) -> TrainCase:
     return replace(case, **{**sizes, **changes})  # type: ignore[arg-type]
 
 
+def generate(**changes: object) -> GenerateCase:
+    """The first case of generation as one narrow layer, its prompt long enough for codes."""
+    case = CASES["generate"][0]
+    assert isinstance(case, GenerateCase)
+    sizes = {"width": 32, "layers": 1, "heads": 4, "groups": 4, "context": 192, "vocabulary": 20}
+    return replace(case, **{**sizes, **changes})  # type: ignore[arg-type]
+
+
 V1 = attention("v1-1024-causal-both-float32", name="tiny-v1")
 MEMORY = attention("v1-memory-*", name="tiny-memory", peers=V1.peers[:3:2], keys=32)
 TINY: dict[str, tuple[Case, ...]] = {
     "attention": (V1, MEMORY),
     "decode": (attention("v1-8192-batch1-bfloat16", "decode", name="tiny-decode", groups=1),),
     "train": (train(name="tiny-train"),),
+    "generate": (
+        generate(name="tiny-generate"),
+        generate(name="tiny-later", by_default=False, peers=CASES["generate"][0].peers[:2]),
+    ),
 }

@@ -22,6 +22,24 @@ KERNEL = "clearhead cpu"
 KERNEL_ONE = "clearhead cpu, one stream"
 NAIVE = "naive maps"
 
+GENERATING = "Transformer (sdpa)"
+GENERATE_PEERS = (
+    GENERATING,
+    "Transformer (sdpa), static",
+    "LLaMA of transformers (sdpa)",
+    "DiffLlama of transformers (sdpa)",
+    "Transformer",
+    "Transformer, int8",
+    "DIFF V1",
+    "DIFF V1, static",
+    "DIFF V1, int8",
+    "DIFF V1, int4",
+    "DIFF V1, a quarter of the prompt",
+    "DIFF V2",
+    "CoCA exact",
+    "CoCA exact, compact",
+)
+
 V1_PEERS = (
     TWIN,
     KERNEL,
@@ -160,7 +178,39 @@ class TrainCase:
         )
 
 
-Case = AttentionCase | TrainCase
+@dataclass(frozen=True, slots=True)
+class GenerateCase:
+    """Greedy text of a whole model behind prompts of `context` tokens: time to the first token, and of each later one.
+
+    heads and groups (key-value heads) count as for the Transformer twin; the head width is width / heads.
+    prefills: times that every peer reads the prompts, in turn.
+    by_default: False for what takes longer than a first look: it is measured where its name is asked for.
+    """
+
+    name: str
+    peers: tuple[str, ...]
+    width: int
+    layers: int
+    heads: int
+    groups: int
+    context: int
+    batch: int
+    vocabulary: int
+    prefills: int
+    dtype: Dtype = "float32"
+    by_default: bool = False
+    device: str = "cpu"
+
+    @property
+    def title(self) -> str:
+        """The case in words."""
+        return (
+            f"generation, {self.dtype}, width {self.width}, {self.layers} layers, {self.heads} heads, {self.groups} "
+            f"key-value heads, behind {self.batch} × {self.context} tokens, vocabulary {self.vocabulary}"
+        )
+
+
+Case = AttentionCase | TrainCase | GenerateCase
 
 
 def _self_attention(
@@ -246,7 +296,38 @@ def _train() -> tuple[TrainCase, ...]:
     )
 
 
-CASES: dict[str, Sequence[Case]] = {"attention": _attention(), "decode": _decode(), "train": _train()}
+def _generate() -> tuple[GenerateCase, ...]:
+    def one(context: int, batch: int, dtype: Dtype = "float32", groups: int = 8) -> GenerateCase:
+        form = "" if groups == 8 else f"gqa{8 // groups}-"
+        read = context * batch
+        return GenerateCase(
+            f"512x6-{form}{context}-batch{batch}-{dtype}",
+            GENERATE_PEERS,
+            width=512,
+            layers=6,
+            heads=8,
+            groups=groups,
+            context=context,
+            batch=batch,
+            vocabulary=8192,
+            prefills=3 if read <= 2048 else 2 if read <= 4096 else 1,
+            dtype=dtype,
+            by_default=context == 1024,
+        )
+
+    return (
+        *(one(context, batch) for context, batch in product((1024, 2048, 4096, 8192, 16384, 32768), (1, 8))),
+        one(8192, 1, groups=2),
+        one(8192, 1, "bfloat16"),
+    )
+
+
+CASES: dict[str, Sequence[Case]] = {
+    "attention": _attention(),
+    "decode": _decode(),
+    "train": _train(),
+    "generate": _generate(),
+}
 
 
 def select(verb: str, patterns: Sequence[str], among: Mapping[str, Sequence[Case]] = CASES) -> list[Case]:
@@ -265,3 +346,8 @@ def select(verb: str, patterns: Sequence[str], among: Mapping[str, Sequence[Case
                 f"no {verb} case matches {pattern!r}: the nearest is {near!r} (--list shows all)"
             )
     return [case for case in cases if not patterns or any(fnmatchcase(case.name, p) for p in patterns)]
+
+
+def default(case: Case) -> bool:
+    """Whether it is measured without being asked for by name."""
+    return not isinstance(case, GenerateCase) or case.by_default

@@ -11,7 +11,7 @@ from typing import Any
 
 from clearhead.bench.machine import facts, versions
 from clearhead.bench.measure import Spread
-from clearhead.bench.run import MeasuredCase
+from clearhead.bench.outcome import MeasuredCase, MeasuredGeneration
 from clearhead.data.writing import writing
 from clearhead.runs.files import plain
 
@@ -36,6 +36,7 @@ def lines(verb: str, outcome: MeasuredCase) -> list[dict[str, Any]]:
             "gflops": None if row.rate is None else row.rate / 1e9,
             "over_reading_kv": _scaled(row.reads, 1.0),
             "extra_bytes": row.extra_bytes,
+            "generation": row.generation and _generation(row.generation),
             "yardsticks": {
                 "matrix_gflops": outcome.matrix and outcome.matrix / 1e9,
                 "copy_gb_s": outcome.copy and outcome.copy / 1e9,
@@ -96,6 +97,20 @@ def check_target(path: Path, *, chart: bool) -> None:
         raise ValueError(
             f"cannot write to {str(path)!r} ({error.strerror or error}); choose another file with --out"
         ) from None
+
+
+def _generation(found: MeasuredGeneration) -> dict[str, Any]:
+    return {
+        "tokens_a_second": found.tokens_a_second,
+        "processor_ms": _scaled(found.processor, 1e3),
+        "processor_ratio": _scaled(found.processor_ratio, 1.0),
+        "first_ms": _scaled(found.first, 1e3),
+        "first_ratio": _scaled(found.first_ratio, 1.0),
+        "first_processor_ms": _scaled(found.first_processor, 1e3),
+        "first_processor_ratio": _scaled(found.first_processor_ratio, 1.0),
+        "cache_bytes": found.cache_bytes,
+        "peak_bytes": found.peak_bytes,
+    }
 
 
 def _scaled(found: Spread | None, factor: float) -> dict[str, float] | None:

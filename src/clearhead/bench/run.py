@@ -7,14 +7,14 @@ from functools import partial
 
 import torch
 
-from clearhead.bench import gate, peers, training
-from clearhead.bench.cases import AttentionCase, Case, TrainCase
+from clearhead.bench import gate, generating, peers, training
+from clearhead.bench.cases import AttentionCase, Case, GenerateCase, TrainCase
 from clearhead.bench.cuda import EventTimer, peak_memory
+from clearhead.bench.generate_run import GenerateRun
 from clearhead.bench.machine import limited_memory, matrix_rate
 from clearhead.bench.measure import (
     Call,
     Round,
-    Spread,
     Timed,
     WallTimer,
     interleaved,
@@ -24,6 +24,7 @@ from clearhead.bench.measure import (
     warm_up,
 )
 from clearhead.bench.memory import extra_memory
+from clearhead.bench.outcome import MeasuredCase, MeasuredPeer
 from clearhead.bench.peers import dtype_of
 
 Progress = Callable[[str], None]
@@ -31,41 +32,6 @@ Progress = Callable[[str], None]
 COPY = "copying K and V"
 # Makes the inputs of a peer; returns its call and the FLOPs that it needs.
 Start = Callable[[], tuple[Call, float]]
-
-
-@dataclass(frozen=True, slots=True)
-class MeasuredPeer:
-    """What is known of one peer: its numbers, or the reason why there are none.
-
-    seconds: of a call.   ratio: over the reference in the same round, or of memory.   rate: needed FLOPs a second.
-    reads:   over reading keys and values once at the speed at which a copy of them moves its bytes in the same round.
-    extra_bytes: peak memory of a call beyond its inputs.
-    """
-
-    peer: str
-    reason: str | None = None
-    seconds: Spread | None = None
-    ratio: Spread | None = None
-    rate: float | None = None
-    reads: Spread | None = None
-    extra_bytes: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class MeasuredCase:
-    """A case that was measured, as far as it came, or that failed its gate and has no rows.
-
-    matrix: floating-point operations per second of torch.mm in the case's dtype.
-    copy:   bytes read and written per second while copying keys and values, of a case that decodes.
-    """
-
-    case: Case
-    rows: tuple[MeasuredPeer, ...] = ()
-    rounds: int = 0
-    matrix: float | None = None
-    copy: float | None = None
-    red: tuple[str, ...] = ()
-    interrupted: bool = False
 
 
 @dataclass
@@ -80,6 +46,8 @@ class _Field:
 def run_case(case: Case, rounds: int, progress: Progress) -> MeasuredCase:
     """Check every peer of `case`, and time them if all are right. Ctrl-C ends it with the rounds that are complete."""
     progress(f"{case.name}: checking")
+    if isinstance(case, GenerateCase):
+        return _generated(case, rounds, progress)
     entered = _attention_field(case) if isinstance(case, AttentionCase) else _training_field(case)
     if entered.red:
         return MeasuredCase(case, red=tuple(entered.red))
@@ -88,6 +56,19 @@ def run_case(case: Case, rounds: int, progress: Progress) -> MeasuredCase:
     # A GPU's driver reserves addresses without end.
     with limited_memory() if case.device == "cpu" else nullcontext():
         return _timed(case, entered, rounds, progress)
+
+
+def _generated(case: GenerateCase, rounds: int, progress: Progress) -> MeasuredCase:
+    red = []
+    for name in case.peers:
+        progress(f"{case.name}: checking {name}")
+        verdicts = generating.check(generating.ARMS[name], case)
+        red += [f"{name}: {verdict}" for verdict in verdicts if not verdict.green]
+    if red:
+        return MeasuredCase(case, red=tuple(red))
+    run = GenerateRun(case, case.peers, rounds, progress)
+    rows = run.measure()
+    return MeasuredCase(case, rows, rounds, interrupted=run.interrupted)
 
 
 def _attention_field(case: AttentionCase) -> _Field:

@@ -26,6 +26,7 @@ class What(StrEnum):
     attention = "attention"
     decode = "decode"
     train = "train"
+    generate = "generate"
 
 
 class Device(StrEnum):
@@ -40,13 +41,17 @@ def command(
         What,
         typer.Argument(
             help="attention: forward and backward passes, and memory; decode: one query over a long cache; "
-            "train: whole training steps.",
+            "train: whole training steps; generate: whole models that write, with every cache.",
             show_default=False,
         ),
     ],
     case: Annotated[
         list[str] | None,
-        typer.Option(help="Only cases whose name matches, such as 'v1-2048-*'; may be given several times."),
+        typer.Option(
+            help="Only cases whose name matches, such as 'v1-2048-*'; may be given several times. Of generate, those "
+            "with short prompts are the default.",
+            show_default="all",
+        ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, max=100_000, help="Calls of every peer of a case.")] = 15,
     device: Annotated[
@@ -81,14 +86,18 @@ def command(
     Every peer is first checked against float64: where one is wrong the case is not timed, and the exit code is 1.
     Ctrl-C prints what has been measured so far.
     """
-    from clearhead.bench.cases import select
+    from clearhead.bench.cases import default, select
     from clearhead.bench.gpu_cases import cases_on
 
+    if what is What.generate and device is Device.cuda:
+        raise ValueError("bench generate has cases for the CPU alone: leave --device cuda out")
     cases = select(what.value, case or [], cases_on(device.value))
     if list_cases:
         for found in cases:
-            print(f"{found.name:42} {found.title}")
+            print(f"{found.name:42} {found.title}{'' if default(found) else ' (if --case asks for it)'}")
         return
+    if not case:
+        cases = [found for found in cases if default(found)]
     if threads is not None:
         import torch
 

@@ -6,8 +6,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from clearhead.bench.cases import GenerateCase
 from clearhead.bench.measure import Spread
-from clearhead.bench.run import MeasuredCase, MeasuredPeer
+from clearhead.bench.outcome import MeasuredCase, MeasuredPeer
 
 
 def render(outcome: MeasuredCase) -> RenderableType:
@@ -17,12 +18,19 @@ def render(outcome: MeasuredCase) -> RenderableType:
     if outcome.red:
         lines = [Text(f"  {line}", style="red") for line in outcome.red]
         return Group(title, Text("failed its check against float64, not timed:", style="red"), *lines)
+    if isinstance(case, GenerateCase):
+        return Group(title, _generate_table(outcome), _generate_footer(outcome), *_notes(outcome))
     memory = all(row.seconds is None for row in outcome.rows) and any(row.extra_bytes for row in outcome.rows)
     table = _memory_table(outcome) if memory else _time_table(outcome)
+    return Group(title, table, *([] if memory else [_footer(outcome)]), *_notes(outcome))
+
+
+def _notes(outcome: MeasuredCase) -> list[Text]:
     notes = [Text(f"  {row.peer}: {row.reason}", style="dim") for row in outcome.rows if row.reason]
     if outcome.interrupted:
-        notes.append(Text(f"  interrupted after {outcome.rounds} complete rounds", style="yellow"))
-    return Group(title, table, *([] if memory else [_footer(outcome)]), *notes)
+        done = "" if isinstance(outcome.case, GenerateCase) else f" after {outcome.rounds} complete rounds"
+        notes.append(Text(f"  interrupted{done}", style="yellow"))
+    return notes
 
 
 def _time_table(outcome: MeasuredCase) -> Table:
@@ -55,6 +63,44 @@ def _memory_table(outcome: MeasuredCase) -> Table:
         ratio = "–" if row.ratio is None else f"{row.ratio.median:.2f}"
         table.add_row(escape(row.peer), size, ratio, style="dim" if row.extra_bytes is None else None)
     return table
+
+
+def _generate_table(outcome: MeasuredCase) -> Table:
+    table = _table(
+        "peer",
+        "first token ms",
+        "over the first's",
+        "ms a token",
+        "tokens/s",
+        "over the first's",
+        "own time, over the first's",
+        "cache MB",
+        "peak MB",
+    )
+    for row in outcome.rows:
+        if row.seconds is None or row.generation is None:
+            table.add_row(escape(row.peer), *(["–"] * (len(table.columns) - 1)), style="dim")
+            continue
+        found = row.generation
+        table.add_row(
+            escape(row.peer),
+            "–" if found.first is None else _ms(found.first.median),
+            _ratio(found.first_ratio),
+            _ms(row.seconds.median),
+            f"{found.tokens_a_second:.3g}",
+            _ratio(row.ratio),
+            _ratio(found.processor_ratio),
+            f"{found.cache_bytes / 1e6:,.3g}",
+            "–" if found.peak_bytes is None else f"{found.peak_bytes / 1e6:,.0f}",
+        )
+    return table
+
+
+def _generate_footer(outcome: MeasuredCase) -> Text:
+    assert isinstance(outcome.case, GenerateCase)
+    prompts = outcome.case.prefills
+    text = f"  {outcome.rounds} token{'s' * (outcome.rounds != 1)} of each beside the first's, prompts read {prompts}"
+    return Text(f"{text} time{'s' * (prompts != 1)}; own time: of the process, not of the wall", style="dim")
 
 
 def _table(*columns: str) -> Table:
