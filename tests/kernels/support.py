@@ -47,7 +47,8 @@ class Case:
     """One problem.
 
     lam:    a number, or "call", "head" or "token", how far a random λ (negative and above one among them) reaches.
-    hidden: of "padding", "shared padding" (one row for the batch), "documents" and "shared documents".
+    hidden: of "padding" (a third at the left of the first row, and scattered tokens), "shared padding" (one row for the
+        batch), "left padding" (without the scattered ones), "documents" and "shared documents".
     layout: how q, k, v and the cotangent lie in memory, a key of LAYOUTS.
     spread: how far the queries spread, and so the logits.
     """
@@ -95,7 +96,7 @@ def make_masks(case: Case) -> Masks:
     for name in case.hidden:
         size = (rows[name], case.keys)
         if name.endswith("padding"):
-            real = torch.rand(size, generator=rng) < 0.8
+            real = torch.rand(size, generator=rng) < (1.0 if name == "left padding" else 0.8)
             real[0, : case.keys // 3] = False
             arguments["key_padding_mask"], parts["key_padding"] = real, real.expand(case.batch, -1)
         else:
