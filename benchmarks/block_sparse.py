@@ -1,15 +1,16 @@
-"""A prompt's attention with blocks of keys left out against the same with all of them: time, blocks kept, what is lost.
+"""A prompt's attention with blocks of keys left out against the same with all of them: time, blocks kept, error.
 
-Keys and queries are random, or those of a trained model of LLaMA's family that reads a text (`--model`, a GGUF file, and
-`--text`, a file of prose): one key-value head with its query heads in each of a few layers, and the first tokens of one
-capture for every length, as nothing sees a later token. The differential form takes two query heads of that group as signal
-and noise, with λ = 0.5: a stand-in, as no differential model of this size reads 16,384 tokens.
+Keys and queries are random, or those of a trained model of LLaMA's family that reads a text (`--model`, a GGUF file,
+and `--text`, a file of prose): one key-value head with its query heads in each of a few layers, and the first tokens of
+one capture for every length, as nothing sees a later token. The differential form takes two of these query heads as
+signal and noise, with λ = 0.5: a stand-in, as no differential model of this size reads 16,384 tokens.
 
-Every round has one turn of each form; with one thread the clock is the thread's own processor time. Random keys are the case
-in which nothing may be left out: what is over 1 there is what asking costs.
+Every round has one turn of each form; with one thread the clock is the thread's own processor time. Random keys are the
+case in which nothing may be left out: what is over 1 there is what asking costs.
 """
 
 import argparse
+import contextlib
 import gzip
 import json
 import time
@@ -33,7 +34,7 @@ FORMS: dict[str, BlockSparse | None] = {
     "moments 0.01": BlockSparse(0.01, "moments"),
     "moments 0.05": BlockSparse(0.05, "moments"),
 }
-LAYERS = (3, 8, 15, 22)
+LAYERS = (3, 8, 15)
 Heads = tuple[Tensor, Tensor, Tensor]
 
 
@@ -65,11 +66,11 @@ def captured(model: Path, text: Path, tokens: int) -> dict[int, Heads]:
     tokenizer = load_gguf(AutoTokenizer, model, "tokenizer")
     ids = tokenizer(read(text)[: 8 * tokens], return_tensors="pt").input_ids[:, :tokens]
     if ids.shape[1] < tokens:
-        raise SystemExit(f"--text: {text} has {ids.shape[1]} tokens in {8 * tokens} characters; {tokens} are needed")
-    try:
+        raise SystemExit(
+            f"--text: {text} has {ids.shape[1]} tokens in {8 * tokens} characters; {tokens} are needed"
+        )
+    with contextlib.suppress(Enough):
         loaded.model(ids, use_cache=False)
-    except Enough:
-        pass
     return found
 
 
@@ -106,7 +107,9 @@ def kept(kind: str, heads: Heads, sparse: BlockSparse) -> list[int]:
     return list(call(first, second, k, None, v, gate, None, None, None, *rest)[1].tolist())
 
 
-def measure(source: str, kind: str, dtype: torch.dtype, layers: dict[int, Heads], rounds: int) -> list[dict[str, Any]]:
+def measure(
+    source: str, kind: str, dtype: torch.dtype, layers: dict[int, Heads], rounds: int
+) -> list[dict[str, Any]]:
     """One entry a form."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     cast = {layer: tuple(x.to(dtype) for x in heads) for layer, heads in layers.items()}
@@ -131,7 +134,9 @@ def measure(source: str, kind: str, dtype: torch.dtype, layers: dict[int, Heads]
         counts = torch.tensor([kept(kind, heads, sparse) for heads in cast.values()]).double()
         outputs = [each().float() for each in runs[name]]
         errors = [float((a - b).norm() / b.norm()) for a, b in zip(outputs, exact, strict=True)]
-        rows = torch.cat([((a - b).norm(dim=-1) / b.norm(dim=-1)).flatten() for a, b in zip(outputs, exact, strict=True)])
+        rows = torch.cat(
+            [((a - b).norm(dim=-1) / b.norm(dim=-1)).flatten() for a, b in zip(outputs, exact, strict=True)]
+        )
         entries.append(
             {
                 "source": source,
@@ -152,7 +157,7 @@ def measure(source: str, kind: str, dtype: torch.dtype, layers: dict[int, Heads]
             }
         )
         print(
-            f"{source:8} {kind:12} {entries[-1]['dtype']:8} {entries[-1]['tokens']:6} {name:13} time {ratio.median:.2f} "
+            f"{source:8} {kind:12} {str(dtype)[6:]:8} {exact[0].shape[2]:6} {name:13} time {ratio.median:.2f} "
             f"({ratio.q1:.2f} to {ratio.q3:.2f})  logits {float((counts[:, 1] / counts[:, 0]).mean()):.2f}  values "
             f"{float((counts[:, 2] / counts[:, 0]).mean()):.2f}  error {sum(errors) / len(errors):.4f}, worst row "
             f"{float(rows.max()):.3f}",
@@ -163,10 +168,15 @@ def measure(source: str, kind: str, dtype: torch.dtype, layers: dict[int, Heads]
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, help="a GGUF file; without it random keys alone are measured")
     parser.add_argument("--text", type=Path, help="prose: a text file, or .jsonl.gz with `text` in each line")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384])
+    parser.add_argument(
+        "--positions", type=int, default=8192, help="the longest text that the model was trained on"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/block_sparse.jsonl"))
@@ -176,11 +186,16 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     sources: dict[str, dict[int, Heads]] = {"random": made_up(max(arguments.tokens))}
     if arguments.model is not None:
-        sources["trained"] = captured(arguments.model, arguments.text, max(arguments.tokens))
+        read_by_it = [tokens for tokens in arguments.tokens if tokens <= arguments.positions]
+        sources["trained"] = captured(arguments.model, arguments.text, max(read_by_it))
     for tokens in arguments.tokens:
         for source, layers in sources.items():
+            if source == "trained" and tokens > arguments.positions:
+                continue
             # A prefix of what was captured is what a shorter prompt has.
-            some = {layer: tuple(x[:, :, :tokens].contiguous() for x in heads) for layer, heads in layers.items()}
+            some = {
+                layer: tuple(x[:, :, :tokens].contiguous() for x in heads) for layer, heads in layers.items()
+            }
             for kind in ("softmax", "differential"):
                 for dtype in (torch.float32, torch.bfloat16):
                     append(arguments.out, measure(source, kind, dtype, some, arguments.rounds))

@@ -58,7 +58,7 @@ def attention(
     A mask's large finite numbers stay numbers: −1e9 for all keys of a row changes nothing.
     scale:            1/√D by default; a number of any sign, or a tensor of one, which gets its gradient.
     block_sparse:     blocks of keys may be left out, as a `BlockSparse` or a mapping of its fields says: with
-        {"left_out": 0.01} no query loses more than a hundredth of its softmax. The backend cpu alone, without gradients.
+        {"left_out": 0.01} no query loses more than a hundredth of its softmax. Backend cpu alone, without gradients.
     backend:          "auto", or the name of an engine or kernel, which runs it or raises ValueError with its reason.
     Every way to differentiate that PyTorch has gives the right derivative, or a named backend refuses it; "auto" takes
     one that can. (A second derivative through an ordinary graph is known too late: it wants backend="eager".)

@@ -48,7 +48,8 @@ class Case:
 
     lam:    a number, or "call", "head" or "token", how far a random λ (negative and above one among them) reaches.
     hidden: of "padding" (a third at the left of the first row, and scattered tokens), "shared padding" (one row for the
-        batch), "left padding" (without the scattered ones), "documents" and "shared documents".
+        batch), "left padding" (without the scattered ones), "documents", "shared documents" and "shared
+        runs" (three documents one behind the other).
     layout: how q, k, v and the cotangent lie in memory, a key of LAYOUTS.
     spread: how far the queries spread, and so the logits.
     """
@@ -103,7 +104,7 @@ def make_masks(case: Case) -> Masks:
             # Runs and scattered tokens; the numbers are far apart, negative, and in no order.
             numbers = torch.tensor([3, -(2**40), 7, 2**40, -1])
             which = torch.where(
-                torch.rand(size, generator=rng) < 0.8,
+                torch.rand(size, generator=rng) < (1.0 if name == "shared runs" else 0.8),
                 torch.arange(case.keys) * 3 // case.keys,
                 torch.randint(0, 5, size, generator=rng),
             )

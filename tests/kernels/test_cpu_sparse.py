@@ -1,46 +1,52 @@
 """Blocks of keys that the CPU kernel leaves out: never more of a query's softmax than was allowed, and which ones."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from clearhead.functional import BlockSparse, attention
+from clearhead.functional import BlockSparse, attention, differential_attention
 from clearhead.kernels import ops
 from tests.kernels.support import (
     DTYPES,
     Case,
     answers,
-    assert_rounding_only,
+    assert_right,
     every_set,
     make_inputs,
     make_masks,
     op_of,
     oracle_of,
-    rounding,
+    solve,
 )
 
 BLOCK, ROWS = 128, 64
 # Rounding of what the share is computed from, and of the oracle's input.
 SLIPPED = 1e-4
+SMALL = Case(batch=1, heads=2, groups=1, queries=192, keys=700, causal=True)
 CASES = {
-    "softmax": Case(streams=1, queries=256, keys=700, causal=True, lam=0.0),
-    "V1": Case(own_keys=True, queries=256, keys=900, causal=True, width=12, value_width=24),
-    "V2, one key-value head": Case(heads=4, groups=1, queries=256, keys=700, causal=True, width=32),
-    "three heads of 70 queries": Case(heads=3, groups=1, batch=1, queries=70, keys=777, causal=True),
-    "window": Case(queries=256, keys=1000, causal=True, window=420),
-    "window, not causal": Case(streams=1, queries=640, keys=640, window=300, lam=0.0, batch=1),
-    "all keys": Case(own_keys=True, queries=640, keys=640, batch=1, heads=2),
-    "padding": Case(queries=256, keys=1024, causal=True, hidden=("left padding",)),
-    "scattered padding": Case(queries=128, keys=500, causal=True, hidden=("padding",)),
-    "documents": Case(queries=256, keys=1500, causal=True, hidden=("shared documents",), batch=1),
-    "scale below zero": Case(queries=256, keys=700, causal=True, scale=-0.3, heads=2),
+    "softmax": replace(SMALL, streams=1, lam=0.0),
+    "V1, two groups": replace(SMALL, own_keys=True, groups=2, width=12, value_width=24),
+    "V2, one key-value head": replace(SMALL, heads=3, width=32, batch=2, keys=400),
+    "three heads of 70 queries": replace(SMALL, heads=3, queries=70, keys=777),
+    "window": replace(SMALL, keys=900, window=420),
+    "window, not causal": replace(SMALL, streams=1, queries=640, keys=640, causal=False, window=300, lam=0.0),
+    "all keys": replace(SMALL, own_keys=True, queries=640, keys=640, causal=False, heads=1),
+    "padding": replace(SMALL, batch=2, keys=800, hidden=("left padding",)),
+    "scattered padding": replace(SMALL, queries=128, keys=500, hidden=("padding",)),
+    "documents": replace(SMALL, keys=1500, hidden=("shared runs",)),
+    "scattered documents": replace(SMALL, queries=128, keys=500, hidden=("documents",)),
+    "scale below zero": replace(SMALL, scale=-0.3),
 }
 
 
+@lru_cache(4)
 def clustered(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Queries, keys and values in float64: the keys of a block lie together, and a chunk of queries looks for a few blocks.
+    """Queries, keys and values in float64: the keys of a block lie together, a chunk of queries looks for one block.
 
     One key in some blocks lies far from the others, where a mean does not show it.
     """
@@ -65,17 +71,20 @@ def clustered(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype).double() for x in (q, k, v)) + tuple(rest)
 
 
-def exact(case: Case, tensors: tuple[Tensor, ...]) -> Tensor:
-    """(B, H, L, E) in float64. Not the oracle that goes row by row: it takes seconds for as many as there are here."""
-    q, k, v, *rest = tensors
-    first, *second = (p @ v.repeat_interleave(case.heads // case.groups, 1) for p in maps(case, q, k))
-    if not second:
-        return first
-    return first - (rest[0] if rest else float(case.lam)) * second[0]
+@lru_cache(4)
+def solved(case: Case, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The output of `clustered` in float64, and each stream's map (B, H, L, S).
+
+    Not by the oracle that goes row by row: it takes seconds for as many rows as there are here.
+    """
+    q, k, v, *rest = clustered(case, dtype)
+    found = maps(case, q, k)
+    first, *second = (p @ v.repeat_interleave(case.heads // case.groups, 1) for p in found)
+    out = first - (rest[0] if rest else float(case.lam)) * second[0] if second else first
+    return out, tuple(found)
 
 
 def maps(case: Case, q: Tensor, k: Tensor) -> list[Tensor]:
-    """(B, H, L, S) of each stream, in float64."""
     scale = case.width**-0.5 if case.scale is None else case.scale
     found = []
     for s in range(case.streams):
@@ -84,6 +93,17 @@ def maps(case: Case, q: Tensor, k: Tensor) -> list[Tensor]:
         logits = logits.masked_fill(~make_masks(case).allowed, float("-inf"))
         found.append(logits.softmax(-1).nan_to_num(0.0))
     return found
+
+
+def size_of_rounding(case: Case, dtype: torch.dtype) -> Tensor:
+    """(B, H, L, E): what rounding may do, units of the same sum in absolute values, more where logits are large."""
+    q, k, v, *rest = clustered(case, dtype)
+    found = solved(case, dtype)[1]
+    scale = case.width**-0.5 if case.scale is None else case.scale
+    largest = float(abs(scale) * q.abs().amax(2).max() * k.abs().amax(2).max() * case.width)
+    units = torch.finfo(dtype).eps + 2 * torch.finfo(torch.float32).eps * largest
+    weights = found[0] + sum((rest[0].abs() if rest else abs(float(case.lam))) * p for p in found[1:])
+    return 4 * units * weights @ v.abs().repeat_interleave(case.heads // case.groups, 1)
 
 
 def counts(case: Case, tensors: tuple[Tensor, ...], dtype: torch.dtype, sparse: BlockSparse) -> list[int]:
@@ -114,17 +134,15 @@ def counts(case: Case, tensors: tuple[Tensor, ...], dtype: torch.dtype, sparse: 
     return list(blocks.tolist())
 
 
-def sparse_op(case: Case, **fields: object):  # type: ignore[no-untyped-def]
+def sparse_op(case: Case, **fields: Any) -> Callable[..., Tensor]:
     masks = {**make_masks(case).arguments, "scale": case.scale, "backend": "cpu"}
     masks["block_sparse"] = {"least": 1, **fields}
     if case.streams == 1:
         return lambda q, k, v: attention(q, k, v, **masks)
-    from clearhead.functional import differential_attention
-
     return lambda q, k, v, lam=case.lam: differential_attention(q, k, v, lam, **masks)
 
 
-def of(function, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:  # type: ignore[no-untyped-def]
+def of(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     q, k, v, *rest = tensors
     with torch.no_grad():
         out: Tensor = function(*(x.to(dtype) for x in (q, k, v)), *(x.float() for x in rest))
@@ -132,7 +150,7 @@ def of(function, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:  # 
 
 
 @every_set
-@pytest.mark.parametrize("left_out", (0.001, 0.05, 0.4))
+@pytest.mark.parametrize("left_out", (0.02, 0.4))
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_no_query_loses_more_than_was_allowed(
@@ -144,45 +162,43 @@ def test_no_query_loses_more_than_was_allowed(
     named = torch.nn.functional.one_hot(torch.arange(case.keys) // BLOCK, blocks).double()
     v = named.expand(case.batch, case.groups, -1, -1)
     found = of(sparse_op(case, left_out=left_out), (q, k, v, *rest), dtype)
-    for p in maps(case, q, k):
+    for p in solved(case, dtype)[1]:
         mass = p @ named
         lost = (mass * (found == 0)).sum(-1)
         assert float(lost.max()) <= left_out * (1 + SLIPPED) + SLIPPED * (dtype == torch.bfloat16)
     seen, computed, used = counts(case, tensors, dtype, BlockSparse(left_out))
     assert seen >= computed >= used > 0
     # Blocks that hide a key from anyone are kept.
-    assert used < seen or left_out < 0.4 or "padding" in case.hidden, "nothing was left out: nothing was tested"
+    assert used < seen or left_out < 0.4 or case.hidden in (("padding",), ("documents",)), (
+        "nothing was left out: nothing was tested"
+    )
 
 
 @every_set
-@pytest.mark.parametrize("left_out", (0.01, 0.3))
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_outputs_are_as_near_as_the_formula_says(
-    case: Case, dtype: torch.dtype, left_out: float, isa: str
-) -> None:
+def test_outputs_are_as_near_as_the_formula_says(case: Case, dtype: torch.dtype, isa: str) -> None:
+    left_out = 0.2
     tensors = clustered(case, dtype)
     found = of(sparse_op(case, left_out=left_out), tensors, dtype)
-    expected = exact(case, tensors)
     v = tensors[2]
     gate = tensors[3].abs() if len(tensors) == 4 else abs(float(case.lam)) if case.streams == 2 else 0.0
     span = (v.amax(2, keepdim=True) - v.amin(2, keepdim=True)).repeat_interleave(case.heads // case.groups, 1)
-    bound = left_out * (1 + gate) * span
-    inputs = replace(make_inputs(case, dtype), tensors=tensors)
-    unit = rounding(case, inputs, dtype)[0]
-    assert bool(((found - expected).abs() <= bound * (1 + SLIPPED) + 4 * unit).all())
+    bound = left_out * (1 + gate) * span * (1 + SLIPPED)
+    assert bool(((found - solved(case, dtype)[0]).abs() <= bound + size_of_rounding(case, dtype)).all())
 
 
 @every_set
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_random_keys_lose_nothing_and_are_right(dtype: torch.dtype, isa: str) -> None:
+@pytest.mark.parametrize("name", ("softmax", "V1, two groups", "V2, one key-value head", "padding"))
+def test_random_keys_lose_nothing_and_are_right(name: str, dtype: torch.dtype, isa: str) -> None:
     """Where nothing is left out the output is that of all keys, to rounding."""
-    for case in CASES.values():
-        inputs = make_inputs(case, dtype)
-        seen, computed, used = counts(case, inputs.tensors, dtype, BlockSparse(1e-6))
-        assert seen == computed == used
-        found = answers(sparse_op(case, left_out=1e-6), inputs, dtype, "dense", grad=False)
-        assert_rounding_only(found, [exact(case, inputs.tensors)], rounding(case, inputs, dtype)[:1])
+    case = replace(CASES[name], queries=80, keys=300)
+    solution = solve(case, dtype)
+    seen, computed, used = counts(case, solution.inputs.tensors, dtype, BlockSparse(1e-6))
+    assert seen == computed == used
+    found = answers(sparse_op(case, left_out=1e-6), solution.inputs, dtype, "dense", grad=False)
+    assert_right(found, solution, dtype)
 
 
 @every_set
@@ -202,7 +218,8 @@ def test_pairs_are_counted_that_are_seen(isa: str) -> None:
 @every_set
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_zero_changes_no_bit(dtype: torch.dtype, isa: str) -> None:
-    for case in CASES.values():
+    for name in ("softmax", "V1, two groups", "window"):
+        case = CASES[name]
         tensors = clustered(case, dtype)
         whole = of(op_of(case, "cpu"), tensors, dtype)
         for fields in ({"left_out": 0.0}, {"left_out": 0.5, "least": case.queries + 1}):
@@ -241,19 +258,20 @@ def test_a_key_far_from_its_block_is_found_by_the_bound() -> None:
 
 @every_set
 def test_what_is_not_finite_reaches_those_that_see_it(isa: str) -> None:
-    """NaN in a block that all rows see, in one that hides it from some, in a query; infinities that make the bound one."""
-    case = CASES["V1"]
+    """NaN in a block that all rows see, in one that hides it from some, in a query; an infinite key."""
+    case = CASES["V1, two groups"]
     for where, value in ((10, "nan"), (200, "nan"), (case.keys - 40, "nan"), (200, "inf")):
         q, k, v, *rest = clustered(case, torch.float32)
+        q, k = q.clone(), k.clone()
         k[0, 0, where, 3] = float(value)
-        q[1, 1, 5, 2] = float("nan")
+        q[0, 1, 5, 2] = float("nan")
         whole = of(op_of(case, "cpu"), (q, k, v, *rest), torch.float32)
         found = of(sparse_op(case, left_out=0.3), (q, k, v, *rest), torch.float32)
         assert torch.equal(found.isnan(), whole.isnan())
 
 
 def test_threads_change_no_bit() -> None:
-    for name in ("V1", "documents", "three heads of 70 queries"):
+    for name in ("V1, two groups", "documents", "three heads of 70 queries"):
         case = CASES[name]
         tensors = clustered(case, torch.float32)
         found = []
@@ -263,7 +281,7 @@ def test_threads_change_no_bit() -> None:
         assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("name", ("V1", "softmax", "padding"))
+@pytest.mark.parametrize("name", ("V1, two groups", "softmax", "padding"))
 def test_operator_is_well_behaved(name: str) -> None:
     case = CASES[name]
     q, k, v, *rest = (x.float() for x in clustered(case, torch.float32))

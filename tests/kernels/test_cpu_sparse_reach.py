@@ -101,7 +101,7 @@ def qkv(heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("backend", ("sdpa", "eager", "flex", "blocks"))
 def test_others_refuse_it_by_name(backend: str) -> None:
-    with pytest.raises(ValueError, match="block_sparse|quantised cache"):
+    with pytest.raises(ValueError, match=r"block_sparse|quantised cache"):
         attention(*qkv(), is_causal=True, block_sparse={"left_out": 0.1, "least": 1}, backend=backend)
 
 

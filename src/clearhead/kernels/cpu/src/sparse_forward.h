@@ -2,8 +2,9 @@
 //
 // For a chunk of rows: logits and weights of the blocks that are always kept, those that hide something from a row, the
 // first one a row sees (what softmax attention does not need often goes there) and those around the rows themselves; an
-// estimate of all others; logits and weights of those it keeps. Then each row's mass in each block is known, so what is left
-// of its limit is spent once more, on products with V. Weights are held as in `run_holding`: about 37 kB a block and stream.
+// estimate of all others; logits and weights of those it keeps. Under BOUND, which is far from most blocks' mass, each row's
+// mass in each block is known then, and its limit is spent once more, on products with V. For that, and for two streams,
+// weights are held as in `run_holding`: about 37 kB a block and stream.
 #pragma once
 #include "forward.h"
 #include "sparse.h"
@@ -25,7 +26,7 @@ class SparseForward : public Forward<Unit, Number> {
   void summarise(int64_t b, int64_t g, int64_t block, float* to) const { summaries.add(b, g, block, to); }
   int64_t sparse_floats() const {
     if (!sparse()) return 0;
-    return Choice<Unit>::floats(z, summaries.wide) + Weights::floats(z) + ROWS * (left_stride() + 1 + summaries.wide);
+    return Choice<Unit>::floats(z, summaries.wide) + weights_floats() + ROWS * (left_stride() + 1 + summaries.wide);
   }
 
   // Writes the rows from `begin` on; false, with nothing done, where a block needs to be taken row by row. Adds to `counts` what
@@ -39,18 +40,24 @@ class SparseForward : public Forward<Unit, Number> {
     const int64_t seen = sort_out(rows, begin, blocks, finite, choice);
     if (seen < 0) return false;
     room += Choice<Unit>::floats(z, summaries.wide);
-    const Weights held(room, z);
+    const Weights held(room, z);  // room for it only where it is used
     State state(state_at, z);
     this->clear(state);
     this->pack_left(rows, b, g, begin, scratch);
-    weigh_all(Fate::KEPT, rows, blocks, packed, scratch, state, held, choice);
-    estimate(rows.count, b, g, begin, blocks.end, known, state, room + Weights::floats(z), choice);
+    add_all(Fate::KEPT, rows, blocks, packed, scratch, state, held, choice);
+    estimate(rows.count, b, g, begin, blocks.end, known, state, room + weights_floats(), choice);
     const int64_t guessed = choice.leave_out(rows.count, blocks.begin, blocks.end);
-    weigh_all(Fate::ASKED, rows, blocks, packed, scratch, state, held, choice);
-    measure(rows.count, blocks, state, held, choice);
-    const int64_t measured = choice.leave_out(rows.count, blocks.begin, blocks.end);
-    if (measured) sum_what_is_kept(rows.count, blocks, state, held, choice);
-    add_values(rows, b, g, begin, blocks, packed, state, held, choice);
+    add_all(Fate::ASKED, rows, blocks, packed, scratch, state, held, choice);
+    int64_t measured = 0;
+    if (p.estimate == BOUND) {
+      measure(rows.count, blocks, state, held, choice);
+      measured = choice.leave_out(rows.count, blocks.begin, blocks.end);
+      if (measured) sum_what_is_kept(rows.count, blocks, state, held, choice);
+    }
+    if (holds())
+      add_values(rows, b, g, begin, blocks, packed, state, held, choice);
+    else
+      this->finish(b, g, begin, state);
     const int64_t now[3] = {seen, seen - guessed, seen - guessed - measured};
     for (int i = 0; i < 3; i++) counts[i] += now[i];
     return true;
@@ -85,6 +92,8 @@ class SparseForward : public Forward<Unit, Number> {
     float* sums_of(int64_t block) const { return sums + block * streams * ROWS; }
   };
 
+  bool holds() const { return p.estimate == BOUND || z.streams == 2; }
+  int64_t weights_floats() const { return holds() ? Weights::floats(z) : 0; }
   int64_t left_stride() const { return rounded_up(summaries.depth, VL) + VL; }
 
   // Which blocks are kept and which are asked about; how many both are, or −1.
@@ -106,27 +115,39 @@ class SparseForward : public Forward<Unit, Number> {
     return seen;
   }
 
-  void weigh_all(Fate fate, const Rows& rows, Range blocks, const float* packed, const float* left, const State& state,
-                 const Weights& held, const Choice<Unit>& choice) const {
+  // The blocks of this fate: held, or with their values at once.
+  void add_all(Fate fate, const Rows& rows, Range blocks, const float* packed, float* scratch, const State& state,
+               const Weights& held, const Choice<Unit>& choice) const {
     for (int64_t block = blocks.begin; block < blocks.end; block++) {
       if (choice.of(block) != fate) continue;
-      const bool part = rows.view(block * z.block, z.keys_of(block)) == View::PART;
-      const int64_t columns = rounded_up(z.used(rows, block), VL);
-      for (int s = 0; s < z.streams; s++) {
-        float* tile = held.weights_of(block) + s * ROWS * TILE;
-        const float* keys = packed + block * block_floats() + (z.key_streams == 2 ? s : 0) * z.d_units * z.block;
-        product<Unit, true>(rows.count, columns, z.d_units, left + s * ROWS * z.d_left, z.d_left, keys, PANEL,
-                            PANEL * z.d_units, tile, TILE, false);
-        if (part) rows.hide(tile, TILE, block * z.block, columns);
-        this->template weigh<false>(rows.count, columns, tile, state.reference + s * ROWS, state.sums + s * ROWS * VL,
-                                    state.out + s * ROWS * z.e_wide);
-        for (int64_t i = 0; i < rows.count; i++) {
-          vf sum = load(tile + i * TILE);
-          for (int64_t c = VL; c < columns; c += VL) sum = sum + load(tile + i * TILE + c);
-          held.sums_of(block)[s * ROWS + i] = sum_of(sum);
-        }
-        memcpy(held.references_of(block) + s * ROWS, state.reference + s * ROWS, ROWS * sizeof(float));
+      const View view = rows.view(block * z.block, z.keys_of(block));
+      const float* operands = packed + block * block_floats();
+      if (holds()) {
+        hold(rows, block, view, operands, scratch, state, held);
+      } else {
+        Nothing nothing;
+        this->add_block(rows, 0, view, block, scratch, operands, scratch + ROWS * z.d_left, state, nothing);
       }
+    }
+  }
+
+  void hold(const Rows& rows, int64_t block, View view, const float* operands, const float* left, const State& state,
+            const Weights& held) const {
+    const int64_t columns = rounded_up(z.used(rows, block), VL);
+    for (int s = 0; s < z.streams; s++) {
+      float* tile = held.weights_of(block) + s * ROWS * TILE;
+      const float* keys = operands + (z.key_streams == 2 ? s : 0) * z.d_units * z.block;
+      product<Unit, true>(rows.count, columns, z.d_units, left + s * ROWS * z.d_left, z.d_left, keys, PANEL,
+                          PANEL * z.d_units, tile, TILE, false);
+      if (view == View::PART) rows.hide(tile, TILE, block * z.block, columns);
+      this->template weigh<false>(rows.count, columns, tile, state.reference + s * ROWS, state.sums + s * ROWS * VL,
+                                  state.out + s * ROWS * z.e_wide);
+      for (int64_t i = 0; p.estimate == BOUND && i < rows.count; i++) {
+        vf sum = load(tile + i * TILE);
+        for (int64_t c = VL; c < columns; c += VL) sum = sum + load(tile + i * TILE + c);
+        held.sums_of(block)[s * ROWS + i] = sum_of(sum);
+      }
+      memcpy(held.references_of(block) + s * ROWS, state.reference + s * ROWS, ROWS * sizeof(float));
     }
   }
 
