@@ -179,8 +179,8 @@ def answers(
     return [x.detach().double() for x in (out, *gradients)]
 
 
-def op_of(case: Case, backend: str) -> Callable[..., Tensor]:
-    arguments = {**make_masks(case).arguments, "scale": case.scale, "backend": backend}
+def op_of(case: Case, backend: str, **more: Any) -> Callable[..., Tensor]:
+    arguments = {**make_masks(case).arguments, "scale": case.scale, "backend": backend, **more}
     if case.streams == 1:
         return lambda q, k, v: attention(q, k, v, **arguments)
     return lambda q, k, v, lam=case.lam: differential_attention(q, k, v, lam, **arguments)

@@ -86,9 +86,9 @@ def test_decoding_and_chunks_behind_a_cache() -> None:
 def test_a_layer_takes_it(name: str) -> None:
     torch.manual_seed(0)
     whole = Attention(32, 4, variant=name, num_kv_heads=2)
-    some = Attention(32, 4, variant=name, num_kv_heads=2, block_sparse=BlockSparse(0.5, least=64))
+    some = Attention(32, 4, variant=name, num_kv_heads=2, block_sparse=BlockSparse(0.7, least=64))
     some.load_state_dict(whole.state_dict())
-    x = 40 * torch.randn(1, LENGTH, 32)
+    x = torch.randn(1, LENGTH, 32)
     with torch.no_grad():
         a, b = whole(x, is_causal=True), some(x, is_causal=True)
     assert not torch.equal(a, b)
