@@ -5,7 +5,9 @@ Legend: B batch, H query heads, G key-value heads, L queries, S keys, D key widt
 
 import numbers
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +15,10 @@ from torch import Tensor
 from clearhead.core.attend import MIXES, Mixing, attend, prepare, problem_of
 from clearhead.core.dispatch import automatic_backends, load_backend
 from clearhead.core.masks import MaskSpec
+from clearhead.core.sparse import BlockSparse
 from clearhead.core.streams import Streams
 
-__all__ = ["attention", "differential_attention"]
+__all__ = ["BlockSparse", "attention", "differential_attention"]
 
 # Loaded here, so that a first call inside `torch.compile` has nothing left to import.
 automatic_backends()
@@ -35,6 +38,7 @@ def attention(
     attn_mask: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     scale: float | Tensor | None = None,
+    block_sparse: BlockSparse | Mapping[str, Any] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """softmax(scale · q kᵀ + mask) v, grouped-query.
@@ -53,6 +57,8 @@ def attention(
     outside compiled graphs, for outputs and gradients of q (elsewhere 0 · NaN may reach queries of the same sequence).
     A mask's large finite numbers stay numbers: −1e9 for all keys of a row changes nothing.
     scale:            1/√D by default; a number of any sign, or a tensor of one, which gets its gradient.
+    block_sparse:     blocks of keys may be left out, as a `BlockSparse` or a mapping of its fields says: with
+        {"left_out": 0.01} no query loses more than a hundredth of its softmax. Backend cpu alone, without gradients.
     backend:          "auto", or the name of an engine or kernel, which runs it or raises ValueError with its reason.
     Every way to differentiate that PyTorch has gives the right derivative, or a named backend refuses it; "auto" takes
     one that can. (A second derivative through an ordinary graph is known too late: it wants backend="eager".)
@@ -69,6 +75,7 @@ def attention(
         documents=documents,
         dense=attn_mask,
         slopes=alibi_slopes,
+        sparse=BlockSparse.of(block_sparse),
     )
     return _run(Streams((q,), (k,), v), "single", mask, scale, backend)
 
@@ -86,6 +93,7 @@ def differential_attention(
     attn_mask: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     scale: float | Tensor | None = None,
+    block_sparse: BlockSparse | Mapping[str, Any] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """(softmax(scale · q1 k1ᵀ + mask) − λ softmax(scale · q2 k2ᵀ + mask)) v: both V1 and V2 of DIFF Transformer.
@@ -118,6 +126,7 @@ def differential_attention(
         documents=documents,
         dense=attn_mask,
         slopes=alibi_slopes,
+        sparse=BlockSparse.of(block_sparse),
     )
     return _run(Streams(tuple(streams), tuple(keys), v, gate), "difference", mask, scale, backend)
 

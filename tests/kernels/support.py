@@ -47,7 +47,9 @@ class Case:
     """One problem.
 
     lam:    a number, or "call", "head" or "token", how far a random λ (negative and above one among them) reaches.
-    hidden: of "padding", "shared padding" (one row for the batch), "documents" and "shared documents".
+    hidden: of "padding" (a third at the left of the first row, and scattered tokens), "shared padding" (one row for the
+        batch), "left padding" (without the scattered ones), "documents", "shared documents" and "shared
+        runs" (three documents one behind the other).
     layout: how q, k, v and the cotangent lie in memory, a key of LAYOUTS.
     spread: how far the queries spread, and so the logits.
     """
@@ -95,14 +97,14 @@ def make_masks(case: Case) -> Masks:
     for name in case.hidden:
         size = (rows[name], case.keys)
         if name.endswith("padding"):
-            real = torch.rand(size, generator=rng) < 0.8
+            real = torch.rand(size, generator=rng) < (1.0 if name == "left padding" else 0.8)
             real[0, : case.keys // 3] = False
             arguments["key_padding_mask"], parts["key_padding"] = real, real.expand(case.batch, -1)
         else:
             # Runs and scattered tokens; the numbers are far apart, negative, and in no order.
             numbers = torch.tensor([3, -(2**40), 7, 2**40, -1])
             which = torch.where(
-                torch.rand(size, generator=rng) < 0.8,
+                torch.rand(size, generator=rng) < (1.0 if name == "shared runs" else 0.8),
                 torch.arange(case.keys) * 3 // case.keys,
                 torch.randint(0, 5, size, generator=rng),
             )
@@ -177,8 +179,8 @@ def answers(
     return [x.detach().double() for x in (out, *gradients)]
 
 
-def op_of(case: Case, backend: str) -> Callable[..., Tensor]:
-    arguments = {**make_masks(case).arguments, "scale": case.scale, "backend": backend}
+def op_of(case: Case, backend: str, **more: Any) -> Callable[..., Tensor]:
+    arguments = {**make_masks(case).arguments, "scale": case.scale, "backend": backend, **more}
     if case.streams == 1:
         return lambda q, k, v: attention(q, k, v, **arguments)
     return lambda q, k, v, lam=case.lam: differential_attention(q, k, v, lam, **arguments)

@@ -97,6 +97,37 @@ def test_any_problem(case: Case, dtype: torch.dtype, isa: str, threads: int, mos
 
 
 @settings(
+    max_examples=50,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    case=cases(),
+    dtype=st.sampled_from(tuple(DTYPES.values())),
+    isa=st.sampled_from(instruction_sets()),
+    threads=st.sampled_from((1, 2)),
+    left_out=st.sampled_from((1e-6, 0.02, 0.3, 0.9)),
+)
+def test_any_problem_loses_what_it_may(
+    case: Case, dtype: torch.dtype, isa: str, threads: int, left_out: float
+) -> None:
+    """With blocks left out: off by left_out (1 + |λ|) times how far values spread, beside rounding."""
+    library.load().set_isa(isa)
+    torch.set_num_threads(threads)
+    inputs = make_inputs(case, dtype)
+    function = op_of(case, "cpu", block_sparse={"left_out": left_out, "least": 1})
+    (found,) = answers(function, inputs, dtype, case.layout, grad=False)
+    torch.set_num_threads(1)
+    expected = answers(oracle_of(case), inputs, torch.float64, "dense", grad=False)[0]
+    _, _, v, *rest = inputs.tensors
+    gate = rest[0].abs() if rest else abs(float(case.lam)) if case.streams == 2 else 0.0
+    span = (v.amax(2, keepdim=True) - v.amin(2, keepdim=True)).repeat_interleave(case.heads // case.groups, 1)
+    allowed = 1.0001 * left_out * (1 + gate) * span + 2 * rounding(case, inputs, dtype)[0]
+    assert bool(((found - expected).abs() <= allowed).all())
+
+
+@settings(
     max_examples=60,
     deadline=None,
     derandomize=True,

@@ -185,6 +185,8 @@ class Engine(Backend):
         """Outputs (B, H, L, E) of one call, and its maps (B, H, L, S) from an engine whose caps promise them."""
 
     def reason_against(self, problem: AttentionProblem) -> str | None:
+        if "block_sparse" in problem.mask:
+            return LEAVES_NOTHING_OUT
         return TAKES_NUMBERS if problem.held_bits is not None else self.refusal(problem)
 
     def refusal(self, problem: AttentionProblem) -> str | None:
@@ -244,12 +246,15 @@ TAKES_NUMBERS = (
     "it takes keys and values as numbers, not as the codes of a quantised cache; cpu and blocks take those"
 )
 
+LEAVES_NOTHING_OUT = "it leaves no blocks of keys out: block_sparse is for the backend cpu alone"
+
 
 class Kernel(Backend):
     """Runs a whole variant: the streams, their masks and their mixing, in one fused pass.
 
     takes_tables:  it takes `Streams` with a table; others get them expanded.
     takes_held:    it takes `Streams` whose first keys and values are codes; the choice refuses them to the others.
+    leaves_out:    it can leave out blocks of keys, see `MaskSpec.sparse`; the choice refuses that to the others.
     modes:         which of `MODES` it is right in; the choice of a backend refuses it in the others.
     unequal_heads: it takes streams with different numbers of heads; the choice refuses them to the others.
     """
@@ -257,12 +262,15 @@ class Kernel(Backend):
     passed_over: ClassVar[str] = "measured slower than what follows at this shape"
     takes_tables: ClassVar[bool] = False
     takes_held: ClassVar[bool] = False
+    leaves_out: ClassVar[bool] = False
     modes: ClassVar[frozenset[str]] = frozenset()
     unequal_heads: ClassVar[bool] = False
 
     def reason_against(self, problem: AttentionProblem) -> str | None:
         if problem.held_bits is not None and not self.takes_held:
             return TAKES_NUMBERS
+        if "block_sparse" in problem.mask and not self.leaves_out:
+            return LEAVES_NOTHING_OUT
         missing = refused_modes(problem, self.modes)
         if missing is not None:
             return missing

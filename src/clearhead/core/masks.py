@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from clearhead.core.sparse import BlockSparse
+
 
 @dataclass(frozen=True, slots=True)
 class MaskSpec:
@@ -28,6 +30,8 @@ class MaskSpec:
         one under padding at either end and within a packed document.
     places:      integers, (B or 1, L) of the queries and (B or 1, S) of the keys: the positions that `slopes` take the
         distance from, where they are not places among the keys.
+    sparse:      what a query may lose of what it sees: only a kernel that `leaves_out` takes that. `within` drops it
+        from a call that it changes nothing of.
     """
 
     is_causal: bool = False
@@ -38,9 +42,13 @@ class MaskSpec:
     dense: Tensor | None = None
     slopes: Tensor | None = None
     places: tuple[Tensor, Tensor] | None = None
+    sparse: BlockSparse | None = None
 
     def within(self, queries: int, keys: int) -> "MaskSpec":
-        """The same without a window that hides nothing, however large: no position plus it can overflow."""
+        """The same without a window that hides nothing, however large (no position plus it can overflow), and without
+        `sparse` where that would leave out nothing."""
+        if self.sparse is not None and not self.sparse.applies(queries):
+            return replace(self, sparse=None).within(queries, keys)
         if self.window is None or isinstance(self.window, bool) or not isinstance(self.window, int):
             return self
         far = queries + keys + (self.offset if isinstance(self.offset, int) else 0)
@@ -95,6 +103,7 @@ class MaskSpec:
             "bias": self.dense is not None and self.dense.is_floating_point(),
             "alibi": self.slopes is not None,
             "places": self.places is not None,
+            "block_sparse": self.sparse is not None,
         }
         return frozenset(name for name, used in parts.items() if used)
 

@@ -17,6 +17,12 @@ second half).
 
 the same without gradients where the first keys and values are the codes of `core.quantised` and k and v continue them.
 
+    block_sparse_attention(q1, q2?, k1, k2?, v, gate?, ..., left_out, moments) -> out, blocks
+
+the same without gradients, of the blocks of keys that matter (`core.sparse`); `blocks` (3,) counts pairs of 64 queries
+and 128 keys: those that are seen, whose logits were computed, and whose values were used; all 0 where 64 rows or fewer
+share their keys, as nothing is left out there.
+
 Legend: B batch, H query heads of one stream, G key-value heads, L queries, S keys, D key width, E value width.
 """
 
@@ -59,6 +65,10 @@ torch.library.define(
     "clearhead::held_attention",
     f"(Tensor q1, Tensor? q2, Tensor k1, Tensor? k2, Tensor v, {_CODES}, int bits, Tensor? table, Tensor? gate, "
     "Tensor? padding, Tensor? position, SymInt offset, SymInt window, bool causal, float scale) -> Tensor",
+)
+torch.library.define(
+    "clearhead::block_sparse_attention",
+    f"({_INPUTS}, float left_out, bool moments) -> (Tensor out, Tensor blocks)",
 )
 
 
@@ -103,6 +113,11 @@ def unwritten(q: Tensor, v: Tensor) -> Tensor:
     """(B, H, L, E) for an output; tokens outermost, so that merging the heads costs nothing."""
     batch, heads, queries = q.shape[:3]
     return v.new_empty((batch, queries, heads, v.shape[3])).transpose(1, 2)
+
+
+def no_blocks(v: Tensor) -> Tensor:
+    """The counts that `block_sparse_attention` begins with."""
+    return torch.zeros(3, dtype=torch.int64, device=v.device)
 
 
 def gradients(inputs: KernelInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -154,6 +169,12 @@ def _(
 def _(q1: Tensor, q2: Tensor | None, k1: Tensor, k2: Tensor | None, v: Tensor, *rest: Any) -> Tensor:
     _agree(v, q1, q2, k1, k2, *rest)
     return unwritten(q1, v)
+
+
+@torch.library.register_fake("clearhead::block_sparse_attention")  # type: ignore[untyped-decorator]
+def _(*call: Any) -> tuple[Tensor, Tensor]:
+    _agree(call[4], *call)
+    return unwritten(call[0], call[4]), no_blocks(call[4])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from clearhead.core.lowering import one_call
+from clearhead.core.sparse import BlockSparse
 from clearhead.core.streams import HeadShape, Widths
 from clearhead.models import plans
 from clearhead.models.kinds import (
@@ -57,6 +58,9 @@ class ClearheadConfig(SavedConfig):
         starts large beside what the layers add to it.
     compact_cache:      caches of collinear variants hold half of every key, a quarter less in all; positions behind a
         cache are then always counted from the mask.
+    block_sparse:       blocks of keys may be left out where a long prompt is read: {"left_out": 0.01} lets a query lose
+        a hundredth of its softmax; "estimate" and "least" as in `clearhead.functional.BlockSparse`. By default nothing
+        is left out. On CPUs only, without gradients and maps; it may be set at any time.
     num_key_value_heads, head_dim: by default num_attention_heads and hidden_size / num_attention_heads.
     twin_heads:         in what `clearhead convert --to serving` writes, the twin's num_attention_heads and
         num_key_value_heads. The keys of these names are then those of the one call a layer that a server's attention
@@ -91,6 +95,7 @@ class ClearheadConfig(SavedConfig):
     tie_word_embeddings: bool = False
     use_cache: bool = True
     compact_cache: bool = False
+    block_sparse: dict[str, Any] | None = None
     twin_heads: dict[str, int] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -125,6 +130,7 @@ class ClearheadConfig(SavedConfig):
         check_window(self.sliding_window, "sliding_window")
         self._check_layer_positions()
         check_twin_heads(self.twin_heads)
+        BlockSparse.of(self.block_sparse)
         kinds = self.layer_kinds
         for layer in (kinds.index(kind) for kind in dict.fromkeys(kinds)):
             try:

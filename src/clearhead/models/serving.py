@@ -93,6 +93,8 @@ def reason_against(
 
     paged: for Hugging Face's paged cache alone, which does not look at the number of query heads.
     """
+    if config.block_sparse is not None:
+        return "block_sparse cannot be served: the attention functions of servers leave no blocks of keys out"
     return (
         _against_calls(config, calls)
         or _against_positions(positions)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from clearhead.core.dispatch import AttentionProblem
 from clearhead.core.masks import MaskSpec
 from clearhead.core.norm import RMSNorm
+from clearhead.core.sparse import BlockSparse
 from clearhead.models.arguments import packed_numbers
 from clearhead.models.blocks import ClearheadLayer
 from clearhead.models.config import AUTOMATIC, ClearheadConfig
@@ -234,6 +235,9 @@ class ClearheadStack(ClearheadPreTrainedModel):
     ) -> Plans:
         """For layers of this variant. source: what keys and values are made of, where that is not the layer's input."""
         inputs = [inputs_embeds] if source is None else [inputs_embeds, source]
+        sparse = BlockSparse.of(self.config.block_sparse)
+        if sparse is not None and sparse.applies(inputs_embeds.shape[1]):
+            mask = replace(mask, sparse=sparse)
         problem = AttentionProblem.of_widths(
             variant.sizes,
             queries=inputs_embeds.shape[1],

@@ -5,6 +5,7 @@ Legend: B batch, H query heads, G key-value heads, L queries, S keys, D key widt
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from clearhead.core.attend import prepare, problem_of
 from clearhead.core.dispatch import automatic_backends, load_backend
 from clearhead.core.masks import snapshot_length
+from clearhead.core.sparse import BlockSparse
 from clearhead.core.streams import HeadShape, check_flag, check_whole
 from clearhead.nn.inputs import AttentionInputs
 from clearhead.nn.projections import KeyValueCache, ProjectedAttention
@@ -36,6 +38,8 @@ class Attention(ProjectedAttention):
     rope_parameters: RoPE's base, scaling and layout as in `ClearheadConfig`, for example {"rope_type": "dynamic",
         "factor": 4.0}; rope_theta=θ is short for {"rope_theta": θ}.
     max_positions: the length trained with, which scalings count from unless `rope_parameters` say it.
+    block_sparse: blocks of keys may be left out, as for `functional.attention`, in every call that is long enough; on
+        CPUs only and without gradients.
     backend:      "auto", or the name of an engine or kernel, which is then used or raises with its reason.
     Raises ValueError for sizes that do not fit, naming the argument, and TypeError for an argument that neither the
     layer nor the variant has.
@@ -61,6 +65,7 @@ class Attention(ProjectedAttention):
         rope_theta: float | None = None,
         rope_parameters: Mapping[str, Any] | None = None,
         max_positions: int | None = None,
+        block_sparse: BlockSparse | Mapping[str, Any] | None = None,
         backend: str = "auto",
         **options: Any,
     ) -> None:
@@ -79,6 +84,7 @@ class Attention(ProjectedAttention):
                 f"attention {name!r} is defined by rotary angles: position must be one that rotates (rope, xpos), "
                 f"not {type(place).__name__.lower()!r}"
             )
+        self.block_sparse = BlockSparse.of(block_sparse)
         self.automatic = backend == "auto"
         self.backends = automatic_backends() if self.automatic else (load_backend(backend),)
 
@@ -191,7 +197,7 @@ class Attention(ProjectedAttention):
         mask = inputs.mask(past, self.position.slopes(count))
         queries, keys = x.shape[1], heads.keys
         mask.validate(x.shape[0], count, queries, keys, x.device)
-        mask = mask.within(queries, keys)
+        mask = replace(mask, sparse=self.block_sparse).within(queries, keys)
         problem = problem_of(heads, mask, self.variant.mixing, with_maps)
         return self.combine(heads, prepare(self.backends, problem, mask, self.automatic), with_maps)
 

@@ -21,11 +21,12 @@ from clearhead.kernels import ops
 from clearhead.kernels.cpu import library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-# The fields of `CProblem` in their order: numbers, masks, q to out; what the backward pass has; codes.
+# The fields of `CProblem` in their order: numbers, masks, q to out; what the backward pass has; codes; block sparsity.
 _UNUSED = library.CProblem.bits.offset - library.CProblem.noise.offset
-_FIELDS = struct.Struct(f"=5if9q4q32q{_UNUSED}x2q36q")
+_FIELDS = struct.Struct(f"=5if9q4q32q{_UNUSED}x2q36qfiq")
 _NONE = (0, 0, 0, 0)
 _NO_CODES: tuple[int, ...] = (0, 0, *_NONE * 9)
+_ALL_BLOCKS = (0.0, 0, 0)
 assert _FIELDS.size == ctypes.sizeof(library.CProblem)
 
 
@@ -112,6 +113,7 @@ def forward(heads: Streams, mask: MaskSpec, gate: Tensor | None, offset: int, sc
         *(_NONE if gate is None else place(gate)),
         *place(out),
         *codes,
+        *_ALL_BLOCKS,
     )
     library.load().forward(_memory.problem)
     return out

@@ -9,11 +9,12 @@ from torch import Tensor
 from clearhead.core.dispatch import AttentionProblem, Kernel, dtype_name
 from clearhead.core.masks import MaskSpec
 from clearhead.core.quantised import Codes, Held
+from clearhead.core.sparse import BlockSparse
 from clearhead.core.streams import Streams
 from clearhead.kernels import ops
 from clearhead.kernels.cpu import direct, library
 
-MASKS = frozenset({"causal", "padding", "documents", "window"})
+MASKS = frozenset({"causal", "padding", "documents", "window", "block_sparse"})
 WIDEST = 512  # CLEARHEAD_WIDEST of src/problem.h
 _MIXING = {1: "single", 2: "difference"}
 
@@ -27,6 +28,7 @@ class Cpu(Kernel):
     name = "cpu"
     takes_tables = True
     takes_held = True
+    leaves_out = True
 
     def __init__(self) -> None:
         # Looked for here, so that nothing is left to load inside `torch.compile`.
@@ -48,6 +50,10 @@ class Cpu(Kernel):
             return "codes of a quantised cache have no gradient"
         if problem.held_bits is not None and "documents" in problem.mask:
             return "keys of a quantised cache carry no document numbers"
+        if "block_sparse" in problem.mask and problem.needs_grad:
+            return "block_sparse has no gradient: leave it out, or call it under torch.no_grad()"
+        if "block_sparse" in problem.mask and problem.held_bits is not None:
+            return "block_sparse chooses among keys that are numbers, not the codes of a quantised cache"
         if problem.mask - MASKS:
             return f"it cannot express a mask with {', '.join(sorted(problem.mask - MASKS))}"
         widest = max(problem.key_width, problem.value_width)
@@ -74,6 +80,8 @@ class Cpu(Kernel):
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
         shifted = isinstance(mask.offset, Tensor)
         offset = mask.offset if isinstance(mask.offset, int) else heads.keys - q1.shape[2]
+        if mask.sparse is not None:
+            return _run_sparse(heads.expanded(), mask, mask.sparse, gate, offset, scale)
         if not keep and mask.documents is None:
             tensors = (*heads.q, *heads.k, v, gate, heads.table, mask.key_padding)
             if direct.possible(tensors):
@@ -106,6 +114,29 @@ class Cpu(Kernel):
             keep,
         )
         return out
+
+
+def _run_sparse(
+    heads: Streams, mask: MaskSpec, sparse: BlockSparse, gate: Tensor | None, offset: int, scale: float
+) -> Tensor:
+    out, _ = torch.ops.clearhead.block_sparse_attention(
+        heads.q[0],
+        heads.q[1] if len(heads.q) == 2 else None,
+        heads.k[0],
+        heads.k[1] if len(heads.k) == 2 else None,
+        heads.v,
+        gate,
+        mask.key_padding,
+        None if mask.documents is None else mask.documents.long(),
+        mask.offset if isinstance(mask.offset, Tensor) else None,
+        offset,
+        mask.window or 0,
+        mask.is_causal,
+        scale,
+        sparse.left_out,
+        sparse.estimate == "moments",
+    )
+    return out
 
 
 def _run_held(
@@ -274,6 +305,19 @@ def _held(q1: Tensor, q2: Tensor | None, k1: Tensor, k2: Tensor | None, v: Tenso
     problem.out = _tensor(out)
     library.load().forward(problem)
     return out
+
+
+@torch.library.impl("clearhead::block_sparse_attention", "CPU")  # type: ignore[untyped-decorator]
+def _sparse(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *plain, left_out, moments = arguments
+    inputs = ops.KernelInputs(*plain)
+    call = _Call(inputs)
+    out, blocks = ops.unwritten(inputs.q1, inputs.v), ops.no_blocks(inputs.v)
+    problem = call.problem
+    problem.out = _tensor(out)
+    problem.left_out, problem.estimate, problem.blocks = left_out, moments, blocks.data_ptr()
+    library.load().forward(problem)
+    return out, blocks
 
 
 @torch.library.impl("clearhead::fused_attention_backward", "CPU")  # type: ignore[untyped-decorator]

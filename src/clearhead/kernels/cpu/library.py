@@ -10,7 +10,7 @@ import sys
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-ABI = 3
+ABI = 4
 FOLDER = Path(__file__).parent
 FILE = "libclearhead_cpu.dylib" if sys.platform == "darwin" else "libclearhead_cpu.so"
 FAILURES = {
@@ -77,6 +77,9 @@ class CProblem(Structure):
         ("held", c_int64),
         ("k_codes", CCodes * 2),
         ("v_codes", CCodes),
+        ("left_out", c_float),
+        ("estimate", c_int32),
+        ("blocks", c_void_p),
     )
 
 

@@ -4,6 +4,7 @@
 // Compiled once for every instruction set, each time into a namespace of that name (CLEARHEAD_ISA).
 #include "backward.h"
 #include "decode.h"
+#include "sparse_forward.h"
 
 namespace clearhead::CLEARHEAD_ISA {
 namespace {
@@ -28,17 +29,20 @@ int64_t parts_of(int64_t tasks, int64_t threads, int64_t most) {
 
 template <class Unit, class Number>
 struct ForwardWork {
-  Forward<Unit, Number> pass;
+  SparseForward<Unit, Number> pass;
   int64_t groups, parts = 1, wave = 0, held = 0;
-  float *scratch = nullptr, *packed = nullptr, *states = nullptr;
+  float *scratch = nullptr, *packed = nullptr, *states = nullptr, *known = nullptr;
   uint8_t* finite = nullptr;
+  int64_t* counts = nullptr;  // of each chunk in a wave, where blocks may be left out
   int64_t scratch_each;
 
   ForwardWork(const clearhead_problem& p, const Ids& ids) : pass(p, ids), groups(p.groups) {
-    scratch_each = rounded_up(pass.scratch_floats() + pass.state_floats() + pass.held_floats(), 16);
+    const int64_t weights = pass.sparse() ? pass.sparse_floats() : pass.held_floats();
+    scratch_each = rounded_up(pass.scratch_floats() + pass.state_floats() + weights, 16);
   }
   float* memory(int64_t worker) const { return scratch + worker * scratch_each; }
   float* state(int64_t task) const { return states + task * pass.state_floats(); }
+  float* known_of(int64_t group) const { return known + group * pass.summary_floats(); }
   float* blocks(int64_t group) const { return packed + group * pass.sizes().blocks * pass.block_floats(); }
 };
 
@@ -135,6 +139,7 @@ void pack_task(int64_t task, int64_t, void* context) {
   const int64_t b = group / work.groups;
   work.finite[task] = work.pass.pack_block(b, group % work.groups, block, work.pass.padding(b, block),
                                            work.blocks(at) + block * work.pass.block_floats());
+  if (work.pass.sparse()) work.pass.summarise(b, group % work.groups, block, work.known_of(at));
 }
 
 template <class Work>
@@ -146,7 +151,13 @@ void chunk_task(int64_t task, int64_t worker, void* context) {
   const int64_t at = task % work.held, begin = (z.chunks - 1 - task / work.held) * ROWS, group = work.wave + at;
   const int64_t b = group / work.groups, g = group % work.groups;
   float* state = work.memory(worker) + work.pass.scratch_floats();
-  if (work.pass.held_floats() &&
+  if (work.pass.sparse()) {
+    int64_t* counts = work.counts + 3 * task;
+    if (work.pass.run_sparse(b, g, begin, work.blocks(at), work.finite + at * z.blocks, work.known_of(at), work.memory(worker),
+                             state, state + work.pass.state_floats(), counts))
+      return;
+    work.pass.count_all(b, begin, counts);
+  } else if (work.pass.held_floats() &&
       work.pass.run_holding(b, g, begin, work.blocks(at), work.finite + at * z.blocks, work.memory(worker), state,
                             state + work.pass.state_floats()))
     return;
@@ -183,13 +194,19 @@ int32_t forward_with(const clearhead_problem& p, const Ids& ids) {
   int64_t wave = WAVE_BYTES / (each * 4);
   wave = wave < 1 ? 1 : (wave > total ? total : wave);
   const Buffer packed(wave * each + PANEL), finite((wave * z.blocks + 3) / 4);
-  if (!packed || !finite) return CLEARHEAD_NO_MEMORY;
+  const int64_t counted = work.pass.sparse() ? 3 * wave * z.chunks : 0;
+  const Buffer known(wave * work.pass.summary_floats() + PANEL), counts(2 * counted);
+  if (!packed || !finite || !known || !counts) return CLEARHEAD_NO_MEMORY;
+  work.known = known.data();
+  work.counts = reinterpret_cast<int64_t*>(counts.data());
   work.packed = packed.data();
   work.finite = reinterpret_cast<uint8_t*>(finite.data());
   for (work.wave = 0; work.wave < total; work.wave += wave) {
     work.held = total - work.wave < wave ? total - work.wave : wave;
+    memset(work.counts, 0, sizeof(int64_t) * static_cast<size_t>(counted));
     for_each_task(p.threads, work.held * z.blocks, pack_task<Work>, &work);
     for_each_task(p.threads, work.held * z.chunks, chunk_task<Work>, &work);
+    for (int64_t i = 0; p.blocks && i < counted; i++) p.blocks[i % 3] += work.counts[i];
   }
   return 0;
 }

@@ -99,6 +99,8 @@ bool well_formed(const clearhead_problem& p, bool backward) {
     if (!stands(p.q[s]) || (s < p.key_streams && !stands(p.k[s]))) return false;
   if (stands(p.table) && (backward || p.key_width % 2)) return false;
   if (p.held && (backward || p.statistics || !codes_stand(p))) return false;
+  if (!(p.left_out >= 0 && p.left_out < 1) || p.estimate < 0 || p.estimate > 1) return false;
+  if (p.left_out > 0 && (backward || p.statistics || p.held || stands(p.table))) return false;
   if (!backward) return true;
   if (!p.statistics || !stands(p.grad_out) || !stands(p.grad_v)) return false;
   if (p.streams == 2 && !p.grad_gate) return false;

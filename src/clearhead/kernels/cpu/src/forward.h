@@ -127,10 +127,7 @@ class Forward {
                           packed + block * block_floats() + z.key_streams * z.d_units * z.block, PANEL,
                           PANEL * units<Unit>(z.keys_of(block)), state.out, z.e_wide, true);
     }
-    for (int64_t i = 0; i < rows.count; i++) {
-      Number* out = row_of<Number>(p.out, b, z.head_of(g, begin + i), z.token_of(begin + i));
-      for (int64_t c = 0; c < z.e; c += VL) store_some(out + c, load(state.out + i * z.e_wide + c), z.e - c);
-    }
+    write(rows.count, b, g, begin, state.out);
     return true;
   }
 
@@ -185,7 +182,7 @@ class Forward {
 
   const Sizes<Unit>& sizes() const { return z; }
 
- private:
+ protected:
   const clearhead_problem& p;
   const Ids& ids;
   const Sizes<Unit> z;
@@ -203,25 +200,34 @@ class Forward {
         pack_left_row<Unit>(query_row(s, b, g, begin + i), z.d, z.flip, left + (s * ROWS + i) * z.d_left);
   }
 
-  // The held weights of a block, each relative to the reference its row had then, become units of P_1 / s_1 − λ P_2 / s_2.
+  // The held weights of a block, each relative to the reference its row had then, become units of P_1 / s_1 − λ P_2 / s_2,
+  // or of P_1 / s_1.
   void mix(int64_t count, int64_t columns, int64_t b, int64_t g, int64_t begin, const float* references,
            const State& state, float* weights) const {
     for (int64_t i = 0; i < count; i++) {
       vf factor[2];
-      for (int s = 0; s < 2; s++) {
+      for (int s = 0; s < z.streams; s++) {
         const float sum = sum_of(load(state.sums + (s * ROWS + i) * VL)), now = state.reference[s * ROWS + i];
         const float then = references[s * ROWS + i];
         factor[s] = (then == now ? all(1.0f) : weight(then, now)) * all(sum == 0.0f ? 0.0f : 1.0f / sum);
       }
-      factor[1] = factor[1] * all(*row_of<float>(p.gate, b, z.head_of(g, begin + i), z.token_of(begin + i)));
+      const bool two = z.streams == 2;
+      if (two) factor[1] = factor[1] * all(*row_of<float>(p.gate, b, z.head_of(g, begin + i), z.token_of(begin + i)));
       float *first = weights + i * TILE, *second = weights + (ROWS + i) * TILE;
       for (int64_t c = 0; c < columns; c += VL) {
-        const vf mixed = load(first + c) * factor[0] - load(second + c) * factor[1];
+        const vf one = load(first + c) * factor[0], mixed = two ? one - load(second + c) * factor[1] : one;
         if constexpr (Unit::PER_UNIT == 1)
           store(first + c, mixed);
         else
           store_halves(reinterpret_cast<uint16_t*>(first) + c, mixed);
       }
+    }
+  }
+
+  void write(int64_t rows, int64_t b, int64_t g, int64_t begin, const float* from) const {
+    for (int64_t i = 0; i < rows; i++) {
+      Number* out = row_of<Number>(p.out, b, z.head_of(g, begin + i), z.token_of(begin + i));
+      for (int64_t c = 0; c < z.e; c += VL) store_some(out + c, load(from + i * z.e_wide + c), z.e - c);
     }
   }
 

@@ -5,7 +5,7 @@
 #pragma once
 #include <stdint.h>
 
-#define CLEARHEAD_ABI 3
+#define CLEARHEAD_ABI 4
 #define CLEARHEAD_WIDEST 512  // the largest D or E
 #define CLEARHEAD_KEY_BLOCK 128   // tokens whose codes of one key channel share a scale
 #define CLEARHEAD_VALUE_GROUP 64  // channels whose codes of one value share a scale
@@ -57,6 +57,13 @@ typedef struct {
   // behind them: a number is scale · (code + zero). 0 for none. Without a gradient only.
   int64_t bits, held;
   clearhead_codes k_codes[2], v_codes;
+  // Above 0, without a gradient, table or codes: blocks of keys may be left out as long as no row loses more than this share of
+  // its softmax mass in either stream, estimated as sparse.h says: 0 by a bound, 1 by moments. `blocks` then gets three
+  // counts, or is null: pairs of a chunk of 64 rows and a block of 128 keys that are seen, whose logits were computed, and
+  // whose values were used. Of up to 64 rows a group nothing is left out.
+  float left_out;
+  int32_t estimate;
+  int64_t* blocks;
 } clearhead_problem;
 
 // Nonzero results of clearhead_forward and clearhead_backward.
