@@ -86,7 +86,7 @@ def train_job(job: Job, job_dir: Path) -> None:
     resume = newest_complete(job_dir / "checkpoints", partial(_note, job_dir, first), first=first)
     resumed_step = 0 if resume is None else int(resume.name.rpartition("-")[2])
     rows = task.rows(job, data)
-    stream = Stream(rows, rows_per_step, job.data.length, data.identity)
+    stream = Stream(rows, job.train.batch_tokens // job.data.length, job.data.length, data.identity)
     if resume is not None:
         stream.check(resume, resumed_step)
     # Behind the reading: what was read is then what is looked at.

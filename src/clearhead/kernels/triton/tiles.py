@@ -33,10 +33,7 @@ def product(a, b, total, PRECISION: tl.constexpr):
 @triton.jit
 def scores(a, b, PRECISION: tl.constexpr):
     """a b in float32."""
-    if PRECISION == "interpreter":
-        tile = exact(a, b)
-    else:
-        tile = tl.dot(a, b, input_precision=PRECISION)
+    tile = exact(a, b) if PRECISION == "interpreter" else tl.dot(a, b, input_precision=PRECISION)
     return tile
 
 
