@@ -115,6 +115,10 @@ def test_the_manifest_fits_together() -> None:
     assert host == f"{job['metadata']['name']}-0.{pod['subdomain']}"
     assert int(port) == service["spec"]["ports"][0]["port"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
-    assert all(isinstance(entry["value"], str) for entry in container["env"])
+    given = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert all(isinstance(value, str) for value in given.values())
+    # The processes of one attempt must not meet at the addresses of the attempt before.
+    assert given["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert "\nexport TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1\n" in SCRIPT.read_text()
     check_training(command[command.index("-m") :], "/runs")
     assert all(isinstance(part, str) for part in command)

@@ -4,10 +4,11 @@ import math
 import os
 import sys
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import accelerate.optimizer
 import torch
 from safetensors.torch import load_model
 from torch import Tensor, nn
@@ -56,6 +57,8 @@ from clearhead.train.trainable import TrainedPart, choose_part
 from clearhead.variants.schedule import begins
 
 KEEP_CHECKPOINTS = 2
+# Accelerate looks for this package on the disk twice a step, a thirtieth of a small model's; it does not come and go.
+accelerate.optimizer.is_lomo_available = cache(accelerate.optimizer.is_lomo_available)
 
 
 def train_job(job: Job, job_dir: Path) -> None:
