@@ -193,7 +193,8 @@ def _fields(model: type[BaseModel], location: Location) -> list[str]:
         if isinstance(part, int):
             continue
         annotation = model.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation)]
+        inner = get_args(annotation)
+        candidates = [annotation, *inner, *(kind for one in inner for kind in get_args(one))]
         nested = [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]
         if not nested:
             return []
