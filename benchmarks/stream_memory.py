@@ -12,7 +12,7 @@ third of the time, ids of four bytes. stand-in: every fifth byte is one, a twent
 everything is as it is but for the tokenizer's library, whose own memory has to be seen with the others.
 
 tokenize: from text to shards. read: all rows of an epoch, and the rows behind a drawn place once more in another
-process ("same": they are equal to the bit). Peaks are the system's (`ru_maxrss`), mapped files and imports included;
+process ("same": they are equal to the bit). Peaks are the system's (`VmHWM`), mapped files and imports included;
 "course" has the peak after that many megabytes of text, or thousands of rows. `anonymous` is the process's own at the
 end. --plain G: also `corpus.source` without `tokenized`, which holds a table of all documents in memory, on G
 gigabytes.
@@ -113,7 +113,8 @@ def spec_of(folder: Path, plain: bool, tokenizer: str) -> Any:
 
 def peak() -> float:
     """Megabytes of this process at its largest."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    # Not ru_maxrss, which begins with what the process that started this one held.
+    return round(int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024, 1)
 
 
 def every_fifth_byte(tokenizer: Any, texts: list[str]) -> Any:

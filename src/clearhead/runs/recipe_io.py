@@ -193,12 +193,18 @@ def _fields(model: type[BaseModel], location: Location) -> list[str]:
         if isinstance(part, int):
             continue
         annotation = model.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation)]
-        nested = [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        nested = [
+            kind for kind in _kinds(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)
+        ]
         if not nested:
             return []
         model = nested[0]
     return list(model.model_fields)
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """A type and all that it is made of: of `list[Arm] | None` also `Arm`."""
+    return [annotation, *(kind for one in get_args(annotation) for kind in _kinds(one))]
 
 
 def _cross_check(recipe: Recipe, source: str, origins: Mapping[Location, str]) -> None:
