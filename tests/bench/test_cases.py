@@ -6,7 +6,8 @@ from torch import nn
 from transformers import DiffLlamaConfig
 from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention
 
-from clearhead.bench.cases import CASES, AttentionCase, TrainCase, select
+from clearhead.bench.cases import CASES, AttentionCase, GenerateCase, TrainCase, select
+from clearhead.bench.generating import ARMS as GENERATE_ARMS
 from clearhead.bench.peers import PEERS, PeerInputs, Unavailable, build, make_inputs, problem
 from clearhead.bench.training import ARMS, step_flops
 from clearhead.bench.training import build as build_model
@@ -35,7 +36,8 @@ def test_names_are_unique_and_peers_known() -> None:
     for cases in CASES.values():
         assert len({case.name for case in cases}) == len(cases)
         for case in cases:
-            assert set(case.peers) <= set(ARMS if isinstance(case, TrainCase) else PEERS)
+            known = {TrainCase: ARMS, GenerateCase: GENERATE_ARMS}.get(type(case), PEERS)
+            assert set(case.peers) <= set(known)
 
 
 @pytest.mark.parametrize("case", CASES["train"], ids=lambda case: case.name)
