@@ -248,9 +248,10 @@ def test_a_key_far_from_its_block_is_found_by_the_bound() -> None:
     q, k, v = (0.01 * x for x in make_inputs(case, torch.float32).tensors)
     q[..., 0], k[:, :, 300, 0] = 8.0, 6.0
     whole = oracle_of(case)(q, k, v)
-    near = of(sparse_op(case, left_out=0.3), (q, k, v), torch.float32)
-    assert float((near - whole).norm() / whole.norm()) < 1e-3
-    far = of(sparse_op(case, left_out=0.3, estimate="moments"), (q, k, v), torch.float32)
+    near = of(sparse_op(case, left_out=0.9), (q, k, v), torch.float32)
+    # All other keys together hold 0.4 % of the mass.
+    assert float((near - whole).norm() / whole.norm()) < 1e-2
+    far = of(sparse_op(case, left_out=0.9, estimate="moments"), (q, k, v), torch.float32)
     assert float((far - whole).norm() / whole.norm()) > 0.5
 
 
