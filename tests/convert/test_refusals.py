@@ -30,6 +30,7 @@ from clearhead.cli.main import main
 from clearhead.convert import run
 from clearhead.convert.run import convert
 from clearhead.convert.weights import ConversionError
+from clearhead.models import ClearheadConfig, ClearheadForTokenClassification
 from clearhead.runs.directory import exclusive
 from tests.convert.support import SIZES, nothing_left, ours, save, tensors
 
@@ -99,6 +100,10 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
     "head": (
         lambda: LlamaForSequenceClassification(LlamaConfig(pad_token_id=0, **SIZES)),
         "architectures is 'LlamaForSequenceClassification'",
+    ),
+    "own head": (
+        lambda: ClearheadForTokenClassification(ClearheadConfig(**SIZES)),
+        "architectures is 'ClearheadForTokenClassification': only ClearheadForCausalLM can be converted",
     ),
     "family": (
         lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4, eos_token_id=2)),

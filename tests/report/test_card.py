@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from clearhead.models import ClearheadConfig, ClearheadForSequenceClassification
 from clearhead.report.card import write_card
 from clearhead.runs.recipe_io import parse_recipe
-from tests.convert.support import ours
+from tests.convert.support import SIZES, ours
 from tests.report.example_run import make_run
 
 
@@ -96,3 +97,11 @@ def test_a_card_of_a_person_s_own_stays(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no model"):
         write_card(tmp_path)
     assert json.loads((source / "config.json").read_text())["model_type"] == "clearhead"
+
+
+def test_a_decoder_with_a_head_for_texts_is_not_called_an_encoder(tmp_path: Path) -> None:
+    model = ClearheadForSequenceClassification(ClearheadConfig(**SIZES, attention="differential"))
+    model.save_pretrained(tmp_path / "model")
+    text = write_card(tmp_path / "model").read_text()
+    assert "A model that gives texts their labels with differential attention V1" in text
+    assert "pipeline_tag: text-classification" in text and "encoder" not in text

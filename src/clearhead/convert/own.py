@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 
-from clearhead.convert.base import INVALID, Computation, Converter, NameLine, NameTable, Source
+from clearhead.convert.base import INVALID, Computation, Converter, NameLine, NameTable, Source, refuse
 from clearhead.convert.computing import ModelComputation
 from clearhead.convert.weights import ConversionError, Weights, reason
-from clearhead.models.autoload import MODULE_FILE, auto_map, module_text
+from clearhead.models.autoload import FAMILIES, MODULE_FILE, auto_map, module_text
 from clearhead.models.config import ClearheadConfig
+
+LANGUAGE_MODEL = "ClearheadForCausalLM"
 
 
 class Clearhead(Converter):
@@ -21,6 +23,9 @@ class Clearhead(Converter):
         return source.model_type == ClearheadConfig.model_type
 
     def configuration(self, source: Source) -> ClearheadConfig:
+        found = source.config.get("architectures") or [LANGUAGE_MODEL]
+        if found[0] != LANGUAGE_MODEL and found[0] in FAMILIES[ClearheadConfig.model_type].values():
+            raise refuse("architectures", found[0], f"only {LANGUAGE_MODEL} can be converted")
         try:
             return ClearheadConfig.from_dict(dict(source.config))
         except INVALID as error:
@@ -41,7 +46,7 @@ class Clearhead(Converter):
     def written(self, config: ClearheadConfig) -> dict[str, Any]:
         return {
             **config.to_diff_dict(),
-            "architectures": ["ClearheadForCausalLM"],
+            "architectures": [LANGUAGE_MODEL],
             "auto_map": auto_map(config.model_type),
         }
 

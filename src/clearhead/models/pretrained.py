@@ -86,7 +86,7 @@ class ClearheadPreTrainedModel(PreTrainedModel):
 
     def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """As Hugging Face's, with the card of the directory that is pushed or that the model was loaded from."""
-        card = _CARD.get() or read_card(self.name_or_path)
+        card = _CARD.get() or read_card(self.name_or_path or "")
         if card is not None:
             put_card(working_dir, card)
         return super()._upload_modified_files(working_dir, *args, **kwargs)

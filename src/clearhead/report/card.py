@@ -25,7 +25,7 @@ PIPELINES = {
 WHAT = {
     "AutoModelForCausalLM": "A causal language model",
     "AutoModelForMaskedLM": "An encoder for masked tokens",
-    "AutoModelForSequenceClassification": "An encoder that gives texts their labels",
+    "AutoModelForSequenceClassification": "A model that gives texts their labels",
     "AutoModelForSeq2SeqLM": "An encoder-decoder",
 }
 LICENCES = (("apache-2.0", "Apache License"), ("mit", "MIT License"), ("cc0-1.0", "CC0 1.0"))
