@@ -112,7 +112,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One entry a form."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    cast = {layer: tuple(x.to(dtype) for x in heads) for layer, heads in layers.items()}
+    cast = {layer: (q.to(dtype), k.to(dtype), v.to(dtype)) for layer, (q, k, v) in layers.items()}
     runs = {name: [op(kind, heads, sparse) for heads in cast.values()] for name, sparse in FORMS.items()}
 
     def turn(name: str) -> Call:
@@ -194,7 +194,12 @@ def main() -> None:
                 continue
             # A prefix of what was captured is what a shorter prompt has.
             some = {
-                layer: tuple(x[:, :, :tokens].contiguous() for x in heads) for layer, heads in layers.items()
+                layer: (
+                    q[:, :, :tokens].contiguous(),
+                    k[:, :, :tokens].contiguous(),
+                    v[:, :, :tokens].contiguous(),
+                )
+                for layer, (q, k, v) in layers.items()
             }
             for kind in ("softmax", "differential"):
                 for dtype in (torch.float32, torch.bfloat16):

@@ -91,6 +91,7 @@ class TitanAttention(BaseAttention):
         for name, module in self.layer.named_children():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=deviations.get(name, STD))
+        module: Any
         for module in self.layer.variant.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=STD)

@@ -22,7 +22,7 @@ from clearhead.runs.recipe import Recipe, RecipeError, Train
 from clearhead.runs.recipe_io import dump_toml, load_job, parse_recipe
 from clearhead.runs.rows import data_spec, training_rows
 from clearhead.train import trainer
-from clearhead.train.begun import begun_model
+from clearhead.train.begun import begun_model, with_attention
 from clearhead.train.comparison import check_models, prepare_rows
 from clearhead.train.optimiser import adamw
 from clearhead.train.pool import TrainingTask, place
@@ -331,7 +331,8 @@ def test_a_recipe_says_what_its_arms_begin_with(begun: dict[str, Path]) -> None:
         ({"model": {"from": "x", "hidden_size": 16}}, "model.hidden_size cannot be set beside model.from"),
         ({"tokenizer": {}}, "model.from needs the checkpoint's own tokenizer"),
         ({"model": {"from": 3}}, "model.from must name a checkpoint, got 3"),
-        ({"arms": [{"name": "a", "attention": "dex"}]}, "an arm differs in retrofit and train alone"),
+        ({"arms": [{"name": "a", "model": {"hidden_size": 16}}]}, "the model is the checkpoint's: leave out"),
+        ({"arms": [{"name": "a", "attention": "dex", "retrofit": {"attention": "dex"}}]}, "attention is retrofit's"),
         ({"arms": [{"name": "a", "retrofit": {"attention": "dx"}}]}, "unknown attention 'dx'"),
         ({"arms": [{"name": "a", "train": {"trainable": "new"}}]}, "a plain model has nothing new"),
         ({"model": {}, "tokenizer": {}, "arms": [{"name": "a", "retrofit": {"attention": "dex"}}]}, "set model.from"),
@@ -345,6 +346,17 @@ def test_recipes_that_cannot_be(change: dict[str, Any], words: str, begun: dict[
     raw["train"] |= change.pop("train", {})
     with pytest.raises(RecipeError, match=words):
         parse_recipe(raw | change, source="test")
+
+
+def test_an_arm_has_the_attention_of_its_checkpoint(begun: dict[str, Path], tmp_path: Path) -> None:
+    raw = recipe_of(begun["corpus"], str(begun["folder"] / "plain-0"), [{"name": "a", "attention": "dex"}])
+    with pytest.raises(RecipeError, match="attention 'dex' is not what its checkpoint has, 'softmax'"):
+        check_models(parse_recipe(raw, source="test"))
+    small_model("differential_v2", lambda_bias=-1.0).save_pretrained(tmp_path / "v2")
+    raw = recipe_of(begun["corpus"], str(begun["folder"] / "plain-0"), [{"name": "v2"}])
+    raw["model"] = {"from": str(tmp_path / "{arm}")}
+    told = with_attention(parse_recipe(raw, source="test")).for_arm("v2", 0)
+    assert (told.attention, told.model["attention_options"]) == ("differential_v2", {"lambda_bias": -1.0})
 
 
 @pytest.mark.parametrize(

@@ -206,8 +206,8 @@ def test_the_probe_is_the_loss_of_held_out_rows(corpus: Path) -> None:
             r"task: input should be 'causal', 'masked', 'seq2seq' or 'classify', got \"mask\"",
         ),
         (
-            {"model": {"from": "somewhere"}},
-            r'task = "masked" begins with no checkpoint: leave out model\.from',
+            {"model": {"from": "somewhere", "hidden_size": 16}, "tokenizer": {"source": "somewhere"}},
+            r"model\.hidden_size cannot be set beside model\.from: the model is the checkpoint's",
         ),
         (
             {"train": {"stop_at_mastery": True, "probe_every": 5}},

@@ -269,21 +269,53 @@ RECIPES = Path(__file__).parents[2] / "recipes"
     ids=lambda p: p.relative_to(RECIPES).with_suffix("").as_posix().replace("/", "-"),
 )
 def test_shipped_recipes_are_valid(shipped: Path, tmp_path: Path) -> None:
-    from clearhead.models import ClearheadConfig, ClearheadForCausalLM
     from clearhead.train.comparison import check_models
 
-    recipe = load_recipe(shipped)
+    # Examples are the user's own.
+    examples = tmp_path / "examples.jsonl"
+    lines = ({"text": f"number {i}", "label": "odd" if i % 2 else "even"} for i in range(20))
+    examples.write_text("\n".join(map(json.dumps, lines)))
+    overrides = []
+    if tomllib.loads(shipped.read_text()).get("task") == "classify":
+        overrides = [f"data.examples.source={examples}"]
+    recipe = load_recipe(shipped, overrides)
     assert recipe.name == "-".join(shipped.relative_to(RECIPES).with_suffix("").parts)
     assert recipe.description
     if FROM in recipe.model:
-        # What another recipe makes, untrained.
-        base = load_recipe(RECIPES / "retrofit" / "base.toml")
-        assert recipe.model[FROM] == f"runs/{base.name}/arms/plain/seed-{{seed}}/model"
-        assert {*recipe.seeds, *(recipe.sweep.seeds if recipe.sweep else [])} <= {*base.seeds}
-        config = ClearheadConfig(vocab_size=base.tokenizer.vocab_size, **base.model_of(base.arms[0]))
-        ClearheadForCausalLM(config).save_pretrained(tmp_path)
-        recipe = load_recipe(shipped, [f"model.from={tmp_path}"])
+        recipe = load_recipe(shipped, [*overrides, *untrained(recipe, tmp_path)])
     assert all(count > 0 for count in check_models(recipe).values())
+
+
+BASES = {"retrofit-base": RECIPES / "retrofit" / "base.toml", "encoder": RECIPES / "encoder.toml"}
+
+
+def untrained(recipe: Recipe, folder: Path) -> list[str]:
+    """What another recipe makes, untrained, as overrides of a recipe that begins with it; its names are checked."""
+    from clearhead.data.tokenizer import train_bpe, wrap
+    from clearhead.models import ClearheadConfig, ClearheadForCausalLM
+    from clearhead.models.tasks import task_of
+
+    named = Path(str(recipe.model[FROM]))
+    if named == Path("runs/smollm2-base"):
+        # A converted model: one of its family, of other sizes.
+        assert recipe.tokenizer.source == str(named) == recipe.evaluate.options("kept")["original"]
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        tiny = ClearheadConfig(vocab_size=300, num_key_value_heads=2, max_position_embeddings=512, **sizes)
+        ClearheadForCausalLM(tiny).save_pretrained(folder / "base")
+        return [f"model.from={folder / 'base'}"]
+    base = load_recipe(BASES[named.parts[1]])
+    arms = {arm.slug: arm for arm in base.arms}
+    wanted = {arm.slug for arm in recipe.arms} if "{arm}" in str(named) else {named.parts[3]}
+    assert named.parts == ("runs", base.name, "arms", named.parts[3], "seed-{seed}", "model")
+    assert wanted <= set(arms)
+    assert {*recipe.seeds, *(recipe.sweep.seeds if recipe.sweep else [])} <= {*base.seeds}
+    assert recipe.tokenizer.source == f"runs/{base.name}/arms/{base.arms[0].slug}/seed-0/model"
+    for slug in wanted:
+        config = task_of(base.task).planned(base, base.model_of(arms[slug]))
+        task_of(base.task).model_class(config).save_pretrained(folder / slug)
+    wrap(train_bpe(["one text"], 300, mask=True), mask=True).save_pretrained(folder / "tokenizer")
+    begin = folder / ("{arm}" if "{arm}" in str(named) else named.parts[3])
+    return [f"model.from={begin}", f"tokenizer.source={folder / 'tokenizer'}"]
 
 
 def test_the_documented_recipe_is_complete_and_true() -> None:
@@ -347,7 +379,7 @@ def test_the_documented_retrofit_is_complete() -> None:
     raw = tomllib.loads(text.partition("```toml")[2].partition("```")[0])
     shown = parse_recipe(raw, source="docs/retrofit.md")
     assert set(raw["arms"][1]["retrofit"]) == set(ArmRetrofit.model_fields)
-    assert shown.data.instructions is not None and shown.start_of(0) == raw["model"]["from"]
+    assert shown.data.instructions is not None and shown.start_of(shown.arms[0], 0) == raw["model"]["from"]
 
 
 def test_differences_name_the_key() -> None:

@@ -220,10 +220,10 @@ def _models(subject: Path, overrides: list[str], arm: str | None) -> "tuple[dict
         check_models(recipe)
         arms = recipe.arms if arm is None else [recipe.arm(arm)]
         if FROM in recipe.model:
-            from clearhead.train.begun import begun_config
+            from clearhead.train.begun import config_of
 
             return {
-                found.name: begun_config(recipe, found, recipe.seeds[0]) for found in arms
+                found.name: config_of(recipe, found, recipe.seeds[0]) for found in arms
             }, recipe.data.length
         task = task_of(recipe.task)
         return {

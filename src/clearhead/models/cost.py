@@ -50,9 +50,9 @@ def forward_flops_per_token(config: ClearheadConfig | ClearheadSeq2SeqConfig, co
 
     Two for every weight of a matrix product, 2·D + 2·E for every query head of every stream and visible key, and what
     the variant says of its own (`Variant.flops_per_token`: V2's λ projection); token i sees i + 1 keys, in an encoder
-    all of the row, or its layer's window. An encoder's head for masked tokens is counted for every token. Norms,
-    rotations and activations are left out. This is the cost of the mechanism: a lowering that computes scores more than
-    once (FlashDiffAttn_2) pays more. Training costs three times a forward pass.
+    all of the row, or its layer's window. An encoder's head for masked tokens is counted for every token, that of a
+    classifier of texts once a row. Norms, rotations and activations are left out. This is the cost of the mechanism: a
+    lowering that computes scores more than once (FlashDiffAttn_2) pays more. Training costs three times a forward pass.
 
     Of an encoder-decoder: a token that its encoder reads and one that its decoder writes, together, `context` tokens on
     both sides.
@@ -64,7 +64,7 @@ def forward_flops_per_token(config: ClearheadConfig | ClearheadSeq2SeqConfig, co
     assert config.intermediate_size is not None
     total = 2.0 * config.hidden_size * config.vocab_size
     if not config.causal:
-        total = _encoder_head(config)
+        total = _text_head(config) / context if _is_text_classifier(config) else _encoder_head(config)
     for kind, variant in _by_layer(config):
         mean_keys = mean_visible(context, kind.window, config.causal)
         sizes = variant.sizes
@@ -78,6 +78,15 @@ def forward_flops_per_token(config: ClearheadConfig | ClearheadSeq2SeqConfig, co
 def _encoder_head(config: ClearheadConfig) -> float:
     """FLOPs of the head for masked tokens, a token."""
     return 2.0 * config.hidden_size * (config.vocab_size + config.hidden_size)
+
+
+def _text_head(config: ClearheadConfig) -> float:
+    """FLOPs of the head for labels, a text."""
+    return 2.0 * config.hidden_size * (config.hidden_size + (config.num_labels or 0))
+
+
+def _is_text_classifier(config: ClearheadConfig) -> bool:
+    return (config.architectures or [""])[0].endswith("ForSequenceClassification")
 
 
 def _cross_flops(config: ClearheadSeq2SeqConfig, context: int) -> float:

@@ -232,12 +232,21 @@ def _named(source: str) -> str:
     return f"`{source if source.startswith('hf:') else Path(source).name}`"
 
 
+def _model_named(start: str) -> str:
+    """A model of a run from the run's name on, any other by its last name: nothing of the machine that it was on."""
+    parts = Path(start).parts
+    run = parts.index("arms") - 1 if "arms" in parts[1:] else len(parts) - 1
+    return "/".join(parts[run:])
+
+
 def _recipe(job: Mapping[str, Any]) -> str:
     if not job:
         return ""
     train = job["train"]
+    start = job.get("start")
+    began = f"It began with the weights of `{_model_named(start)}`. " if start else ""
     return (
-        f"## Recipe\n\n{train['tokens']:,} tokens in batches of {train['batch_tokens']:,}; AdamW, learning rate "
+        f"## Recipe\n\n{began}{train['tokens']:,} tokens in batches of {train['batch_tokens']:,}; AdamW, learning rate "
         f"{train['learning_rate']:g} ({train['schedule']}, warm-up {train['warmup']:.0%}), weight decay "
         f"{train['weight_decay']:g}, betas {train['betas'][0]:g} and {train['betas'][1]:g}, gradients clipped at "
         f"{train['grad_clip']:g}; seed {job['seed']}. Made by `clearhead compare` or `clearhead train`.\n"

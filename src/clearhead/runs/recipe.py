@@ -93,7 +93,7 @@ class Train(RecipeTable):
     probe_every: Annotated[int, Field(ge=0, le=10**9)] = 0
     mastery: Annotated[float, Field(gt=0, le=1)] = 0.9  # the probe accuracy that counts as mastered
     stop_at_mastery: bool = False
-    # Of a model that begins with a checkpoint: all of it, its attention, what a retrofit added, or that and LoRA.
+    # Of a model that begins with a checkpoint: all of it, its attention, what is new, or that and LoRA.
     trainable: Trainable = "everything"
     lora_rank: Annotated[int, Field(ge=1, le=2**14)] = 8
     lora_modules: tuple[Written, ...] = LINEAR
@@ -206,7 +206,7 @@ class Arm(RecipeTable):
     train: dict[str, Any] = Field(
         default_factory=dict
     )  # overrides of [train], only the keys in ARM_TRAIN_KEYS
-    retrofit: ArmRetrofit | None = None  # with model.from alone
+    retrofit: ArmRetrofit | None = None  # of causal, with model.from alone
 
     @property
     def slug(self) -> str:
@@ -275,8 +275,6 @@ class Recipe(RecipeTable):
                 raise ValueError(f"{here} masters no retrieval: leave out train.stop_at_mastery")
             if self.scaling is not None:
                 raise ValueError(f"{here} has no scaling study: leave out [scaling]")
-            if FROM in self.model:
-                raise ValueError(f"{here} begins with no checkpoint: leave out model.from")
         return self
 
     def arm(self, name: str) -> Arm:
@@ -295,10 +293,10 @@ class Recipe(RecipeTable):
         own = {"attention": arm.attention, "attention_options": arm.attention_options}
         return own if FROM in self.model else {**self.model, **arm.model, **own}
 
-    def start_of(self, seed: int) -> str | None:
-        """The checkpoint that training with `seed` begins with: model.from, in which {seed} stands for the seed."""
+    def start_of(self, arm: Arm, seed: int) -> str | None:
+        """The checkpoint that training `arm` with `seed` begins with: model.from, {arm} being the arm's slug."""
         found = self.model.get(FROM)
-        return None if found is None else str(found).replace("{seed}", str(seed))
+        return None if found is None else str(found).replace("{seed}", str(seed)).replace("{arm}", arm.slug)
 
     def for_arm(
         self, name: str, seed: int, *, learning_rate: float | None = None, tokens: int | None = None
@@ -322,7 +320,7 @@ class Recipe(RecipeTable):
             model=self.model_of(arm),
             train=Train.model_validate(train),
             evaluate=self.evaluate,
-            start=self.start_of(seed),
+            start=self.start_of(arm, seed),
             retrofit=arm.retrofit,
         )
 

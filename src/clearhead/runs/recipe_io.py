@@ -256,6 +256,22 @@ def _check_from(recipe: Recipe, source: str) -> None:
         )
 
 
+def _check_begun(recipe: Recipe, arm: Arm, here: str) -> None:
+    """What an arm may say of its model beside model.from; whether its attention is the checkpoint's is seen later."""
+    if arm.model:
+        raise RecipeError(
+            f"{here}: beside model.from the model is the checkpoint's: leave out the arm's model"
+        )
+    if arm.retrofit is not None and recipe.task != "causal":
+        raise RecipeError(
+            f'{here}: task = "{recipe.task}" knows no retrofit: the attention is that of the checkpoint in model.from'
+        )
+    if arm.retrofit is not None and (arm.attention != "softmax" or arm.attention_options):
+        raise RecipeError(
+            f"{here}: its attention is retrofit's: leave out attention and attention_options of the arm"
+        )
+
+
 def check_evaluate(evaluate: Evaluate, source: str, origins: Mapping[Location, str]) -> None:
     """Every evaluation's name and options. Raises RecipeError with the nearest name for what is not known."""
     known = names("evaluations")
@@ -287,11 +303,8 @@ def _check_arm(recipe: Recipe, arm: Arm, index: int, source: str, origins: Mappi
     begun = FROM in recipe.model
     if arm.retrofit is not None and not begun:
         raise RecipeError(f"{here}: retrofit needs a checkpoint to begin with: set model.from")
-    if begun and (arm.attention != "softmax" or arm.attention_options or arm.model):
-        raise RecipeError(
-            f"{here}: beside model.from an arm differs in retrofit and train alone: leave out attention, "
-            "attention_options and model"
-        )
+    if begun:
+        _check_begun(recipe, arm, here)
     if arm.retrofit is not None and arm.retrofit.attention not in known:
         raise RecipeError(
             f"{here}: retrofit.attention: unknown attention {arm.retrofit.attention!r}; "
@@ -311,7 +324,11 @@ def _check_arm(recipe: Recipe, arm: Arm, index: int, source: str, origins: Mappi
     train = validate(Train, merged, source, ("arms", index, "train"), origins)
     if not begun and train.trainable != "everything":
         raise RecipeError(f"{here}: train.trainable = {train.trainable!r} needs model.from")
-    if train.trainable == "new" and arm.retrofit is None:
+    if train.trainable == "new" and recipe.task in ("masked", "seq2seq"):
+        raise RecipeError(
+            f'{here}: train.trainable = "new": a checkpoint of task = "{recipe.task}" has all that the model has'
+        )
+    if train.trainable == "new" and arm.retrofit is None and recipe.task == "causal":
         raise RecipeError(f'{here}: train.trainable = "new" needs a retrofit: a plain model has nothing new')
     for table, keys in (("model", recipe.model), (f"arms.{index}.model", arm.model)):
         for key, reason in RESERVED_MODEL_KEYS.items():

@@ -164,7 +164,10 @@ def load_run(directory: str | Path) -> RunResults:
     recipe = read_toml(recipe_file)
     try:
         seeds = [int(seed) for seed in recipe.get("seeds", [0])]
-        named = [(str(arm["name"]), str(arm.get("attention", "softmax"))) for arm in recipe.get("arms", [])]
+        named = [
+            (str(arm["name"]), str({**arm, **arm.get("retrofit", {})}.get("attention", "softmax")))
+            for arm in recipe.get("arms", [])
+        ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{recipe_file} is not the recipe of a run: its seeds or arms cannot be read ({error})"

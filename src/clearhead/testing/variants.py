@@ -51,7 +51,7 @@ def make_layer(variant: Variant, backend: str = "auto") -> Attention:
     """A float64 layer around `variant` with RoPE and parameters that none is zero."""
     layer = Attention.__new__(Attention)
     ProjectedAttention.__init__(layer, variant, bias=False, context_dim=None)
-    layer.position = Rope(variant.shape.head_dim)
+    layer.position, layer.block_sparse = Rope(variant.shape.head_dim), None
     layer.automatic = backend == "auto"
     layer.backends = automatic_backends() if layer.automatic else (load_backend(backend),)
     generator = torch.Generator().manual_seed(3)

@@ -78,9 +78,12 @@ def run_comparison(
 
     Raises RunError or RecipeError before anything is trained; a job that fails later is in the outcome.
     """
+    from clearhead.train.begun import with_attention
+
     # A recipe that cannot be run leaves everything as it was.
     parameters = check_models(recipe) if grid is None else grid.parameters
     check_loggers(recipe)
+    recipe = with_attention(recipe)
     make, worker = (arm_tasks, WORKER) if grid is None else (grid.tasks, grid.worker)
     if fresh:
         set_aside(run_dir, say)
@@ -114,6 +117,7 @@ def prepare_rows(recipe: Recipe, run_dir: Path, say: Say) -> dict[str, Any]:
     from clearhead.data.prepare import prepare
     from clearhead.models.tasks import task_of
     from clearhead.runs.rows import check_validation, data_spec
+    from clearhead.train.begun import describe_head
 
     before = kept_data(run_dir)
     data = prepare(data_spec(recipe), progress=say, began=before)
@@ -125,6 +129,8 @@ def prepare_rows(recipe: Recipe, run_dir: Path, say: Say) -> dict[str, Any]:
     task = task_of(job.task)
     task.check(job, data)
     say(task.describe(job, data))
+    if (head := describe_head(recipe)) is not None:
+        say(head)
     return kept_data(run_dir) or {}
 
 
@@ -160,8 +166,13 @@ def _begun_with(recipe: Recipe) -> dict[str, str]:
     """The same of the files that training reads beside the corpus: instructions, examples and checkpoints."""
     from clearhead.train.begun import files_begun_with, files_read
 
-    seeds = [*recipe.seeds, *(recipe.sweep.seeds if recipe.sweep is not None else [])]
-    return files_read(recipe) | files_begun_with(map(recipe.start_of, seeds))
+    starts = (recipe.start_of(arm, seed) for seed in _all_seeds(recipe) for arm in recipe.arms)
+    return files_read(recipe) | files_begun_with(recipe.task, starts)
+
+
+def _all_seeds(recipe: Recipe) -> list[int]:
+    """Those of the comparison, then those of the sweep."""
+    return [*recipe.seeds, *(recipe.sweep.seeds if recipe.sweep is not None else [])]
 
 
 def bytes_needed(tasks: Sequence[TrainingTask], parameters: Mapping[str, int]) -> int:
@@ -200,20 +211,39 @@ def _sweep_tasks(recipe: Recipe, run_dir: Path) -> list[TrainingTask]:
 def _begun(recipe: Recipe, arm: Arm, here: str) -> int:
     """The parameters of an arm that begins with a checkpoint; RecipeError where one of its seeds cannot begin."""
     from clearhead.models.cost import parameters
-    from clearhead.train.begun import begun_config
+    from clearhead.models.tasks import task_of
+    from clearhead.train.begun import attention_of, config_of
 
-    seeds = [*recipe.seeds, *(recipe.sweep.seeds if recipe.sweep is not None else [])]
+    seeds = _all_seeds(recipe)
     if recipe.for_arm(arm.name, seeds[0]).train.trainable == "lora":
         from clearhead.train.lora import need_lora
 
         need_lora()
-    found = 0
+    models: list[tuple[dict[str, Any], int]] = []
     for seed in seeds if "{seed}" in str(recipe.model[FROM]) else seeds[:1]:
         try:
-            found = parameters(begun_config(recipe, arm, seed))
+            config = config_of(recipe, arm, seed, thorough=True)
+            models.append((attention_of(config), parameters(config, task_of(recipe.task).model_class)))
         except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:
             raise RecipeError(f"{here}: {' '.join(str(error).split())}") from error
-    return found
+        if models[-1] != models[0]:
+            raise RecipeError(
+                f"{here}: its checkpoints are different models: {_told(models[0])} with seed {seeds[0]}, "
+                f"{_told(models[-1])} with seed {seed}"
+            )
+    for key, value in models[0][0].items():
+        if arm.retrofit is None and key in arm.model_fields_set and getattr(arm, key) != value:
+            raise RecipeError(
+                f"{here}: {key} {getattr(arm, key)!r} is not what its checkpoint has, {value!r}: leave it out, or "
+                "begin with another checkpoint"
+            )
+    return models[0][1]
+
+
+def _told(model: tuple[dict[str, Any], int]) -> str:
+    """A model in a few words."""
+    (attention, options), count = model[0].values(), model[1]
+    return f"{attention} {options or ''}".strip() + f" of {count:,} parameters"
 
 
 def check_models(recipe: Recipe) -> dict[str, int]:

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
@@ -135,16 +137,16 @@ def _first() -> bool:
 
 
 def _save(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _alone():
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+        save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
 
 
 def _load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Into the tensors given."""
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = HuggingFaceStorageReader(str(folder))
     with _alone():
-        dcp.load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
+        load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 @contextmanager

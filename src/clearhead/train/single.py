@@ -30,8 +30,11 @@ def train_single(
     Raises RunError when the run directory cannot be used, ValueError or OSError from training.
     """
     # A recipe that cannot be run leaves everything as it was.
+    from clearhead.train.begun import with_attention
+
     parameters = check_models(recipe)
     check_loggers(recipe)
+    recipe = with_attention(recipe)
     task = _task(recipe, run_dir, arm, seed)
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if fresh and distributed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,12 +24,15 @@ class TrainedPart:
     merge: Callable[[], None] = lambda: None
 
 
-def choose_part(model: nn.Module, train: Train) -> TrainedPart:
+def choose_part(model: nn.Module, train: Train, new: Collection[str] | None = None) -> TrainedPart:
     """Make `train.trainable` of `model` trainable and nothing else.
 
     "everything"; "attention", the attention of all layers; "new", the variants' own parameters and the rows of
     projections that a softmax model does not have; "lora", these and low-rank matrices (PEFT's LoRA, rank
     `lora_rank`, alpha twice that, no dropout) beside every matrix whose name is in `lora_modules`.
+
+    new: names of the parameters that the checkpoint did not have (a head for other labels), where that is what is new,
+        not the attention. They are trained whatever else is.
 
     Raises ValueError where nothing would be trained, and MissingExtra without PEFT.
     """
@@ -42,6 +45,9 @@ def choose_part(model: nn.Module, train: Train) -> TrainedPart:
         for layer in layers:
             for parameter in layer.parameters():
                 parameter.requires_grad_(True)
+    if new is not None:
+        return _with_head(model, train, new)
+    if train.trainable == "attention":
         return TrainedPart()
     # Before anything is wrapped, while the projections have their names.
     rows = [
@@ -63,6 +69,22 @@ def choose_part(model: nn.Module, train: Train) -> TrainedPart:
         parameter.requires_grad_(True)
         parameter.register_hook(partial(_masked, mask[:, None]))
     return TrainedPart([parameter for parameter, _ in rows], merge)
+
+
+def _with_head(model: nn.Module, train: Train, new: Collection[str]) -> TrainedPart:
+    """Make the parameters `new` trainable too, and beside them low-rank matrices where they are asked for."""
+    # Before anything is wrapped, while they have their names.
+    fresh = [parameter for name, parameter in model.named_parameters() if name in new]
+    merge = TrainedPart().merge
+    if train.trainable == "lora":
+        from clearhead.train.lora import add_lora
+
+        merge = add_lora(model, train)
+    elif train.trainable == "new" and not fresh:
+        raise ValueError('train.trainable = "new": the checkpoint has the head for these labels already')
+    for parameter in fresh:
+        parameter.requires_grad_(True)
+    return TrainedPart(merge=merge)
 
 
 def _masked(mask: Tensor, gradient: Tensor) -> Tensor:

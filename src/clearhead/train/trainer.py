@@ -29,7 +29,14 @@ from clearhead.runs.recipe import Job, Train
 from clearhead.runs.rows import data_spec
 from clearhead.runs.status import read_status, write_status
 from clearhead.train import diagnostics
-from clearhead.train.begun import Schedules, begun_model, check_files, files_read, forget_start
+from clearhead.train.begun import (
+    Schedules,
+    begun_model,
+    check_files,
+    files_read,
+    forget_start,
+    new_parameters,
+)
 from clearhead.train.callbacks import Journal, Probe, SaveAt, StatusCallback, TrainingError
 from clearhead.train.checkpoint import (
     drop_old,
@@ -83,7 +90,7 @@ def train_job(job: Job, job_dir: Path) -> None:
     set_seed(job.seed)
     task = task_of(job.task)
     model = build_model(job, data) if job.start is None else begun_model(job, job_dir, data)
-    part = choose_part(model, job.train)
+    part = choose_part(model, job.train, new_parameters(job, job_dir))
     arguments = _arguments(job, job_dir, rows_at_once, accumulated)
     spread(model, job, arguments)
     resume = newest_complete(job_dir / "checkpoints", partial(_note, job_dir, first), first=first)

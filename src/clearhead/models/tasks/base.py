@@ -55,6 +55,7 @@ class Task(ABC):
 
     model_type, auto: the family of models, and the Auto class of transformers that makes them.
     what: what such a model is called in a sentence. forward: what a forward pass in training is told besides.
+    decides: the beginning of the names of parameters that stand for the labels of the data.
     """
 
     name: ClassVar[TaskName]
@@ -62,6 +63,7 @@ class Task(ABC):
     auto: ClassVar[str]
     what: ClassVar[str]
     forward: ClassVar[Mapping[str, Any]] = {}
+    decides: ClassVar[tuple[str, ...]] = ()
 
     @property
     def config_class(self) -> type[ClearheadConfig]:
@@ -107,7 +109,10 @@ class Task(ABC):
 
     def config(self, model: Mapping[str, Any], vocab_size: int, **tokens: Any) -> ClearheadConfig:
         """The configuration of a recipe's keys; `tokens`: the tokenizer's, and what the data decide (`also`)."""
-        return self.config_class(vocab_size=vocab_size, **model, **tokens)
+        made = self.config_class(vocab_size=vocab_size, **model, **tokens)
+        # What it costs depends on the head.
+        made.architectures = [self.model_class.__name__]
+        return made
 
     def complete(self, model: Mapping[str, Any], length: int) -> dict[str, Any]:
         """A recipe's keys with what it leaves out (`models.start`)."""

@@ -59,6 +59,7 @@ class ClassifyTask(Task):
     model_type = "clearhead_encoder"
     auto = "AutoModelForSequenceClassification"
     what = "an encoder, which gives texts their labels"
+    decides = ("classifier.",)
 
     def rows(self, job: Job, data: PreparedData) -> TrainingRows:
         found = example_set(job)
