@@ -91,12 +91,12 @@ class TitanAttention(BaseAttention):
         for name, module in self.layer.named_children():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=deviations.get(name, STD))
-        module: Any
-        for module in self.layer.variant.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=STD)
-            elif hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+        part: Any
+        for part in self.layer.variant.modules():
+            if isinstance(part, nn.Linear):
+                nn.init.trunc_normal_(part.weight, std=STD)
+            elif hasattr(part, "reset_parameters"):
+                part.reset_parameters()
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         """The angles of a new layer."""
