@@ -186,9 +186,15 @@ def tables(arms: Mapping[str, ArmResults], scratch: set[str], seeds: Sequence[in
         if plain is None:
             continue
         others = {name: value for name, value in values.items() if value is not None and name != PLAIN}
-        found = adjust(
-            {name: (unpaired if name in scratch else paired)(value, plain) for name, value in others.items()}
-        )
+        against = {
+            name: (unpaired if name in scratch else paired)(value, plain) for name, value in others.items()
+        }
+        against |= {
+            f"{name}, against {control}": paired(others[name], others[control])
+            for name, control in CONTROLS.items()
+            if name in others and control in others
+        }
+        found = adjust(against)
         arrow = {"lower": " ↓", "higher": " ↑", None: ""}[measure.better]
         rows = [f"### {measure.name}{arrow}", "", "| arm | mean | minus plain (95 %) | p, adjusted |"]
         rows += ["|---|---|---|---|", f"| {PLAIN} | {decimal(float(np.mean(plain)), measure.digits)} | | |"]
