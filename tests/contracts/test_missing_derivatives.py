@@ -61,7 +61,7 @@ def tangent_of_gradient(backend: str) -> Tensor | None:
 
 
 @needs_kernel
-@pytest.mark.parametrize("backend", ["auto", "cpu"])
+@pytest.mark.parametrize("backend", ["auto", "cpu", "sdpa"])
 def test_the_gradient_of_a_recorded_pass(backend: str) -> None:
     assert tangent_of_gradient("eager") is not None
     with pytest.raises(RuntimeError, match=r'nor of its gradients.*backend="eager"'):

@@ -180,7 +180,7 @@ def test_some_rows_of_a_mask_are_those_of_the_whole() -> None:
             torch.randint(0, 9, (B, keys), generator=generator),
         ),
     }
-    assert set(parts) == {field.name for field in fields(MaskSpec)} - {"offset"}
+    assert set(parts) == {field.name for field in fields(MaskSpec)} - {"offset", "sparse"}
     for offset in (None, 2, torch.tensor(3)):
         mask = MaskSpec(offset=offset, **parts)
         whole = mask.materialise(queries, keys, torch.float64, torch.device("cpu"))

@@ -300,7 +300,7 @@ def test_what_looks_inside_a_model_sees_every_stream() -> None:
     assert [q.shape[1] for q in streams.q] == [6, 2] and len(streams.k) == 2
     kind, angles, weights = measured(streams, torch.arange(5))
     assert kind == "Θ" and len(angles) == len(weights) == (6 + 2) * 5 * 2
-    assert sum(x.numel() for x in visible_logits(streams)) == (6 + 2) * 7 * 8 // 2
+    assert sum(x.numel() for x in visible_logits(streams, None)) == (6 + 2) * 7 * 8 // 2
 
 
 def test_its_float32_parameters_stay_so(tmp_path: Any) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -123,14 +124,29 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
 
 
 def _name_what_is_missing(out: Tensor) -> None:
-    """Have a second derivative of a fused kernel say who has it; PyTorch's math path has it and stays as it is."""
+    """Have derivatives of a fused kernel's gradient say who has them; PyTorch's math path has them and stays."""
     node = out.grad_fn
     if (
         node is not None
         and node.name().startswith("ScaledDotProduct")
         and not torch._C._are_functorch_transforms_active()
     ):
+        node.register_prehook(_watch_cotangents)
         node.register_hook(_watch_gradients)
+
+
+def _watch_cotangents(cotangents: Sequence[Tensor | None]) -> None:
+    for cotangent in cotangents:
+        # Dual numbers reach the backward pass of a forward pass that had none.
+        if (
+            cotangent is not None
+            and forward_ad._current_level >= 0
+            and forward_ad.unpack_dual(cotangent).tangent is not None
+        ):
+            raise RuntimeError(
+                "PyTorch's fused attention has no forward-mode derivatives, neither of its output nor of its "
+                'gradients: take backend="eager" for jvp, jacfwd and dual numbers'
+            )
 
 
 def _watch_gradients(gradients: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -61,3 +62,10 @@ def as_scalars(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {
         f"{name}/layer_{layer}": value for name, values in found.items() for layer, value in values.items()
     }
+
+
+def writer(folder: Path, resumed_step: int) -> Any:
+    """TensorBoard's writer, without what was logged after the step that is gone on from."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=resumed_step if folder.exists() else None)

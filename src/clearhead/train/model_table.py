@@ -39,6 +39,7 @@ class ModelTable(BaseModel):
     tie_word_embeddings: bool = False
     use_cache: bool = True
     compact_cache: bool = False
+    block_sparse: dict[str, Any] | None = None
     # Of encoders.
     classifier_pooling: str = "mean"
     classifier_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

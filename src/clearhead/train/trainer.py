@@ -124,7 +124,7 @@ def train_job(job: Job, job_dir: Path) -> None:
     if begins(model):
         trainer.add_callback(Schedules())
     if first and "tensorboard" in job.train.report_to:
-        trainer.add_callback(TensorBoardCallback(_writer(job_dir / "tensorboard", resumed_step)))
+        trainer.add_callback(TensorBoardCallback(diagnostics.writer(job_dir / "tensorboard", resumed_step)))
     if job.train.probe_every:
         trainer.add_callback(Probe(journal, make_probe(task, job, data, model), job.train))
     # Whatever has no better name for what it could not write, TensorBoard's events say.
@@ -392,9 +392,3 @@ def _arguments(job: Job, job_dir: Path, rows_at_once: int, accumulated: int) -> 
         dataloader_drop_last=True,
         dataloader_pin_memory=cuda,
     )
-
-
-def _writer(folder: Path, resumed_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=resumed_step if folder.exists() else None)
