@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -16,10 +17,11 @@ from clearhead.report.drawing.frame import (
     ink,
     legend,
     new_figure,
+    place_of,
     reference_lines,
     y_axis,
 )
-from clearhead.report.palette import MUTED, PAPER, PARTS, RULE, TEXT
+from clearhead.report.palette import ARMS, MUTED, PAPER, PARTS, RULE, TEXT
 
 
 def _error(values: Sequence[float], series: BarSeries) -> list[list[float]] | None:
@@ -29,6 +31,17 @@ def _error(values: Sequence[float], series: BarSeries) -> list[list[float]] | No
     below = [max(0.0, value - bound) for value, bound in zip(values, low, strict=True)]
     above = [max(0.0, bound - value) for value, bound in zip(values, high, strict=True)]
     return [below, above]
+
+
+def _filling(series: BarSeries, arms: Arms, index: int) -> dict[str, Any]:
+    """Colour of a bar, hatched from the ninth arm on, where the colours begin anew."""
+    anew = place_of(series.arm, arms, index) >= len(ARMS)
+    return {
+        "facecolor": ink(series.arm, arms, index).light,
+        "edgecolor": PAPER.light,
+        "linewidth": 0.0,
+        "hatch": "////" if anew else None,
+    }
 
 
 def draw_bars(chart: BarChart, arms: Arms) -> Figure:
@@ -45,7 +58,7 @@ def draw_bars(chart: BarChart, arms: Arms) -> Figure:
             x,
             values,
             width * (0.72 if single else 0.9),
-            color=ink(series.arm, arms, index).light,
+            **_filling(series, arms, index),
             yerr=_error(values, series),
             error_kw={"ecolor": TEXT.light, "elinewidth": 1.0, "capsize": 2.5, "capthick": 1.0},
         )
@@ -63,7 +76,7 @@ def draw_bars(chart: BarChart, arms: Arms) -> Figure:
         axes.set_xticks(range(len(chart.groups)), chart.groups)
         legend(
             figure,
-            [Patch(color=ink(s.arm, arms, i).light, label=s.name) for i, s in enumerate(chart.series)],
+            [Patch(**_filling(s, arms, i), label=s.name) for i, s in enumerate(chart.series)],
         )
     reference_lines(axes, chart.references)
     return figure
