@@ -31,12 +31,15 @@ def train_single(
     """
     # A recipe that cannot be run leaves everything as it was.
     from clearhead.train.begun import with_attention
+    from clearhead.train.spread import rows_of_device
 
     parameters = check_models(recipe)
     check_loggers(recipe)
     recipe = with_attention(recipe)
     task = _task(recipe, run_dir, arm, seed)
-    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rows_of_device(task.job, world)
+    distributed = world > 1
     if fresh and distributed:
         raise RunError(f"--fresh does not work under torchrun; move {str(run_dir)!r} away and start again")
     with ExitStack() as held:
