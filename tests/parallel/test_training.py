@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from clearhead.runs.recipe import RecipeError
+from clearhead.train import single
 from clearhead.train.callbacks import TrainingError
 from clearhead.train.checkpoint import damage, newest_complete
 from clearhead.train.single import train_single
@@ -187,6 +188,27 @@ def test_a_number_of_processes_that_does_not_fit_leaves_no_run_behind(
             training.recipe(folder, "V1"), folder / "run", arm="arm", seed=0, fresh=False, say=lambda _: None
         )
     assert not (folder / "run").exists()
+
+
+def test_the_other_processes_touch_no_run_before_the_first_has_made_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    came: list[str] = []
+
+    def made(_: float) -> None:
+        assert not (folder / "run").exists()
+        came.append("job.json")
+        (folder / "run/arms/arm/seed-0").mkdir(parents=True)
+        (folder / "run/arms/arm/seed-0/job.json").touch()
+
+    monkeypatch.setattr(single.time, "sleep", made)
+    monkeypatch.setattr(single, "run_job", lambda *_, **__: came.append("training"))
+    train_single(
+        training.recipe(folder, "V1"), folder / "run", arm="arm", seed=0, fresh=False, say=lambda _: None
+    )
+    assert came == ["job.json", "training"]
 
 
 def test_what_fsdp_does_not_train_is_refused(tmp_path: Path) -> None:

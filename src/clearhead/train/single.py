@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -53,8 +54,20 @@ def train_single(
             check_space(run_dir, bytes_needed([task], parameters))
             place(task, prepare_rows(recipe, run_dir, say))
             held.enter_context(_watched(task, watcher or Silent()))
+        else:
+            _await(task)
         run_job(task.job, task.directory, evaluate=False)
     return task.directory
+
+
+def _await(task: TrainingTask) -> None:
+    """Wait until the first process has made the run and placed the job.
+
+    What another writes before, such as a model to begin with, would make the directory one that is no run. Whoever
+    started the processes ends them all when the first one fails.
+    """
+    while not (task.directory / "job.json").exists():
+        time.sleep(POLL_SECONDS)
 
 
 @contextmanager
