@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ def test_the_other_processes_touch_no_run_before_the_first_has_made_it(
         (folder / "run/arms/arm/seed-0").mkdir(parents=True)
         (folder / "run/arms/arm/seed-0/job.json").touch()
 
-    monkeypatch.setattr(single.time, "sleep", made)
+    monkeypatch.setattr(time, "sleep", made)
     monkeypatch.setattr(single, "run_job", lambda *_, **__: came.append("training"))
     train_single(
         training.recipe(folder, "V1"), folder / "run", arm="arm", seed=0, fresh=False, say=lambda _: None
