@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from clearhead.runs.recipe import RecipeError
+from clearhead.train import single
 from clearhead.train.callbacks import TrainingError
 from clearhead.train.checkpoint import damage, newest_complete
+from clearhead.train.single import train_single
 from clearhead.train.spread import rows_of_device
 from tests.parallel import ranks, training
 
@@ -158,7 +161,7 @@ def test_half_written_and_damaged_checkpoints_are_left(folder: Path) -> None:
         ({"rows": 1}, 4, (1, 2)),
         ({"rows": 2}, 1, (2, 4)),
         ({}, 3, "8 rows a step, which 3 processes cannot share evenly; make it a multiple of 96"),
-        ({"rows": 3}, 2, "train.parallel.rows = 3 does not divide the 4 rows of a step .* a multiple of 192"),
+        ({"rows": 8}, 2, "train.parallel.rows = 8 does not divide the 4 rows of a step .* a multiple of 512"),
     ],
 )
 def test_rows_of_a_device(tmp_path: Path, parallel: dict[str, Any], processes: int, expected: Any) -> None:
@@ -168,6 +171,45 @@ def test_rows_of_a_device(tmp_path: Path, parallel: dict[str, Any], processes: i
             rows_of_device(job, processes)
     else:
         assert rows_of_device(job, processes) == expected
+
+
+def test_rows_that_no_number_of_processes_can_take_are_refused_by_the_recipe(tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"rows = 3 does not divide the 8 rows of a step .* a multiple of 96,"
+    ):
+        training.recipe(tmp_path, "V1", parallel={"rows": 3})
+
+
+def test_a_number_of_processes_that_does_not_fit_leaves_no_run_behind(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(TrainingError, match="8 rows a step, which 3 processes cannot share evenly"):
+        train_single(
+            training.recipe(folder, "V1"), folder / "run", arm="arm", seed=0, fresh=False, say=lambda _: None
+        )
+    assert not (folder / "run").exists()
+
+
+def test_the_other_processes_touch_no_run_before_the_first_has_made_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    came: list[str] = []
+
+    def made(_: float) -> None:
+        assert not (folder / "run").exists()
+        came.append("job.json")
+        (folder / "run/arms/arm/seed-0").mkdir(parents=True)
+        (folder / "run/arms/arm/seed-0/job.json").touch()
+
+    monkeypatch.setattr(time, "sleep", made)
+    monkeypatch.setattr(single, "run_job", lambda *_, **__: came.append("training"))
+    train_single(
+        training.recipe(folder, "V1"), folder / "run", arm="arm", seed=0, fresh=False, say=lambda _: None
+    )
+    assert came == ["job.json", "training"]
 
 
 def test_what_fsdp_does_not_train_is_refused(tmp_path: Path) -> None:

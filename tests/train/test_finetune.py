@@ -1,6 +1,7 @@
 """Encoders and encoder-decoders that begin with a checkpoint: what stays, what is drawn anew, what is refused."""
 
 import json
+import logging
 import shutil
 import signal
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.train import finetune_runs, small
 from tests.train.finetune_runs import begun, checkpoint, recipe, weights
 from tests.train.task_runs import SAVE_EVERY, STEPS
+from transformers.distributed import mixin
 
 from clearhead.data.readers import CorpusError
 from clearhead.runs.files import BrokenFile
@@ -49,6 +51,20 @@ def test_a_classifier_is_the_checkpoint_under_a_new_head(corpus: Path, arm: str,
         "classifier.weight",
         "classifier.bias",
     }
+
+
+def test_whichever_process_comes_first_writes_the_start_and_nothing_is_reported(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers lets no process but the first write, once they have met; here it is the second that has the lock."""
+    one = begun(recipe(corpus, "classify"), "V1", tmp_path / "one").state_dict()
+    monkeypatch.setattr(mixin, "_is_torch_distributed_initialized", lambda: True)
+    monkeypatch.setattr(mixin, "_get_torch_distributed_rank", lambda: 1)
+    log = logging.getLogger("transformers")
+    monkeypatch.setattr(log, "propagate", True)
+    two = begun(recipe(corpus, "classify"), "V1", tmp_path / "two").state_dict()
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_a_new_head_is_the_seed_s_and_the_same_for_twins(corpus: Path, tmp_path: Path) -> None:

@@ -23,11 +23,12 @@ from clearhead.cli.console import AGAIN_SECONDS, Interrupted, interruptible
 from clearhead.data.cache import write_atomic
 from clearhead.data.writing import Unwritten, writing
 from clearhead.evals.asking.sample_log import SampleLog
+from clearhead.models import ClearheadConfig, ClearheadForCausalLM
 from clearhead.report import charts
 from clearhead.runs.directory import RunError, check_writable, set_aside
 from clearhead.runs.files import write_text
 from clearhead.runs.status import Status, read_status, write_status
-from clearhead.train import trainer, worker
+from clearhead.train import sharded, trainer, worker
 from clearhead.train.callbacks import Journal, StatusCallback
 from clearhead.train.pool import TrainingTask
 
@@ -70,6 +71,18 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path: Path, name: str
     assert str(told.value) == (
         f"{tmp_path / name} cannot be written (File too large); make room and give the same command again"
     )
+
+
+def test_a_full_disk_is_told_of_a_shared_checkpoint_too(tmp_path: Path) -> None:
+    """PyTorch's error of a distributed checkpoint is no Exception, so that nobody would catch it."""
+    config = ClearheadConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+    model = ClearheadForCausalLM(config)
+    with full_disk(60), pytest.raises(Unwritten, match=r"\(File too large\); make room"), writing(tmp_path):
+        sharded.save_weights(tmp_path / "checkpoint-1", model)
+    sharded.save_weights(tmp_path / "checkpoint-2", model)
+    next((tmp_path / "checkpoint-2" / "weights").iterdir()).unlink()
+    with pytest.raises(Exception, match=r"weights|metadata|[Mm]issing"):
+        sharded.load_weights(tmp_path / "checkpoint-2", model)
 
 
 def test_another_error_stays_what_it_is(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -313,3 +316,45 @@ def test_manifests_and_headers_are_json_and_nothing_is_pickled(texts: Path, cach
     for name, raw in shard_files(cache).items():
         if name.endswith(".json"):
             json.loads(raw)
+
+
+def in_folder(texts: Path, folder: Path) -> DataSpec:
+    return DataSpec(str(texts / "books"), vocab_size=300, validation_fraction=0.2, tokenized=str(folder))
+
+
+def test_tokens_are_read_where_nothing_can_be_written(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = DataSpec(
+        source=str(texts / "books"),
+        vocab_size=300,
+        validation_fraction=0.2,
+        tokenized=str(tmp_path / "tokens"),
+    )
+    first = prepare(made)
+    shutil.rmtree(tmp_path / "tokens" / "stamps", ignore_errors=True)
+    monkeypatch.setattr(stamps, "UNSETTLED_NANOSECONDS", 0)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "tokens"))
+
+    monkeypatch.setattr(streams, "locked", refuse)
+    monkeypatch.setattr(stamps, "replacing", refuse)
+    assert prepare(made).identity == first.identity
+    with pytest.raises(
+        CorpusError, match=r"corpus\.tokenized: no tokens can be written to .* \(Permission denied"
+    ):
+        prepare(replace(made, tokenized=str(tmp_path / "others")))
+
+
+def test_a_file_is_no_folder_for_tokens(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("")
+    with pytest.raises(CorpusError, match=r"corpus\.tokenized: no tokens can be written to .* name a folder"):
+        prepare(
+            DataSpec(
+                source=str(texts / "books"),
+                vocab_size=300,
+                validation_fraction=0.2,
+                tokenized=str(tmp_path / "tokens"),
+            )
+        )

@@ -6,6 +6,7 @@ keeps what the system said of a file (size, times of content and of entry, numbe
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -19,6 +20,8 @@ from clearhead.data.writing import replacing
 State = list[int]
 # A file that changed this short a time ago may change again without a later time being written.
 UNSETTLED_NANOSECONDS = 2 * 10**9
+# What the system says of a place where nobody, or not this user, may write.
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST}
 
 
 def state_of(file: SourceFile) -> State:
@@ -48,9 +51,14 @@ def quick_sources(corpus: Corpus, folder: Path) -> dict[str, str]:
         if state[2] < time.time_ns() - UNSETTLED_NANOSECONDS:
             kept[file.name] = state, stamp
     if kept != known:
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(table) as part:
-            part.write_text(json.dumps(kept), encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(table) as part:
+                part.write_text(json.dumps(kept), encoding="utf-8")
+        except OSError as error:
+            # Tokens may be read where nothing can be written; the table only spares the next look.
+            if error.errno not in NOT_WRITABLE:
+                raise
     return found
 
 

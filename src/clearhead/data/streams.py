@@ -25,7 +25,7 @@ from clearhead.data.cache import cache_dir, digest_json, fingerprint
 from clearhead.data.readers import Corpus, CorpusError
 from clearhead.data.shards import MANIFEST, TokenizedSource
 from clearhead.data.spec import DataSpec, PreparedData, Progress, TextSource
-from clearhead.data.stamps import quick_sources
+from clearhead.data.stamps import NOT_WRITABLE, quick_sources
 from clearhead.data.store import DamagedStore, TokenStore, TokenWriter
 from clearhead.data.streamed import RESIDENT, WHOLE, StreamedText, whole_shares
 from clearhead.data.tokenizer import get_tokenizer, load_pretrained, tokenizer_files
@@ -85,16 +85,33 @@ def prepare_stream(
     if began is not None:
         check_text(began, made_from, (known_sources(root, began), files))
     folder = root / "mixtures" / digest_json(made_from)[:32]
-    with locked(folder, say), writing(root):
-        prepared = None if verify else load(folder, root)
-        if prepared is None:
-            Building(spec, made_from, folder, root, say).build(corpora, shares, files, verify=verify)
-            prepared = load(folder, root)
+    # Without the lock first: what is there may lie in a folder that only its maker can write in.
+    prepared = None if verify else load(folder, root)
+    if prepared is None:
+        with _writable(root), locked(folder, say), writing(root):
+            prepared = None if verify else load(folder, root)
+            if prepared is None:
+                Building(spec, made_from, folder, root, say).build(corpora, shares, files, verify=verify)
+                prepared = load(folder, root)
     if prepared is None:
         raise CorpusError(f"the tokens just written to '{root}' cannot be read back: check the disk")
     if began is not None:
         check_tokens(began, prepared.identity, folder)
     return prepared
+
+
+@contextmanager
+def _writable(root: Path) -> Iterator[None]:
+    """CorpusError, naming the key, where `root` is no folder that can be written in."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        raise CorpusError(
+            f"corpus.tokenized: no tokens can be written to '{root}' ({error.strerror}); name a folder that can be "
+            "written, or the one where this text's tokens lie already"
+        ) from error
 
 
 def flat(stamps: Mapping[str, Mapping[str, str]]) -> dict[str, str]:

@@ -215,6 +215,12 @@ def _cross_check(recipe: Recipe, source: str, origins: Mapping[Location, str]) -
             f"{source}: train.batch_tokens = {batch} is not a multiple of data.length = {length}; "
             f"the nearest that is: {max(1, round(batch / length)) * length}"
         )
+    rows = recipe.train.parallel.rows
+    if rows and batch // length % rows:
+        raise RecipeError(
+            f"{source}: train.parallel.rows = {rows} does not divide the {batch // length} rows of a step "
+            f"(train.batch_tokens / data.length); make train.batch_tokens a multiple of {rows * length}, or change rows"
+        )
     budgets = {
         "train.tokens": recipe.train.tokens,
         "sweep.tokens": None if recipe.sweep is None else recipe.sweep.tokens,

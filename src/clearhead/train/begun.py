@@ -98,6 +98,8 @@ def _write_saved(job: Job, job_dir: Path, folder: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     try:
         model, new = begin(task, open_saved(job.start, task), job)
+        # Where processes have met already, transformers lets the first one alone write; here it is who came first.
+        model.should_save_on_this_rank = lambda is_main_process: is_main_process
         with writing(folder):
             model.save_pretrained(part)
             write_json(part / NEW, {"new": list(new)})

@@ -18,9 +18,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from clearhead.runs.checksums import fault, seal
-from clearhead.train.sharded import BUFFERS, VALUES, WEIGHTS
 
 MARKER = "complete"
+# Of a model shared out over processes (`clearhead.train.sharded`, whose imports a single process can do without).
+WEIGHTS = "weights"
+OPTIMISER = "optimiser"
+BUFFERS = "buffers.safetensors"
+VALUES = "sharded.json"
 _TENSORS = "optimizer.safetensors"
 _VALUES = "optimizer.json"
 _NEEDED = ("model.safetensors", _TENSORS, _VALUES, "random-0.safetensors", "trainer_state.json")

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -30,11 +31,7 @@ from transformers import PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from clearhead.models.blocks import ClearheadLayer
-
-WEIGHTS = "weights"
-OPTIMISER = "optimiser"
-BUFFERS = "buffers.safetensors"
-VALUES = "sharded.json"
+from clearhead.train.checkpoint import BUFFERS, OPTIMISER, VALUES, WEIGHTS
 
 
 def shard(model: PreTrainedModel, device: str) -> None:
@@ -151,7 +148,14 @@ def _load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Without being told, at every checkpoint, that a single process is one."""
+    """Without being told, at every checkpoint, that a single process is one; errors are the first process's own.
+
+    PyTorch's error of a checkpoint, which a full disk is too, is no Exception: nobody who waits for one would see it.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            first: BaseException = error.failures[min(error.failures)][0]
+            raise first from error

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -31,12 +32,15 @@ def train_single(
     """
     # A recipe that cannot be run leaves everything as it was.
     from clearhead.train.begun import with_attention
+    from clearhead.train.spread import rows_of_device
 
     parameters = check_models(recipe)
     check_loggers(recipe)
     recipe = with_attention(recipe)
     task = _task(recipe, run_dir, arm, seed)
-    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rows_of_device(task.job, world)
+    distributed = world > 1
     if fresh and distributed:
         raise RunError(f"--fresh does not work under torchrun; move {str(run_dir)!r} away and start again")
     with ExitStack() as held:
@@ -50,8 +54,20 @@ def train_single(
             check_space(run_dir, bytes_needed([task], parameters))
             place(task, prepare_rows(recipe, run_dir, say))
             held.enter_context(_watched(task, watcher or Silent()))
+        else:
+            _await(task)
         run_job(task.job, task.directory, evaluate=False)
     return task.directory
+
+
+def _await(task: TrainingTask) -> None:
+    """Wait until the first process has made the run and placed the job.
+
+    What another writes before, such as a model to begin with, would make the directory one that is no run. Whoever
+    started the processes ends them all when the first one fails.
+    """
+    while not (task.directory / "job.json").exists():
+        time.sleep(POLL_SECONDS)
 
 
 @contextmanager

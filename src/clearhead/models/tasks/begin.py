@@ -144,12 +144,16 @@ def begin(task: Task, saved: SavedModel, job: Job) -> tuple[Any, tuple[str, ...]
 def _without_report() -> Iterator[None]:
     """transformers warns of every head that is not in the file; what is missing is looked at here."""
     log = logging.getLogger("transformers.modeling_utils")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    # Not by its level: one of its own makes transformers report every model as one that was not sharded.
+    log.addFilter(_is_error)
     try:
         yield
     finally:
-        log.setLevel(level)
+        log.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 @torch.no_grad()
