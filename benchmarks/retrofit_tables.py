@@ -232,9 +232,9 @@ def main() -> None:
             f"{options.runs}: no seed has been evaluated with every arm; run the comparisons again"
         )
     head = (
-        f"Seeds {', '.join(map(str, seeds))}. ▲ better, ▼ worse than the plain models trained on, or than the control that "
-        "a row names, where the p-value adjusted for the comparisons of the measure (Holm) is below 0.05; the intervals "
-        "are not adjusted."
+        f"Seeds {', '.join(map(str, seeds))}. ▲ better, ▼ worse than the plain models trained on, or than the control "
+        "that a row names, where the p-value adjusted for the comparisons of the measure (Holm) is below 0.05; the "
+        "intervals are not adjusted."
     )
     found = [head, *tables(everything, set(scratch), seeds)]
     print("\n\n".join(found))

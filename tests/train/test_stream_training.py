@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from tests.train import stream_runs
 from tests.train.stream_runs import LENGTH, ROWS, SAVE_EVERY, STEPS, recipe, together
 
@@ -24,12 +23,7 @@ from clearhead.train.trainer import train_job
 TOTAL = STEPS * ROWS
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

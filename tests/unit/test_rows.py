@@ -9,7 +9,7 @@ from tests.train.small import write_corpus
 from clearhead.data.prepare import PreparedData, prepare
 from clearhead.runs.recipe import Job
 from clearhead.runs.recipe_io import parse_recipe
-from clearhead.runs.rows import check_validation, data_spec, describe_text, epochs_of_text, training_rows
+from clearhead.runs.rows import check_validation, data_spec, describe_text, epochs_by_source, training_rows
 from clearhead.train.comparison import prepare_rows
 
 
@@ -48,7 +48,8 @@ def test_epochs_are_those_of_the_rows(data: dict[str, Any], tmp_path: Path) -> N
     job, found = prepared(write_corpus(tmp_path / "text"), 0.3, data, 64_000)
     rows = training_rows(job, found)
     text = sum(rows.kind(index) == "text" for index in range(len(rows)))
-    assert epochs_of_text(job, found) == pytest.approx(text / len(rows.text), rel=0.01)  # type: ignore[arg-type]
+    (epochs,) = epochs_by_source(job, found).values()
+    assert epochs == pytest.approx(text / len(rows.text), rel=0.01)  # type: ignore[arg-type]
 
 
 def test_a_text_that_is_read_too_often_is_said(tmp_path: Path) -> None:

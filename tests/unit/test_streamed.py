@@ -22,7 +22,8 @@ from clearhead.data.shards import (
     write_shard,
 )
 from clearhead.data.store import IGNORED
-from clearhead.data.streamed import WHOLE, Interleaving, MixedRows, SourceRows, StreamedText, whole_shares
+from clearhead.data.streamed import Interleaving, MixedRows, SourceRows, StreamedText
+from clearhead.data.weights import WHOLE, whole_shares
 
 BOS = 1
 LENGTH = 16

@@ -48,7 +48,8 @@ def command(
 
 def summary(data: "PreparedData") -> dict[str, Any]:
     """What there is to train on, by source."""
-    from clearhead.data.streamed import WHOLE, StreamedText
+    from clearhead.data.streamed import StreamedText
+    from clearhead.data.weights import WHOLE
 
     if isinstance(data.train, StreamedText):
         sources = {

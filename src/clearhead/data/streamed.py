@@ -18,28 +18,12 @@ from numpy.typing import NDArray
 from clearhead.data.readers import CorpusError
 from clearhead.data.shards import TokenizedSource
 from clearhead.data.store import IGNORED, Example
+from clearhead.data.weights import WHOLE
 
 # Shards whose rows are shuffled together, of all sources: what is mapped at once.
 RESIDENT = 16
-# Weights are whole ten-thousandths.
-WHOLE = 10_000
 # Last word of the seed of a random stream: the order of shards, and of the rows of some shards.
 _SHARDS, _ROWS = 1, 2
-
-
-def whole_shares(weights: Sequence[float]) -> list[int]:
-    """The weights in ten-thousandths of their sum, by largest remainder. ValueError for one that comes to none."""
-    total = sum(weights)
-    exact = [weight / total * WHOLE for weight in weights]
-    found = [int(one) for one in exact]
-    missing = WHOLE - sum(found)
-    for i in sorted(range(len(found)), key=lambda i: (found[i] - exact[i], i))[:missing]:
-        found[i] += 1
-    if min(found) < 1:
-        raise ValueError(
-            f"a weight of {min(weights):g} is less than 1/{WHOLE} of their sum, {total:g}: raise it or leave it out"
-        )
-    return found
 
 
 class Interleaving:

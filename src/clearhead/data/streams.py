@@ -27,9 +27,10 @@ from clearhead.data.shards import MANIFEST, TokenizedSource
 from clearhead.data.spec import DataSpec, PreparedData, Progress, TextSource
 from clearhead.data.stamps import NOT_WRITABLE, quick_sources
 from clearhead.data.store import DamagedStore, TokenStore, TokenWriter
-from clearhead.data.streamed import RESIDENT, WHOLE, StreamedText, whole_shares
+from clearhead.data.streamed import RESIDENT, StreamedText
 from clearhead.data.tokenizer import get_tokenizer, load_pretrained, tokenizer_files
 from clearhead.data.tokenizing import SHARD_BYTES, Tokenizing, open_text, sample, whole
+from clearhead.data.weights import WHOLE, whole_shares
 from clearhead.data.writing import writing
 
 if TYPE_CHECKING:

@@ -35,6 +35,8 @@ def whole(module: Any) -> Iterator[None]:
     sharded = hasattr(module, "unshard")
     if sharded:
         module.unshard()
-    yield
-    if sharded:
-        module.reshard()
+    try:
+        yield
+    finally:
+        if sharded:
+            module.reshard()

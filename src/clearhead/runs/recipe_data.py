@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from clearhead.data.weights import WHOLE
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=10**6)]
 Tokens = Annotated[int, Field(ge=1, le=10**15)]
@@ -23,8 +25,6 @@ COUNTS = tuple[Count, Count]
 TaskName = Literal["causal", "masked", "seq2seq", "classify"]
 # Tasks that learn from examples, and tasks that learn from the text of the corpus.
 FROM_EXAMPLES: tuple[TaskName, ...] = ("classify", "seq2seq")
-# The parts of a mixture are whole ten-thousandths.
-WEIGHTS = 10_000
 EXAMPLE_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv")
 
 
@@ -110,9 +110,9 @@ class CorpusOptions(RecipeTable):
             raise ValueError(f"sources names {again[0]!r} twice: give it once, with both weights together")
         total = sum(one.weight for one in self.sources)
         for one in self.sources:
-            if one.weight / total * WEIGHTS < 1:
+            if one.weight / total * WHOLE < 1:
                 raise ValueError(
-                    f"sources: the weight {one.weight:g} of {one.source!r} is less than 1/{WEIGHTS:,} of all of them, "
+                    f"sources: the weight {one.weight:g} of {one.source!r} is less than 1/{WHOLE:,} of all of them, "
                     f"{total:g}: raise it or leave the source out"
                 )
         return self

@@ -67,11 +67,6 @@ def text_rows(job: Job, data: PreparedData) -> float:
     return max(0.0, 1.0 - job.data.needle_share - job.data.pair_share) * after
 
 
-def epochs_of_text(job: Job, data: PreparedData) -> float:
-    """How many times the job's text rows go through the training text; of several sources, the one read most often."""
-    return max(epochs_by_source(job, data).values())
-
-
 def epochs_by_source(job: Job, data: PreparedData) -> dict[str, float]:
     """How many times the job's text rows go through each source."""
     text = pack_text(data.train, job.data.length, job.seed, document_masks=False)

@@ -1,6 +1,7 @@
 """One job in this process: what `clearhead train` and `clearhead evaluate` do."""
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,9 @@ from clearhead.runs.status import read_status
 from clearhead.train.comparison import bytes_needed, check_loggers, check_models, job_directory, prepare_rows
 from clearhead.train.pool import POLL_SECONDS, ProgressRow, Silent, TrainingTask, Watcher, is_trained, place
 from clearhead.train.worker import run_job
+
+# How long another process waits for the first one without a word.
+PATIENCE_SECONDS = 60.0
 
 
 def train_single(
@@ -66,7 +70,17 @@ def _await(task: TrainingTask) -> None:
     What another writes before, such as a model to begin with, would make the directory one that is no run. Whoever
     started the processes ends them all when the first one fails.
     """
-    while not (task.directory / "job.json").exists():
+    placed = task.directory / "job.json"
+    begun, said = time.monotonic(), False
+    while not placed.exists():
+        if not said and time.monotonic() - begun > PATIENCE_SECONDS:
+            said = True
+            print(
+                f"waiting for {str(placed)!r}, which the first process writes: all machines must share the run's "
+                "directory",
+                file=sys.stderr,
+                flush=True,
+            )
         time.sleep(POLL_SECONDS)
 
 

@@ -65,7 +65,8 @@ from clearhead.variants.schedule import begins
 
 KEEP_CHECKPOINTS = 2
 # Accelerate looks for this package on the disk twice a step, a thirtieth of a small model's; it does not come and go.
-accelerate.optimizer.is_lomo_available = cache(accelerate.optimizer.is_lomo_available)
+if hasattr(accelerate.optimizer, "is_lomo_available"):
+    accelerate.optimizer.is_lomo_available = cache(accelerate.optimizer.is_lomo_available)
 
 
 def train_job(job: Job, job_dir: Path) -> None:

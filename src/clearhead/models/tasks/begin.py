@@ -37,14 +37,9 @@ class SavedModel:
     folder: Path
     config: Any
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """What decides the model: its configuration and weights, not a card or a tokenizer beside them."""
-        return model_files(self.folder)
-
 
 def model_files(folder: Path) -> tuple[Path, ...]:
-    """Configuration, weights and their index in the directory of a model."""
+    """What decides the model in a directory: configuration, weights and their index, not a card or a tokenizer."""
     patterns = ("config.json", "*.safetensors", "*.safetensors.index.json")
     return tuple(file for pattern in patterns for file in sorted(folder.glob(pattern)))
 
