@@ -4,7 +4,7 @@ Nothing is tuned at the first call. `benchmarks/gpu/tune.py` measures on a GPU a
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -15,6 +15,8 @@ DIRECTIONS = ("forward", "decode", "backward")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Rows of a key-value group (query tokens times query heads of a group) up to which a call counts as decoding.
 FEW_ROWS = 64
+# Keys of a tile that are held at half their width: more of them spill.
+MOST_HELD = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,11 @@ class Config:
 
 # The interpreter knows no warps; its tiles are small, so that small problems have several.
 INTERPRETED = Config(16, 16, 1, 1)
+
+
+def for_held_keys(config: Config) -> Config:
+    """The same for keys that are held at half their width: a tile of their table lies beside each of theirs."""
+    return replace(config, block_n=min(config.block_n, MOST_HELD))
 
 
 @dataclass(frozen=True, slots=True, order=True)

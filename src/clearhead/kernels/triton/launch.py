@@ -95,7 +95,8 @@ def config_for(inputs: TritonInputs, direction: str) -> configs.Config:
         configs.padded(shape.value_width),
         shape.streams,
     )
-    return configs.choose(key)
+    config = configs.choose(key)
+    return config if inputs.table is None else configs.for_held_keys(config)
 
 
 def processors(device: torch.device) -> int:
