@@ -78,7 +78,7 @@ def candidates(key: Key) -> list[Config]:
 def choose(key: Key) -> tuple[Key, Config | None]:
     """The first candidate without spills under every mask."""
     for config in candidates(key):
-        if all(good(compile_one(key, config_of(config, m), m)) for m in reversed(masks_of(key))):
+        if all(good(compile_one(key, config_of(key, config, m), m)) for m in reversed(masks_of(key))):
             return key, config
     return key, None
 
@@ -90,9 +90,9 @@ def masks_of(key: Key) -> tuple[str, ...]:
     return (*MASKS, *more)
 
 
-def config_of(config: Config, masks: str) -> Config:
+def config_of(key: Key, config: Config, masks: str) -> Config:
     """What a row of the table stands for under these masks."""
-    return configs.for_held_keys(config) if masks == COMPACT else config
+    return configs.for_held_keys(key, config) if masks == COMPACT else config
 
 
 def report(key: Key, config: Config, wanted: list[str]) -> list[dict[str, Any]]:
@@ -101,7 +101,7 @@ def report(key: Key, config: Config, wanted: list[str]) -> list[dict[str, Any]]:
     for masks in masks_of(key):
         if masks not in wanted:
             continue
-        own = config_of(config, masks)
+        own = config_of(key, config, masks)
         tile = {name: getattr(own, name) for name in Config.__dataclass_fields__}
         found = compile_one(key, own, masks)
         rows.append(head | tile | {"masks": masks, "triton": triton.__version__} | found)
@@ -135,8 +135,8 @@ def check(rows: list[dict[str, Any]], pool: ProcessPoolExecutor) -> int:
 
 def fits(row: dict[str, Any], table: dict[Key, Config]) -> bool:
     """Whether a line of the report is of this table."""
-    known = table.get(_key(row))
-    return known is not None and config_of(known, row["masks"]) == _config(row)
+    key = _key(row)
+    return key in table and config_of(key, table[key], row["masks"]) == _config(row)
 
 
 def _told(row: dict[str, Any]) -> str:

@@ -15,8 +15,6 @@ DIRECTIONS = ("forward", "decode", "backward")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Rows of a key-value group (query tokens times query heads of a group) up to which a call counts as decoding.
 FEW_ROWS = 64
-# Keys of a tile that are held at half their width: more of them spill.
-MOST_HELD = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +29,6 @@ class Config:
 
 # The interpreter knows no warps; its tiles are small, so that small problems have several.
 INTERPRETED = Config(16, 16, 1, 1)
-
-
-def for_held_keys(config: Config) -> Config:
-    """The same for keys that are held at half their width: a tile of their table lies beside each of theirs."""
-    return replace(config, block_n=min(config.block_n, MOST_HELD))
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -106,3 +99,11 @@ def choose(key: Key) -> Config:
         and other.value_width >= key.value_width
     ]
     return table()[min(rows, key=lambda row: (row.streams, row.width, row.value_width))]
+
+
+def for_held_keys(key: Key, config: Config) -> Config:
+    """The same for keys that are held at half their width: a tile of their table lies beside each of theirs.
+
+    More than 64 keys of more than 64 numbers spill on sm_90.
+    """
+    return config if key.streams * key.width <= 64 else replace(config, block_n=min(config.block_n, 64))

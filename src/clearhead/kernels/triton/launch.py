@@ -96,7 +96,7 @@ def config_for(inputs: TritonInputs, direction: str) -> configs.Config:
         shape.streams,
     )
     config = configs.choose(key)
-    return config if inputs.table is None else configs.for_held_keys(config)
+    return config if inputs.table is None else configs.for_held_keys(key, config)
 
 
 def processors(device: torch.device) -> int:
