@@ -16,6 +16,7 @@ from clearhead.core.dispatch import Kernel, load_backend
 from clearhead.core.masks import MaskSpec
 from clearhead.core.norm import HeadNorm, RMSNorm
 from clearhead.core.streams import Streams
+from clearhead.core.values import moved
 from clearhead.kernels.triton import launch
 from clearhead.nn import Attention
 from clearhead.variants.differential import Differential
@@ -73,26 +74,20 @@ def mask_of(case: Case) -> MaskSpec:
     return MaskSpec(**{to: told[name] for name, to in names.items() if name in told})
 
 
-def in_kernel(ending: Ending) -> Callable[..., Tensor]:
-    """The kernel's own ending, as the layers ask for it."""
-    case, mask = ending.case, mask_of(ending.case)
+def in_kernel(ending: Ending, device: str = "cpu") -> Callable[..., Tensor]:
+    """The kernel's own ending, as the layers ask for it, of CPU tensors that are moved to `device` and back."""
+    case, mask = ending.case, moved(mask_of(ending.case), torch.device(device))
 
-    def run(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
-        gates = (
-            {}
-            if case.streams == 1
-            else {
-                "gate_logit" if ending.sigmoid else "gate": rest[0].reshape(
-                    (1,) * (4 - rest[0].ndim) + rest[0].shape
-                )
-            }
-        )
-        heads = Streams(
+    def run(*tensors: Tensor) -> Tensor:
+        q, k, v, *rest = (x.to(device) for x in tensors)
+        gates = {}
+        if case.streams == 2:
+            gates["gate_logit" if ending.sigmoid else "gate"] = rest[0][(None,) * (4 - rest[0].ndim)]
+        streams = (
             q.unflatten(1, (-1, case.streams)).unbind(2),
             k.unflatten(1, (-1, 1 + case.own_keys)).unbind(2),
-            v,
-            **gates,
         )
+        heads = Streams(*streams, v, **gates)
         mix = single if case.streams == 1 else difference
         problem = problem_of(heads, mask, mix.__name__)  # type: ignore[arg-type]
         prepared = prepare((load_backend("triton"),), problem, mask, False)
@@ -100,7 +95,7 @@ def in_kernel(ending: Ending) -> Callable[..., Tensor]:
             norm = HeadNorm(rest[-1], EPS, GAIN)
             assert prepared.norms(norm, heads)
             heads = replace(heads, norm=norm)
-        return attend(heads, prepared, case.width**-0.5, mix)[0]
+        return attend(heads, prepared, case.width**-0.5, mix)[0].to("cpu")
 
     return run
 
