@@ -83,6 +83,26 @@ def mix(
 
 
 @triton.jit
+def finish(
+    out, noise, mixed, statistics, weight, eps, gain,
+    accumulator1, maximum1, total1, accumulator2, maximum2, total2,
+    gate, token, head, inside, flat, plane, stride_oh, stride_ot,
+    STREAMS: tl.constexpr, SIGMOID: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, E: tl.constexpr,
+    VALUES: tl.constexpr,
+):  # fmt: skip
+    """The rows of the output, stored; with KEEP also those before a norm."""
+    rows = mix(
+        noise, statistics, accumulator1, maximum1, total1, accumulator2, maximum2, total2,
+        gate, token, head, inside, flat, plane, stride_oh, stride_ot, STREAMS, SIGMOID, KEEP, E, VALUES,
+    )  # fmt: skip
+    if NORM:
+        if KEEP:
+            store_packed(mixed, rows, token, head, inside, stride_oh, stride_ot, VALUES, E)
+        rows = normed(rows, weight, eps, gain, E, VALUES)
+    store_packed(out, rows, token, head, inside, stride_oh, stride_ot, VALUES, E)
+
+
+@triton.jit
 def gather(parts, statistics, at, step, half, splits, VALUES: tl.constexpr, E: tl.constexpr):
     """One row of one stream from its splits."""
     column = tl.arange(0, VALUES)

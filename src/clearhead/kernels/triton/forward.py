@@ -15,14 +15,13 @@ k_n = (t_n ∘ first half of table_n, t_n ∘ second half). D and WIDTH are then
 import triton
 import triton.language as tl
 
-from clearhead.kernels.triton.endings import keep_part, mix, normed
+from clearhead.kernels.triton.endings import finish, keep_part
 from clearhead.kernels.triton.tiles import (
     key_range,
     load_packed,
     load_rows,
     product,
     scores,
-    store_packed,
     visible,
 )
 
@@ -152,6 +151,14 @@ def sweep(
 
 
 @triton.jit
+def share(low, high, split, splits, BLOCK_N: tl.constexpr):
+    """The part of [low, high) that one of the splits has, in whole blocks."""
+    keys = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), splits) * BLOCK_N
+    low = low + split * keys
+    return low, tl.minimum(high, low + keys)
+
+
+@triton.jit
 def load_query(
     base, token, head, inside, stride_head, stride_token, WIDTH: tl.constexpr, D: tl.constexpr, TABLE: tl.constexpr
 ):  # fmt: skip
@@ -197,9 +204,7 @@ def forward(
         high = tl.minimum(high, tl.load(at + 1) * BLOCK_N)
     low = low // BLOCK_N * BLOCK_N
     if SPLIT:
-        share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), splits) * BLOCK_N
-        low = low + split * share
-        high = tl.minimum(high, low + share)
+        low, high = share(low, high, split, splits, BLOCK_N)
 
     query1, rest1 = load_query(q1 + b * stride_qb, token, head, inside, stride_qh, stride_qt, WIDTH, D, TABLE)
     query2, rest2 = query1, rest1
@@ -234,14 +239,8 @@ def forward(
         plane = tl.num_programs(1).to(tl.int64) * REPEATS * queries
         flat = (b * groups * REPEATS + head) * queries + token
         at = gate + b * stride_gb + head * stride_gh + token.to(tl.int64) * stride_gt
-        ended = mix(
-            noise + b * stride_ob, statistics, accumulator1, maximum1, total1, accumulator2, maximum2, total2,
-            at, token, head, inside, flat, plane, stride_oh, stride_ot, STREAMS, SIGMOID, KEEP, E, VALUES,
+        finish(
+            out + b * stride_ob, noise + b * stride_ob, mixed + b * stride_ob, statistics, weight, eps, gain,
+            accumulator1, maximum1, total1, accumulator2, maximum2, total2,
+            at, token, head, inside, flat, plane, stride_oh, stride_ot, STREAMS, SIGMOID, NORM, KEEP, E, VALUES,
         )  # fmt: skip
-        if NORM:
-            if KEEP:
-                store_packed(
-                    mixed + b * stride_ob, ended, token, head, inside, stride_oh, stride_ot, VALUES, E
-                )
-            ended = normed(ended, weight, eps, gain, E, VALUES)
-        store_packed(out + b * stride_ob, ended, token, head, inside, stride_oh, stride_ot, VALUES, E)
