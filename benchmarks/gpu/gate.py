@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 os.environ.setdefault("TRITON_INTERPRET", "0")
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -37,7 +37,7 @@ from torch import Tensor
 from clearhead.bench.cuda import reason_against_cuda
 from clearhead.functional import attention, differential_attention
 
-Problem = Case | Ending | Held
+Problem: TypeAlias = Case | Ending | Held
 
 
 def problems() -> Iterator[tuple[str, Problem]]:

@@ -92,8 +92,9 @@ class Prepared:
     def norms(self, norm: HeadNorm | None, heads: Streams) -> bool:
         """Whether `attend` of these streams would norm its output itself, if they say `norm`."""
         backend = self.plan.backend
-        kernel = isinstance(backend, Kernel) and heads.v.shape[0] > 0
-        return norm is not None and kernel and backend.norms(norm, heads)
+        if norm is None or not isinstance(backend, Kernel) or heads.v.shape[0] == 0:
+            return False
+        return backend.norms(norm, heads)
 
 
 def prepare(
