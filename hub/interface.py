@@ -129,11 +129,12 @@ def _run(
         raise ValueError(f"alibi_slopes has shape {tuple(slopes.shape)}; expected ({heads},)")
     tensors = [x for x in (*q, *k, v, gate) if x is not None]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    out, _, _ = ops.triton_attention(
+    out, _, _, _ = ops.triton_attention(
         *(q[0], q[1] if len(q) == 2 else None, k[0], k[1] if len(k) == 2 else None, v, gate, padding),
         None if documents is None else documents.long(),
         None,
         None if slopes is None else slopes.to(v.device, torch.float32),
-        *(keys - queries, window or 0, is_causal, width**-0.5 if scale is None else scale, keep),
+        *(None, None, keys - queries, window or 0, is_causal, width**-0.5 if scale is None else scale),
+        *(0.0, 1.0, False, keep),
     )
     return out

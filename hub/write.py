@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "clearhead" / "kernels" / "triton"
 NAME = "clearhead-attention"
 PACKAGE = NAME.replace("-", "_")
-MODULES = ("backward", "configs", "forward", "launch", "ops", "ranges", "tiles")
+MODULES = ("backward", "configs", "endings", "forward", "launch", "ops", "ranges", "tiles")
 # Backends of `kernels` by build variant. A universal one has to name one too.
 ARCHITECTURES = {"cuda": ["8.0", "9.0", "10.0"], "rocm": ["gfx942"]}
 # 0 by the hub's convention: its interface may change.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from compiling import MASKS, compile_one, good
+from compiling import COMPACT, ENDED, MASKS, compile_one, good
 
 from clearhead.kernels.triton import configs
 from clearhead.kernels.triton.configs import ARCHITECTURES, DIRECTIONS, Config, Key
@@ -78,18 +78,34 @@ def candidates(key: Key) -> list[Config]:
 def choose(key: Key) -> tuple[Key, Config | None]:
     """The first candidate without spills under every mask."""
     for config in candidates(key):
-        if all(good(compile_one(key, config, masks)) for masks in reversed(MASKS)):
+        if all(good(compile_one(key, config_of(key, config, m), m)) for m in reversed(masks_of(key))):
             return key, config
     return key, None
 
 
-def report(key: Key, config: Config) -> list[dict[str, Any]]:
+def masks_of(key: Key) -> tuple[str, ...]:
+    """What a row of the table is compiled with."""
+    few = key.bits == 16 and key.width <= 128
+    more = {"forward": (ENDED,), "decode": (COMPACT,)}.get(key.direction, ()) if few else ()
+    return (*MASKS, *more)
+
+
+def config_of(key: Key, config: Config, masks: str) -> Config:
+    """What a row of the table stands for under these masks."""
+    return configs.for_held_keys(key, config) if masks == COMPACT else config
+
+
+def report(key: Key, config: Config, wanted: list[str]) -> list[dict[str, Any]]:
     head = {name: getattr(key, name) for name in Key.__dataclass_fields__}
-    head |= {name: getattr(config, name) for name in Config.__dataclass_fields__}
-    return [
-        head | {"masks": masks, "triton": triton.__version__} | compile_one(key, config, masks)
-        for masks in MASKS
-    ]
+    rows = []
+    for masks in masks_of(key):
+        if masks not in wanted:
+            continue
+        own = config_of(key, config, masks)
+        tile = {name: getattr(own, name) for name in Config.__dataclass_fields__}
+        found = compile_one(key, own, masks)
+        rows.append(head | tile | {"masks": masks, "triton": triton.__version__} | found)
+    return rows
 
 
 def fault(before: dict[str, Any], now: dict[str, Any]) -> str | None:
@@ -115,6 +131,12 @@ def check(rows: list[dict[str, Any]], pool: ProcessPoolExecutor) -> int:
         print(_told(row), reason or "as reported", flush=True)
     print(f"{len(rows) - worse} of {len(rows)} as reported")
     return worse
+
+
+def fits(row: dict[str, Any], table: dict[Key, Config]) -> bool:
+    """Whether a line of the report is of this table."""
+    key = _key(row)
+    return key in table and config_of(key, table[key], row["masks"]) == _config(row)
 
 
 def _told(row: dict[str, Any]) -> str:
@@ -151,6 +173,10 @@ def main() -> None:
     parser.add_argument(
         "--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS, help="only the rows of these"
     )
+    every = (*MASKS, ENDED, COMPACT)
+    parser.add_argument(
+        "--masks", nargs="+", default=list(every), choices=every, help="only these sets of masks"
+    )
     arguments = parser.parse_args()
     wanted = [
         key
@@ -161,9 +187,9 @@ def main() -> None:
     ]
     with ProcessPoolExecutor(arguments.processes) as pool:
         if arguments.check:
-            rows = [row for row in _before() if _key(row) in wanted]
+            rows = [row for row in _before() if _key(row) in wanted and row["masks"] in arguments.masks]
             table = configs.table()
-            stale = [_told(row) for row in rows if table.get(_key(row)) != _config(row)]
+            stale = [_told(row) for row in rows if not fits(row, table)]
             if stale:
                 raise SystemExit(f"the report is of another table: {stale[0]} ... ({len(stale)} rows)")
             step = 1 if arguments.sample is None else max(1, len(rows) // arguments.sample)
@@ -178,7 +204,8 @@ def main() -> None:
             return
         table = configs.table()
         chosen = [(key, table[key]) for key in wanted if key in table]
-        found = [row for rows in pool.map(report, *zip(*chosen, strict=True)) for row in rows]
+        asked = [arguments.masks] * len(chosen)
+        found = [row for rows in pool.map(report, *zip(*chosen, strict=True), asked) for row in rows]
     # Rows of the table that were not asked for keep what was found of them before.
     told = {_place(row): row for row in (*_before(), *found)}
     RESULTS.write_text("".join(json.dumps(told[place]) + "\n" for place in sorted(told)))

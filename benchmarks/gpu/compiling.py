@@ -23,14 +23,18 @@ from clearhead.kernels.triton.configs import Config, Key
 # Shared memory a block may have, in bytes: NVIDIA's programming guides, table "Technical specifications"; AMD's LDS.
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 MASKS = ("causal", "everything")
+# Sets of their own: endings of a row in the forward pass (V1's and softmax's head norm, V2's sigmoid), and keys that
+# are held at half their width behind few rows, with what masks a cache of fixed size has.
+ENDED, COMPACT = "causal, ended", "compact"
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TYPES = {16: "bf16", 32: "fp32"}
-_NUMBERS = ("q1", "q2", "k1", "k2", "v", "out", "noise", "grad")
+_NUMBERS = ("q1", "q2", "k1", "k2", "v", "out", "noise", "mixed", "weight", "grad")
 _POINTERS = {"padding": "u8", "documents": "i64", "position": "i64", "ranges": "i32"}
 # Read or written in float32 whatever the inputs are.
 _SINGLES = [
     "gate",
     "slopes",
+    "table",
     "statistics",
     "parts",
     "delta",
@@ -57,23 +61,28 @@ def target_of(architecture: str) -> GPUTarget:
 
 def flags(key: Key, config: Config, masks: str) -> dict[str, Any]:
     """The kernel's constants: V1's own keys where the value is wide, else shared ones."""
-    everything = masks == "everything"
+    everything, compact, ended = masks == "everything", masks == COMPACT, masks == ENDED
+    width = key.width // 2 if compact else key.width
+    shared = key.streams == 2 and key.value_width == key.width
     constants: dict[str, Any] = {
-        "D": key.width,
+        "D": width,
         "E": key.value_width,
-        "WIDTH": key.width,
+        "WIDTH": width,
         "VALUES": key.value_width,
         "REPEATS": 4 if everything or key.direction == "decode" else 1,
         "STREAMS": key.streams,
-        "OWN_KEYS": key.streams == 2 and key.value_width > key.width,
+        "OWN_KEYS": key.streams == 2 and not shared,
         "CAUSAL": True,
         "PRECISION": "ieee",
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
     }
     constants |= dict.fromkeys(("WINDOW", "PADDING", "DOCUMENTS", "POSITION", "SLOPES"), everything)
+    if compact:
+        constants |= dict.fromkeys(("WINDOW", "PADDING", "POSITION"), True)
     if key.direction != "backward":
         constants |= {"KEEP": key.direction == "forward", "SPLIT": key.direction == "decode"}
+        constants |= {"TABLE": compact, "SIGMOID": ended and shared, "NORM": ended and not shared}
     return constants
 
 
@@ -92,9 +101,9 @@ def source(key: Key, config: Config, masks: str) -> ASTSource:
         elif name in _SINGLES:
             signature[name] = "*fp32"
         else:
-            signature[name] = "fp32" if name == "factor" else "i32"
+            signature[name] = "fp32" if name in ("factor", "eps", "gain") else "i32"
         # What the launcher finds of contiguous tensors: pointers and strides of q, k, v and the output in sixteens.
-        if signature[name].startswith("*") or re.fullmatch(r"stride_[qkvod][bhgt]", name):
+        if signature[name].startswith("*") or re.fullmatch(r"stride_[qkvodt][bhgt]", name):
             attributes[(at,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 

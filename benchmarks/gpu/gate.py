@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 os.environ.setdefault("TRITON_INTERPRET", "0")
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -28,16 +28,26 @@ from tests.kernels.support import (
     oracle_of,
     rounding,
 )
+from tests.kernels.triton import test_compact, test_endings
+from tests.kernels.triton.test_compact import Held
+from tests.kernels.triton.test_endings import Ending
 from tests.kernels.triton.test_values import DTYPES, FEATURES, FORMS
 from torch import Tensor
 
 from clearhead.bench.cuda import reason_against_cuda
 from clearhead.functional import attention, differential_attention
 
+Problem: TypeAlias = Case | Ending | Held
 
-def problems() -> Iterator[tuple[str, Case]]:
+
+def problems() -> Iterator[tuple[str, Problem]]:
     """Small ones first, so that what is broken shows at once."""
     yield from FEATURES.items()
+    for name, ending in test_endings.CASES.items():
+        yield f"{name}, ended in the kernel", ending
+    for form in test_compact.FORMS:
+        for mask in test_compact.MASKS:
+            yield f"held keys, {form}, {mask}", Held("grouped", form, mask)
     for width in (64, 128, 256):
         for form, case in FORMS.items():
             wide = width * (2 if form == "v1" else 1)
@@ -65,8 +75,25 @@ def on(case: Case, device: str) -> Callable[..., Tensor]:
     return run
 
 
-def wrong(case: Case, dtype: torch.dtype, device: str) -> str | None:
+def wrong(problem: Problem, dtype: torch.dtype, device: str) -> str | None:
     """What is wrong with the answers to a problem, with gradients and without; None if nothing is."""
+    try:
+        if isinstance(problem, Held):
+            test_compact.assert_as_right_as_plain(problem, dtype, device)
+        elif isinstance(problem, Ending):
+            for grad in (True, False):
+                run = test_endings.in_kernel(problem, device)
+                found = test_endings.results(run, problem, dtype, dtype, grad)
+                test_endings.assert_as_right_as_plain(found, problem, dtype)
+        else:
+            _check(problem, dtype, device)
+    except Exception as error:  # whatever a kernel raises is its answer
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return None
+
+
+def _check(case: Case, dtype: torch.dtype, device: str) -> None:
+    """AssertionError unless values and gradients are rounding away from the oracle's."""
     inputs = make_inputs(case, dtype)
     units = rounding(case, inputs, dtype)
     if dtype == torch.float16:
@@ -74,13 +101,9 @@ def wrong(case: Case, dtype: torch.dtype, device: str) -> str | None:
         largest = max(float(x.abs().max()) for x in (*inputs.tensors, inputs.cotangent))
         units = [unit + 2**-24 * case.keys * case.heads * case.queries * largest for unit in units]
     expected = answers(oracle_of(case), inputs, torch.float64, "dense")
-    try:
-        for grad in (True, False):
-            found = answers(on(case, device), inputs, dtype, case.layout, grad)
-            assert_rounding_only(found, expected, units)
-    except Exception as error:  # whatever a kernel raises is its answer
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return None
+    for grad in (True, False):
+        found = answers(on(case, device), inputs, dtype, case.layout, grad)
+        assert_rounding_only(found, expected, units)
 
 
 def main(arguments: list[str], device: str = "cuda") -> int:

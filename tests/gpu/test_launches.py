@@ -13,7 +13,7 @@ from tests.gpu.device import OnCuda, bare, gpu, on_cuda, waiting
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from clearhead.kernels.triton import backward, forward, launch, ops, ranges
+from clearhead.kernels.triton import backward, endings, forward, launch, ops, ranges
 
 
 class Recorded:
@@ -43,8 +43,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]
     seen: list[tuple[Any, ...]] = []
     kernels = (
         (forward, "forward"),
-        (forward, "combine"),
-        (backward, "deltas"),
+        (endings, "combine"),
+        (endings, "deltas"),
         (backward, "backward"),
         (ranges, "meeting"),
     )
@@ -70,7 +70,8 @@ def inputs(
     place = None if position is None else on_cuda(torch.tensor(position))
     window = 100 if everything else 0
     return launch.TritonInputs(
-        *(q1, q2, k1, k2, v, gate, padding, documents, place, slopes, offset, window, True, 0.125)
+        *(q1, q2, k1, k2, v, gate, padding, documents, place, slopes, None, None),
+        *(offset, window, True, 0.125, 0.0, 1.0, False),
     )
 
 
@@ -78,11 +79,11 @@ def inputs(
 def test_forward_and_backward_wait_for_nothing(launches: list[tuple[Any, ...]], everything: bool) -> None:
     made = inputs(300, 300, everything=everything)
     with waiting() as seen:
-        results = ops.outputs(made.q1, made.q2, made.v, True)
+        results = ops.outputs(made.q1, made.q2, made.v, False, True)
         launch.forward(made, *results, True)
-        gradients = ops.gradients(*made[:5])
+        gradients = ops.gradients(*made[:12])
         grad = torch.zeros_like(results[0])
-        launch.backward(made, grad, *results, gradients)
+        launch.backward(made, grad, *results[:3], gradients)
     assert seen == []
     names = [name for name, *_ in launches]
     assert names.count("forward") == 1 and "backward" in names and ("meeting" in names) == everything
@@ -93,7 +94,7 @@ def test_decoding_has_one_launch_whatever_the_position(launches: list[tuple[Any,
     """A cache of fixed size: nothing but the number in a tensor changes, so a CUDA graph can be replayed."""
     for position in (5, 900):
         made = inputs(1, 4096, position=position, everything=True)
-        results = ops.outputs(made.q1, made.q2, made.v, False)
+        results = ops.outputs(made.q1, made.q2, made.v, False, False)
         with waiting() as seen:
             launch.forward(made, *results, False)
         assert seen == []

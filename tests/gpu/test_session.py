@@ -136,22 +136,41 @@ def test_a_real_process(tmp_path: Path) -> None:
     assert log.read_text().startswith("hello")
 
 
+def _off_by_a_percent(function: Any) -> Any:
+    def broken(*arguments: Any) -> Any:
+        found = function(*arguments)
+        return (found[0] * 1.01, *found[1:]) if isinstance(found, tuple) else found * 1.01
+
+    return broken
+
+
 def test_the_gate_asks_every_feature_and_finds_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter; what is wrong by a percent, or raises, is red."""
     pytest.importorskip("triton", reason="Triton is not installed")
     gate = script("gate")
     every = list(gate.problems())
-    assert len({name for name, _ in every}) == len(every) == 37
+    assert len({name for name, _ in every}) == len(every) == 65
     named = dict(every)
     for name, dtype in (
         ("window", torch.float16),
         ("documents", torch.bfloat16),
         ("one query", torch.float32),
+        ("v1, padding, ended in the kernel", torch.float32),
+        ("held keys, own keys, padded", torch.bfloat16),
     ):
         assert gate.wrong(named[name], dtype, "cpu") is None
     right = gate.differential_attention
     monkeypatch.setattr(gate, "differential_attention", lambda *x, **options: right(*x, **options) * 1.01)
     assert "roundings off" in (gate.wrong(named["one query"], torch.float32, "cpu") or "")
+    from tests.kernels.triton import test_compact, test_endings
+
+    for module, name, problem in (
+        (test_endings, "attend", "one query, ended in the kernel"),
+        (test_compact, "run", "held keys, one stream, causal"),
+    ):
+        with monkeypatch.context() as broken:
+            broken.setattr(module, name, _off_by_a_percent(getattr(module, name)))
+            assert "off, over" in (gate.wrong(named[problem], torch.float32, "cpu") or "")
     monkeypatch.setattr(gate, "problems", lambda: iter([("one query", named["one query"])]))
     assert gate.main([], "cpu") == 1
     monkeypatch.setattr(gate, "differential_attention", right)

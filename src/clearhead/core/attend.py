@@ -21,6 +21,7 @@ from clearhead.core.hidden import (
 )
 from clearhead.core.lowering import lower, unlower_maps, unlower_streams
 from clearhead.core.masks import MaskSpec
+from clearhead.core.norm import HeadNorm
 from clearhead.core.streams import Streams, repeat_kv
 
 Mix = Callable[[tuple[Tensor, ...], Tensor | None], Tensor]
@@ -53,7 +54,8 @@ MIXES: dict[Mixing, Mix] = {"single": single, "difference": difference}
 def problem_of(heads: Streams, mask: MaskSpec, mixing: Mixing, needs_maps: bool = False) -> AttentionProblem:
     """What the choice of a backend needs to know of these tensors, mixed as `mixing` says."""
     q, k, v = heads.q[0], heads.k[0], heads.v
-    tensors = (*heads.q, *heads.k, v) if heads.gate is None else (*heads.q, *heads.k, v, heads.gate)
+    gates = [x for x in (heads.gate, heads.gate_logit) if x is not None]
+    tensors = (*heads.q, *heads.k, v, *gates)
     return AttentionProblem.of(
         [stream.shape[1] for stream in heads.q],
         k.shape[1],
@@ -87,6 +89,13 @@ class Prepared:
     hidden: MaskSpec | None = None
     looks: bool = False
 
+    def norms(self, norm: HeadNorm | None, heads: Streams) -> bool:
+        """Whether `attend` of these streams would norm its output itself, if they say `norm`."""
+        backend = self.plan.backend
+        if norm is None or not isinstance(backend, Kernel) or heads.v.shape[0] == 0:
+            return False
+        return backend.norms(norm, heads)
+
 
 def prepare(
     backends: tuple[Backend, ...], problem: AttentionProblem, mask: MaskSpec, automatic: bool
@@ -119,10 +128,12 @@ def attend(
     is theirs times v, so that a gradient with respect to them is one of the output. layer_idx is for engines
     that look at the layer's place.
     """
+    backend = prepared.plan.backend
+    if heads.v.shape[0] == 0 or not backend.takes_logits:
+        heads = heads.closed()
     if heads.v.shape[0] == 0:
         past = 0 if heads.held is None else heads.held.tokens
         return _of_nothing(heads.piece(past, heads.k, heads.v).expanded(), mix, with_maps)
-    backend = prepared.plan.backend
     if isinstance(backend, Kernel):
         return backend.run(heads if backend.takes_tables else heads.expanded(), prepared.mask, scale), None
     heads, scale = _legal(heads.expanded(), scale)

@@ -18,7 +18,9 @@ from clearhead.core.capability import against_gpu, capability_of
 from clearhead.core.lowering import Lowering, SoftmaxCall, WideValues, lower_for
 from clearhead.core.masks import MaskSpec
 from clearhead.core.modes import MODES, active_modes
+from clearhead.core.norm import HeadNorm
 from clearhead.core.streams import Streams, Widths
+from clearhead.core.values import dtype_name
 from clearhead.registry import BACKEND_FACTORIES, did_you_mean, names, resolve
 
 MASK_FEATURES = frozenset({"causal", "window", "padding", "documents", "dense", "bias", "alibi", "places"})
@@ -142,9 +144,11 @@ class Backend(ABC):
     """An engine or a kernel: what it cannot run, and what it is known to run fastest.
 
     passed_over: why "auto" leaves it out where `preferred` says no, or where another is preferred.
+    takes_logits: it takes `Streams` with the gate's logit in place of the gate; others are given the gate.
     """
 
     name: str
+    takes_logits: ClassVar[bool] = False
     passed_over: ClassVar[str] = "measured slower than another at this shape"
 
     @property
@@ -283,6 +287,10 @@ class Kernel(Backend):
     def run(self, heads: Streams, mask: MaskSpec, scale: float) -> Tensor:
         """(B, H, L, E): the mixed output."""
 
+    def norms(self, norm: HeadNorm, heads: Streams) -> bool:
+        """Whether `run` norms its output where the streams say `norm`; by default it does not look at that."""
+        return False
+
     def preferred(self, problem: AttentionProblem) -> bool | None:
         return True
 
@@ -377,12 +385,8 @@ def choose(backends: tuple[Backend, ...], problem: AttentionProblem, automatic: 
     if chosen is not None:
         return chosen
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals)
-    subject = (
-        "no backend can run this attention"
-        if automatic
-        else f"backend {backends[0].name!r} cannot run this attention"
-    )
-    raise ValueError(f"{subject} ({reasons})")
+    subject = "no backend can" if automatic else f"backend {backends[0].name!r} cannot"
+    raise ValueError(f"{subject} run this attention ({reasons})")
 
 
 def _plan(backend: Backend, problem: AttentionProblem, refusals: list[tuple[str, str]]) -> Plan:
@@ -391,8 +395,3 @@ def _plan(backend: Backend, problem: AttentionProblem, refusals: list[tuple[str,
     lowering = backend.lowering(problem)
     assert isinstance(lowering, Lowering)  # an engine that does not refuse has one
     return Plan(backend, lowering, tuple(refusals))
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Its name without the "torch."."""
-    return str(dtype).removeprefix("torch.")

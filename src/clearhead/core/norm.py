@@ -1,4 +1,6 @@
-"""RMSNorm in float32."""
+"""RMSNorm in float32, as a module and as what a fused kernel needs of one."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,3 +24,23 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """factor · RMSNorm of each head's output, x / √(mean(x²) + eps) · weight, with weight (E,) for all heads."""
+
+    weight: Tensor
+    eps: float
+    factor: float = 1.0
+
+    @classmethod
+    def of(cls, norm: nn.Module | None, factor: float = 1.0) -> "HeadNorm | None":
+        """What `norm`, then `factor`, do; None for anything but a plain RMSNorm that nobody sees being called.
+
+        Tools that keep weights elsewhere, sum gradients or look on do so when the module is called, so it must be.
+        """
+        if type(norm) is not RMSNorm or "forward" in vars(norm):
+            return None
+        hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
+        return None if any(len(hook) for hook in hooks) else cls(norm.weight, norm.eps, factor)

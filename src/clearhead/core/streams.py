@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from clearhead.core.norm import HeadNorm
 from clearhead.core.quantised import Held
 
 
@@ -137,6 +138,9 @@ class Streams:
     table: (B or 1, S, D) in float32 where keys are held at half their width, k (B, G, S, D/2): a key then is
         (k ∘ first half of the table's row, k ∘ second half). `expanded` multiplies them out.
     held: the codes of the first keys and values, which k and v then continue. S counts both.
+    gate_logit: what the gate is the sigmoid of, in place of the gate, for a backend that says `takes_logits`; `closed`
+        takes it.
+    norm: what the mixed output is normed with, for a kernel that said it would (`Kernel.norms`).
     """
 
     q: tuple[Tensor, ...]
@@ -145,6 +149,8 @@ class Streams:
     gate: Tensor | None = None
     table: Tensor | None = None
     held: Held | None = None
+    gate_logit: Tensor | None = None
+    norm: HeadNorm | None = None
 
     @property
     def keys(self) -> int:
@@ -159,6 +165,13 @@ class Streams:
     def own_keys(self) -> tuple[Tensor, ...]:
         """The keys of each stream, the shared ones repeated."""
         return self.k * len(self.q) if self.shares_keys else self.k
+
+    def closed(self) -> "Streams":
+        """The same with the gate itself, taken in float32 (float64 in float64)."""
+        if self.gate_logit is None:
+            return self
+        wide = torch.promote_types(torch.float32, self.gate_logit.dtype)
+        return replace(self, gate=self.gate_logit.to(wide).sigmoid(), gate_logit=None)
 
     def expanded(self) -> "Streams":
         """The same with keys of full width and no table."""

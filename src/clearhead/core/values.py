@@ -14,6 +14,11 @@ def readable(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and tensor.device.type != "meta"
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Its name without the "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
 def demand(holds: Tensor, message: str) -> None:
     """Raise ValueError(message) unless `holds`, one bool, is true.
 

@@ -48,12 +48,15 @@ class ClearheadAttention(ProjectedAttention):
         kwargs: what a server hands to its attention function; nothing elsewhere.
         """
         here = shared.on(hidden_states.device)
-        heads = self.project(hidden_states, hidden_states, here.rotation, past_key_values, here.table)
+        opened = here.plans is not None and here.plans.takes_logits
+        heads = self.project(
+            hidden_states, hidden_states, here.rotation, past_key_values, here.table, opened=opened
+        )
         if here.plans is not None:
             result = self.combine(heads, here.plans.prepared, output_attentions)
             evict = getattr(past_key_values, "evict", None)
             if evict is not None:
-                evict(heads, here.plans.mask, self.scale, self.variant.mix, self.layer_idx)
+                evict(heads.closed(), here.plans.mask, self.scale, self.variant.mix, self.layer_idx)
             return result
         # vLLM reads this function's source for the one call: of a local name, with `scaling=self.scaling`.
         attend_in_server = ALL_ATTENTION_FUNCTIONS.get_interface(

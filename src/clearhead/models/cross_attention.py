@@ -48,16 +48,17 @@ class ClearheadCrossAttention(ProjectedAttention):
     def _heads(
         self, x: Tensor, context: Tensor, here: Shared, past_key_values: EncoderDecoderCache | None
     ) -> Streams:
-        context = context.to(x.device)
+        assert here.plans is not None
+        opened, context = here.plans.takes_logits, context.to(x.device)
         if past_key_values is None:
-            return self.project(x, context, here.rotation)
+            return self.project(x, context, here.rotation, opened=opened)
         cache = past_key_values.cross_attention_cache
         if not is_written(past_key_values, self.layer_idx):
             past_key_values.is_updated[self.layer_idx] = True
-            return self.project(x, context, here.rotation, cache)
+            return self.project(x, context, here.rotation, cache, opened=opened)
         held: Any = cache.layers[self.layer_idx]
         # No token of the context: what it has to say is in the cache.
-        heads = self.project(x, context[:, :0], here.rotation)
+        heads = self.project(x, context[:, :0], here.rotation, opened=opened)
         return heads.with_cached(held.keys.to(x.device), held.values.to(x.device))
 
 

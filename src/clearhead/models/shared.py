@@ -29,6 +29,10 @@ class Plans:
     ) -> "Plans":
         return cls(problem, mask, backends, automatic, prepare(backends, problem, mask, automatic))
 
+    @property
+    def takes_logits(self) -> bool:
+        return self.prepared.plan.backend.takes_logits
+
     def on(self, device: torch.device) -> "Plans":
         """The same elsewhere: devices of another type may choose another backend."""
         return Plans.make(self.problem.on(device), moved(self.mask, device), self.backends, self.automatic)

@@ -192,7 +192,9 @@ class Attention(ProjectedAttention):
         inputs = inputs.placed(past)
         length = inputs.length(self.position, past)
         rotation = self.position(inputs.positions, inputs.context_positions, length, x.dtype)
-        heads = self.project(x, source, rotation, cache)
+        # Only a backend that was named is known before there is a problem.
+        opened = not self.automatic and self.backends[0].takes_logits
+        heads = self.project(x, source, rotation, cache, opened=opened)
         count = self.variant.sizes.heads
         mask = inputs.mask(past, self.position.slopes(count))
         queries, keys = x.shape[1], heads.keys

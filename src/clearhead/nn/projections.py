@@ -55,12 +55,16 @@ class ProjectedAttention(nn.Module):
         rotation: Rotation,
         cache: KeyValueCache | None = None,
         table: Tensor | None = None,
+        *,
+        opened: bool = False,
     ) -> Streams:
         """Placed heads: queries of x (B, L, ·), keys and values of context (B, S, ·), behind those in `cache`.
 
         table: that of `CollinearPlacement` for all keys, old and new, where the cache holds keys at half their width.
+        opened: the gate's logit in place of the gate where it is a sigmoid, for a backend that `takes_logits`.
         """
-        heads = self.variant.split(self.q_proj(x), self.k_proj(context), self.v_proj(context), x)
+        split = self.variant.split_open if opened else self.variant.split
+        heads = split(self.q_proj(x), self.k_proj(context), self.v_proj(context), x)
         if cache is None:
             return self.variant.place(heads, rotation)
         heads = (
@@ -84,10 +88,14 @@ class ProjectedAttention(nn.Module):
         self, heads: Streams, prepared: Prepared, with_maps: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """The layer's output (B, L, embed_dim) and, if asked, its effective map (B, H, L, S)."""
+        norm = self.variant.finishing_norm()
+        normed = prepared.norms(norm, heads)
+        if normed:
+            heads = replace(heads, norm=norm)
         output, maps = attend(heads, prepared, self.scale, self.variant.mix, with_maps, self.layer_idx)
-        return self.close(output), maps
+        return self.close(output, normed), maps
 
-    def close(self, mixed: Tensor) -> Tensor:
+    def close(self, mixed: Tensor, finished: bool = False) -> Tensor:
         """(B, H, L, E), the streams' mixed output, to the layer's (B, L, embed_dim)."""
-        out: Tensor = self.o_proj(merge_heads(self.variant.finish(mixed)))
+        out: Tensor = self.o_proj(merge_heads(mixed if finished else self.variant.finish(mixed)))
         return out

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, get_args
 from torch import Tensor, nn
 
 from clearhead.core.attend import MIXES, Mix, Mixing
+from clearhead.core.norm import HeadNorm
 from clearhead.core.streams import HeadShape, Streams, Widths, split_heads
 from clearhead.positions.base import Rotation
 from clearhead.registry import did_you_mean, resolve
@@ -43,6 +44,9 @@ class Variant(nn.Module, ABC):
     # of them or for the module that holds it ("" is the variant itself). It also says that a projection's rows lie head
     # by head, a key-value head's together, so that equal parts of them are whole heads. None: not shared out.
     tensor_parallel: ClassVar[Mapping[str, str] | None] = None
+    # Whether `gate` is the sigmoid of `gate_logit` and nothing else; a class with a `gate` of its own that does not say
+    # so has one that no kernel can take.
+    sigmoid_gate: ClassVar[bool] = False
     # Whether `diagnostics` says more when it is given the layer's input.
     diagnostics_need_input: ClassVar[bool] = False
     # How the streams are placed where they are collinear, which is what a compact cache rests on.
@@ -52,6 +56,12 @@ class Variant(nn.Module, ABC):
         super().__init_subclass__(**kwargs)
         if "mix" in vars(cls) and "mixing" not in vars(cls):
             cls.mixing = "other"
+        own = vars(cls)
+        if "sigmoid_gate" not in own and any(name in own for name in ("gate", "forward", "split")):
+            cls.sigmoid_gate = False
+        # A `finish` of its own is not what the class above says of its own.
+        if "finish" in own and "finishing_norm" not in own:
+            cls.finishing_norm = Variant.finishing_norm  # type: ignore[method-assign]
 
     def __init__(self, shape: HeadShape, sizes: Widths | None = None) -> None:
         """sizes: what `widths` says, where it depends on options."""
@@ -88,9 +98,16 @@ class Variant(nn.Module, ABC):
             self.split_queries(q), self.split_keys(k), split_heads(v, self.sizes.kv_heads), self(x)
         )
 
-    def forward(self, x: Tensor | None) -> Tensor | None:
-        """`gate`, with the variant's own parameters brought in."""
-        return self.gate(x)
+    def split_open(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Streams:
+        """The same with the gate's logit in place of the gate, where `sigmoid_gate` says that there is one."""
+        if not self.sigmoid_gate:
+            return self.split(q, k, v, x)
+        streams = self.split_queries(q), self.split_keys(k), split_heads(v, self.sizes.kv_heads)
+        return Streams(*streams, gate_logit=self(x, True))
+
+    def forward(self, x: Tensor | None, opened: bool = False) -> Tensor | None:
+        """`gate`, or if asked `gate_logit`, with the variant's own parameters brought in."""
+        return self.gate_logit(x) if opened else self.gate(x)
 
     def gate(self, x: Tensor | None) -> Tensor | None:
         """What `mix` weighs the second stream with, broadcastable to (B, H, L, 1).
@@ -98,6 +115,10 @@ class Variant(nn.Module, ABC):
         x is the layer's input, or None where only a gate that does not depend on it is asked for.
         """
         return None
+
+    def gate_logit(self, x: Tensor | None) -> Tensor:
+        """What `gate` is the sigmoid of, where `sigmoid_gate` says that it is one."""
+        raise NotImplementedError(f"the gate of {type(self).__name__} is no sigmoid")
 
     def place(self, heads: Streams, rotation: Rotation) -> Streams:
         """Give the streams their positions. The variant decides what is rotated; by default every query and key."""
@@ -126,6 +147,10 @@ class Variant(nn.Module, ABC):
     def finish(self, o: Tensor) -> Tensor:
         """What happens to (B, H, L, E) before the output projection."""
         return o
+
+    def finishing_norm(self) -> HeadNorm | None:
+        """`finish` as numbers, for a kernel that norms its output itself; None where `finish` must be called."""
+        return None
 
     def share(self, rank: int, parts: int) -> None:
         """Count from now on as one of the `parts` ranks that share the layer's heads (tensor parallelism).

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from clearhead.core.norm import RMSNorm
+from clearhead.core.norm import HeadNorm, RMSNorm
 from clearhead.core.streams import HeadShape, Widths, check_flag, split_heads, twin_widths
 from clearhead.variants.base import SUMMED
 from clearhead.variants.learned_lambda import LambdaInit, LearnedLambda, depth_lambda_init
@@ -101,6 +101,9 @@ class Differential(LearnedLambda):
     def finish(self, o: Tensor) -> Tensor:
         # The constant λ_init, not the learned λ: it matches the gradient scale of a Transformer layer (appendix G).
         return o if self.head_norm is None else self.head_norm(o) * (1.0 - self.lambda_init)
+
+    def finishing_norm(self) -> HeadNorm | None:
+        return HeadNorm.of(self.head_norm, 1.0 - self.lambda_init)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

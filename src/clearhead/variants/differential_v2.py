@@ -29,6 +29,7 @@ class DifferentialV2(Variant):
     """
 
     mixing = "difference"
+    sigmoid_gate = True
     tensor_parallel: ClassVar[Mapping[str, str] | None] = {"lambda_proj": "colwise"}
     diagnostics_need_input = True
 
@@ -52,10 +53,13 @@ class DifferentialV2(Variant):
         return split_heads(q, self.sizes.heads).chunk(2, dim=-1)
 
     def gate(self, x: Tensor | None) -> Tensor:
+        raw = self.gate_logit(x)
+        return (raw if raw.dtype == torch.float64 else raw.float()).sigmoid()
+
+    def gate_logit(self, x: Tensor | None) -> Tensor:
         # (B, L, H) -> (B, H, L, 1)
-        raw = self.lambda_proj(x)
-        wide = raw if raw.dtype == torch.float64 else raw.float()
-        return wide.sigmoid().transpose(1, 2)[..., None]
+        raw: Tensor = self.lambda_proj(x)
+        return raw.transpose(1, 2)[..., None]
 
     def reset_parameters(self) -> None:
         if self.lambda_bias is not None:

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from clearhead.core.norm import RMSNorm
+from clearhead.core.norm import HeadNorm, RMSNorm
 from clearhead.core.streams import HeadShape, Widths, check_flag, twin_widths
 from clearhead.variants.base import SUMMED, Variant
 
@@ -32,6 +32,9 @@ class Softmax(Variant):
 
     def finish(self, o: Tensor) -> Tensor:
         return o if self.head_norm is None else self.head_norm(o)
+
+    def finishing_norm(self) -> HeadNorm | None:
+        return HeadNorm.of(self.head_norm)
 
     def reset_parameters(self) -> None:
         if self.head_norm is not None:

@@ -34,8 +34,8 @@ def call(case: Case, keep: bool, slopes: Tensor | None = None) -> tuple[Any, ...
     k1, k2 = leaves[case.streams], leaves[case.streams + 1] if case.own_keys else None
     return (
         *(q1, q2, k1, k2, v, lam[0] if lam else None),
-        *(masks.get("key_padding_mask"), masks.get("documents"), None, slopes),
-        *(case.keys - case.queries, case.window or 0, case.causal, 0.25, keep),
+        *(masks.get("key_padding_mask"), masks.get("documents"), None, slopes, None, None),
+        *(case.keys - case.queries, case.window or 0, case.causal, 0.25, 0.0, 1.0, False, keep),
     )
 
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from clearhead.core.dispatch import AttentionProblem, load_backend
 from clearhead.registry import VARIANTS
@@ -31,25 +33,28 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize("call", [name for name in CALLS if name != "dense"])
 @pytest.mark.parametrize(("layout", "options"), zip((*LAYOUTS, "gqa"), OPTIONS, strict=True))
-def test_a_layer_and_all_its_gradients(layout: str, options: str, call: str) -> None:
-    """float32 against the float64 oracle, at most four times as far off as eager attention is."""
-    arguments, oracle_arguments = CALLS[call]
-    results = {}
-    for backend in ("triton", "eager"):
+def test_a_layer_and_all_its_gradients(layout: str, options: str) -> None:
+    """float32 against the float64 oracle, under every mask, at most twice as far off as eager attention is.
+
+    All masks together: what eager attention's products round by luck, for one of them, is no bound.
+    """
+    found: dict[str, list[Tensor]] = {"triton": [], "eager": []}
+    right: dict[str, list[Tensor]] = {"triton": [], "eager": []}
+    for (arguments, oracle_arguments), backend in product(CALLS.values(), found):
+        if "attn_mask" in arguments:
+            continue
         layer = make(layout, options, backend).float()
         x = rand(B, L, WIDTH, seed=1).float().requires_grad_()
         out = layer(x, **arguments)
         cotangent = rand(*out.shape, seed=2)
-        gradients = torch.autograd.grad(out, [x, *layer.parameters()], cotangent.float())
+        found[backend] += [out, *torch.autograd.grad(out, [x, *layer.parameters()], cotangent.float())]
         exact = layer.double()
         given, weights = x.detach().double().requires_grad_(), weights_digest(exact)
         wanted, _ = expected(exact, layout, given, weights, **oracle_arguments)
-        oracle = torch.autograd.grad(wanted, [given, *weights.values()], cotangent)
-        results[backend] = relative_error((out, *gradients), (wanted, *oracle))
-    # Its logits are in base 2, which rounds each of them once more.
-    assert results["triton"] <= 4 * results["eager"] + torch.finfo(torch.float32).eps
+        right[backend] += [wanted, *torch.autograd.grad(wanted, [given, *weights.values()], cotangent)]
+    error, own = (relative_error(found[backend], right[backend]) for backend in ("triton", "eager"))
+    assert error <= 2 * own + torch.finfo(torch.float32).eps
 
 
 PROBLEM = AttentionProblem(

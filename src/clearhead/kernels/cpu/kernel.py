@@ -6,11 +6,12 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from clearhead.core.dispatch import AttentionProblem, Kernel, dtype_name
+from clearhead.core.dispatch import AttentionProblem, Kernel
 from clearhead.core.masks import MaskSpec
 from clearhead.core.quantised import Codes, Held
 from clearhead.core.sparse import BlockSparse
 from clearhead.core.streams import Streams
+from clearhead.core.values import dtype_name
 from clearhead.kernels import ops
 from clearhead.kernels.cpu import direct, library
 

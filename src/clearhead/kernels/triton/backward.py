@@ -1,7 +1,7 @@
 """The backward pass: every gradient from one visit to each tile, without atomics.
 
 With P_s = exp2(t_s − m_s) / l_s, λ the gate, dO the output's gradient and, for each row, δ_1 = dO · O_1 and
-δ_2 = dO · O_2, where O_1 = O + λ O_2:
+δ_2 = dO · O_2, where O_1 = O + λ O_2 (`endings.deltas`):
 
     dP   = dO Vᵀ                     one product, which both streams share
     dV   = (P_1 − λ P_2)ᵀ dO         one product
@@ -22,36 +22,6 @@ import triton
 import triton.language as tl
 
 from clearhead.kernels.triton.tiles import load_packed, load_rows, product, scores, visible
-
-
-@triton.jit
-def deltas(
-    grad, out, noise, gate, delta, groups_of_heads, queries,
-    stride_db, stride_dh, stride_dt, stride_ob, stride_oh, stride_ot, stride_nb, stride_nh, stride_nt,
-    stride_gb, stride_gh, stride_gt,
-    E: tl.constexpr, VALUES: tl.constexpr, STREAMS: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """δ_1 and δ_2 of BLOCK_M tokens of one head."""
-    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = token < queries
-    b, h = (
-        (tl.program_id(1) // groups_of_heads).to(tl.int64),
-        (tl.program_id(1) % groups_of_heads).to(tl.int64),
-    )
-    cotangent = load_rows(grad + b * stride_db + h * stride_dh, token, inside, stride_dt, VALUES, E).to(
-        tl.float32
-    )
-    first = load_rows(out + b * stride_ob + h * stride_oh, token, inside, stride_ot, VALUES, E).to(tl.float32)
-    flat = tl.program_id(1).to(tl.int64) * queries + token
-    if STREAMS == 2:
-        second = load_rows(noise + b * stride_nb + h * stride_nh, token, inside, stride_nt, VALUES, E).to(
-            tl.float32
-        )
-        at = gate + b * stride_gb + h * stride_gh + token.to(tl.int64) * stride_gt
-        first += tl.load(at, mask=inside, other=0.0)[:, None] * second
-        plane = tl.num_programs(1).to(tl.int64) * queries
-        tl.store(delta + plane + flat, tl.sum(cotangent * second, 1), mask=inside)
-    tl.store(delta + flat, tl.sum(cotangent * first, 1), mask=inside)
 
 
 @triton.jit

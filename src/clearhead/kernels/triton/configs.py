@@ -4,7 +4,7 @@ Nothing is tuned at the first call. `benchmarks/gpu/tune.py` measures on a GPU a
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -99,3 +99,11 @@ def choose(key: Key) -> Config:
         and other.value_width >= key.value_width
     ]
     return table()[min(rows, key=lambda row: (row.streams, row.width, row.value_width))]
+
+
+def for_held_keys(key: Key, config: Config) -> Config:
+    """The same for keys that are held at half their width: a tile of their table lies beside each of theirs.
+
+    More than 64 keys of more than 64 numbers spill on sm_90.
+    """
+    return config if key.streams * key.width <= 64 else replace(config, block_n=min(config.block_n, 64))

@@ -15,7 +15,10 @@ from clearhead.kernels.triton.configs import Config
 
 @dataclass(frozen=True, slots=True)
 class CountedAttention:
-    """One call: `heads` and `groups` of one stream, as in `core.streams`."""
+    """One call: `heads` and `groups` of one stream, as in `core.streams`.
+
+    normed: the kernel norms its rows itself. held: keys have half their width, and a float32 table makes them whole.
+    """
 
     batch: int
     heads: int
@@ -28,6 +31,8 @@ class CountedAttention:
     own_keys: bool
     causal: bool
     bytes: int = 2
+    normed: bool = False
+    held: bool = False
 
     @property
     def rows(self) -> int:
@@ -40,7 +45,13 @@ class CountedAttention:
     @property
     def key_numbers(self) -> int:
         """Numbers of K and V for one key of a group."""
-        return (2 if self.own_keys else 1) * self.width + self.value_width
+        width = self.width // 2 if self.held else self.width
+        return (2 if self.own_keys else 1) * width + self.value_width
+
+    @property
+    def table(self) -> int:
+        """Bytes of the table for one key, which all heads, streams and rows of the batch share."""
+        return 4 * self.width if self.held else 0
 
     @property
     def row_numbers(self) -> int:
@@ -87,13 +98,33 @@ def forward(attention: CountedAttention, config: Config, keep: bool = True) -> W
     a, per_tile = attention, config.block_m * config.block_n
     visited = tiles(a, config)
     row_blocks = math.ceil(a.rows / config.block_m) * config.block_m
-    kept = (a.value_width * a.bytes if a.streams == 2 else 0) + 8 * a.streams if keep else 0
+    # The noise stream's own output, rows before a norm, and two statistics a stream.
+    kept = ((a.streams == 2) + a.normed) * a.value_width * a.bytes + 8 * a.streams if keep else 0
     rows = a.row_numbers * a.bytes + kept
     return Work(
         executed=a.pairs * visited * per_tile * a.streams * (a.width + a.value_width),
-        asked=a.pairs * (visited * config.block_n * a.key_numbers * a.bytes + row_blocks * rows),
-        moved=a.pairs * (a.keys * a.key_numbers * a.bytes + a.rows * rows),
+        asked=a.pairs * (visited * config.block_n * (a.key_numbers * a.bytes + a.table) + row_blocks * rows),
+        moved=a.pairs * (a.keys * a.key_numbers * a.bytes + a.rows * rows) + a.keys * a.table,
     )
+
+
+def deltas(attention: CountedAttention) -> int:
+    """Bytes of rows before the backward pass: dO (or dY), O and O_2 are read, and with a norm dO is written."""
+    a = attention
+    return a.pairs * a.rows * a.value_width * a.bytes * (1 + a.streams + a.normed)
+
+
+def norm_apart(attention: CountedAttention, backward: bool) -> int:
+    """Bytes of rows of a norm that is one kernel of its own: O in, Y out; behind that dY and O in, dO out."""
+    a = attention
+    return a.pairs * a.rows * a.value_width * a.bytes * (3 if backward else 2)
+
+
+def expansion(attention: CountedAttention) -> int:
+    """Bytes of one kernel of its own that makes held keys whole: t and the table in, keys out."""
+    a = attention
+    streams = 2 if a.own_keys else 1
+    return a.pairs * a.keys * streams * a.width * a.bytes * 3 // 2 + a.keys * 4 * a.width
 
 
 def backward(attention: CountedAttention, config: Config, stretches: int = 1) -> Work:

@@ -6,19 +6,22 @@ Multiply-adds for a row and key: streams · (D + E).
 
 With more than one split the keys of a row block are shared out among programs, whose unfinished rows `combine` puts
 together in the order of the splits: that is how few rows keep a GPU busy.
+
+With TABLE a key is held as t (D/2 numbers), and one table (S, D) of all heads and streams makes it whole in registers:
+k_n = (t_n ∘ first half of table_n, t_n ∘ second half). D and WIDTH are then those of t.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import triton
 import triton.language as tl
 
+from clearhead.kernels.triton.endings import finish, keep_part
 from clearhead.kernels.triton.tiles import (
     key_range,
     load_packed,
     load_rows,
     product,
     scores,
-    store_packed,
     visible,
 )
 
@@ -36,15 +39,28 @@ def online(t, v, maximum, total, accumulator, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def logits(query, rest, keys, turn1, turn2, TABLE: tl.constexpr, PRECISION: tl.constexpr):
+    """q kᵀ of one stream. Keys that are held at half their width are (keys ∘ turn1, keys ∘ turn2), each rounded as a
+    whole key would be, and `rest` is the query's second half."""
+    if TABLE:
+        wide = keys.to(tl.float32)
+        tile = scores(query, tl.trans((wide * turn1).to(keys.dtype)), PRECISION)
+        tile = product(rest, tl.trans((wide * turn2).to(keys.dtype)), tile, PRECISION)
+    else:
+        tile = scores(query, tl.trans(keys), PRECISION)
+    return tile
+
+
+@triton.jit
 def walk(
     low, high,
-    q1, q2, k1, k2, v, padding, documents,
+    q1, rest1, q2, rest2, k1, k2, v, table, padding, documents,
     maximum1, total1, accumulator1, maximum2, total2, accumulator2,
     positions, row_documents, row_slopes,
-    keys, window, factor, stride_k, stride_v,
+    keys, window, factor, stride_k, stride_v, stride_table,
     D: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr, BLOCK_N: tl.constexpr,
     STREAMS: tl.constexpr, OWN_KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    PADDING: tl.constexpr, DOCUMENTS: tl.constexpr, SLOPES: tl.constexpr, MASKED: tl.constexpr,
+    PADDING: tl.constexpr, DOCUMENTS: tl.constexpr, SLOPES: tl.constexpr, TABLE: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All blocks of keys in [low, high); without MASKED every row sees every key of them."""
@@ -58,13 +74,17 @@ def walk(
             key_documents = tl.load(documents + key, mask=key < keys, other=0)
         first = load_rows(k1, key, real, stride_k, WIDTH, D)
         value = load_rows(v, key, real, stride_v, VALUES, E)
-        t1 = scores(q1, tl.trans(first), PRECISION) * factor
+        turn1, turn2 = first, first
+        if TABLE:
+            turn1 = load_rows(table, key, real, stride_table, WIDTH, D)
+            turn2 = load_rows(table + D, key, real, stride_table, WIDTH, D)
+        t1 = logits(q1, rest1, first, turn1, turn2, TABLE, PRECISION) * factor
         t2 = t1
         if STREAMS == 2:
             second = first
             if OWN_KEYS:
                 second = load_rows(k2, key, real, stride_k, WIDTH, D)
-            t2 = scores(q2, tl.trans(second), PRECISION) * factor
+            t2 = logits(q2, rest2, second, turn1, turn2, TABLE, PRECISION) * factor
         if SLOPES:
             bias = row_slopes[:, None] * tl.abs(positions[:, None] - key[None, :]).to(tl.float32)
             t1 -= bias
@@ -84,11 +104,13 @@ def walk(
 
 @triton.jit
 def sweep(
-    low, high, all_low, all_high, query1, query2, k1, k2, v, padding, documents, positions, row_documents, row_slopes,
-    keys, window, factor, stride_kt, stride_vt,
+    low, high, all_low, all_high, query1, rest1, query2, rest2, k1, k2, v, table, padding, documents,
+    positions, row_documents, row_slopes,
+    keys, window, factor, stride_kt, stride_vt, stride_table,
     D: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, STREAMS: tl.constexpr, OWN_KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    PADDING: tl.constexpr, DOCUMENTS: tl.constexpr, SLOPES: tl.constexpr, PRECISION: tl.constexpr,
+    PADDING: tl.constexpr, DOCUMENTS: tl.constexpr, SLOPES: tl.constexpr, TABLE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All keys in [low, high) for one block of rows, with a mask only where a row may not see all of a block."""
     maximum1 = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -97,10 +119,10 @@ def sweep(
     maximum2, total2, accumulator2 = maximum1, total1, accumulator1
     if PADDING or DOCUMENTS:
         maximum1, total1, accumulator1, maximum2, total2, accumulator2 = walk(
-            low, high, query1, query2, k1, k2, v, padding, documents,
+            low, high, query1, rest1, query2, rest2, k1, k2, v, table, padding, documents,
             maximum1, total1, accumulator1, maximum2, total2, accumulator2, positions, row_documents, row_slopes,
-            keys, window, factor, stride_kt, stride_vt, D, E, WIDTH, VALUES, BLOCK_N, STREAMS, OWN_KEYS,
-            CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, True, PRECISION,
+            keys, window, factor, stride_kt, stride_vt, stride_table, D, E, WIDTH, VALUES, BLOCK_N, STREAMS,
+            OWN_KEYS, CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, TABLE, True, PRECISION,
         )  # fmt: skip
     else:
         # Whole blocks between the edges need no mask.
@@ -108,77 +130,59 @@ def sweep(
         edge = tl.minimum(tl.maximum(all_high // BLOCK_N * BLOCK_N, middle), high)
         if WINDOW:
             maximum1, total1, accumulator1, maximum2, total2, accumulator2 = walk(
-                low, middle, query1, query2, k1, k2, v, padding, documents,
+                low, middle, query1, rest1, query2, rest2, k1, k2, v, table, padding, documents,
                 maximum1, total1, accumulator1, maximum2, total2, accumulator2, positions, row_documents, row_slopes,
-                keys, window, factor, stride_kt, stride_vt, D, E, WIDTH, VALUES, BLOCK_N, STREAMS, OWN_KEYS,
-                CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, True, PRECISION,
+                keys, window, factor, stride_kt, stride_vt, stride_table, D, E, WIDTH, VALUES, BLOCK_N, STREAMS,
+                OWN_KEYS, CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, TABLE, True, PRECISION,
             )  # fmt: skip
         maximum1, total1, accumulator1, maximum2, total2, accumulator2 = walk(
-            middle, edge, query1, query2, k1, k2, v, padding, documents,
+            middle, edge, query1, rest1, query2, rest2, k1, k2, v, table, padding, documents,
             maximum1, total1, accumulator1, maximum2, total2, accumulator2, positions, row_documents, row_slopes,
-            keys, window, factor, stride_kt, stride_vt, D, E, WIDTH, VALUES, BLOCK_N, STREAMS, OWN_KEYS,
-            CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, False, PRECISION,
+            keys, window, factor, stride_kt, stride_vt, stride_table, D, E, WIDTH, VALUES, BLOCK_N, STREAMS,
+            OWN_KEYS, CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, TABLE, False, PRECISION,
         )  # fmt: skip
         maximum1, total1, accumulator1, maximum2, total2, accumulator2 = walk(
-            edge, high, query1, query2, k1, k2, v, padding, documents,
+            edge, high, query1, rest1, query2, rest2, k1, k2, v, table, padding, documents,
             maximum1, total1, accumulator1, maximum2, total2, accumulator2, positions, row_documents, row_slopes,
-            keys, window, factor, stride_kt, stride_vt, D, E, WIDTH, VALUES, BLOCK_N, STREAMS, OWN_KEYS,
-            CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, True, PRECISION,
+            keys, window, factor, stride_kt, stride_vt, stride_table, D, E, WIDTH, VALUES, BLOCK_N, STREAMS,
+            OWN_KEYS, CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, TABLE, True, PRECISION,
         )  # fmt: skip
     return maximum1, total1, accumulator1, maximum2, total2, accumulator2
 
 
 @triton.jit
-def keep_part(
-    parts, statistics, accumulator1, maximum1, total1, accumulator2, maximum2, total2, split, pair, row, inside, rows,
-    STREAMS: tl.constexpr, E: tl.constexpr, VALUES: tl.constexpr,
-):  # fmt: skip
-    """What one split found, unfinished, for `combine`."""
-    at = ((split * tl.num_programs(1) + pair).to(tl.int64) * rows + row) * STREAMS
-    half = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * rows * STREAMS
-    store_packed(parts, accumulator1, at, at * 0, inside, 0, E, VALUES, E)
-    tl.store(statistics + at, maximum1, mask=inside)
-    tl.store(statistics + half + at, total1, mask=inside)
-    if STREAMS == 2:
-        store_packed(parts, accumulator2, at + 1, at * 0, inside, 0, E, VALUES, E)
-        tl.store(statistics + at + 1, maximum2, mask=inside)
-        tl.store(statistics + half + at + 1, total2, mask=inside)
+def share(low, high, split, splits, BLOCK_N: tl.constexpr):
+    """The part of [low, high) that one of the splits has, in whole blocks."""
+    keys = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), splits) * BLOCK_N
+    low = low + split * keys
+    return low, tl.minimum(high, low + keys)
 
 
 @triton.jit
-def mix(
-    noise, statistics, accumulator1, maximum1, total1, accumulator2, maximum2, total2,
-    gate, token, head, inside, flat, plane, stride_oh, stride_ot,
-    STREAMS: tl.constexpr, KEEP: tl.constexpr, E: tl.constexpr, VALUES: tl.constexpr,
+def load_query(
+    base, token, head, inside, stride_head, stride_token, WIDTH: tl.constexpr, D: tl.constexpr, TABLE: tl.constexpr
 ):  # fmt: skip
-    """The rows of the output; with KEEP what the backward pass needs beside them is stored."""
-    mixed = accumulator1 / tl.where(total1 == 0, 1.0, total1)[:, None]
-    if STREAMS == 2:
-        second = accumulator2 / tl.where(total2 == 0, 1.0, total2)[:, None]
-        mixed = mixed - tl.load(gate, mask=inside, other=0.0)[:, None] * second
-        if KEEP:
-            store_packed(noise, second, token, head, inside, stride_oh, stride_ot, VALUES, E)
-            maximum2 = tl.where(total2 == 0, 0.0, maximum2)
-            tl.store(statistics + 2 * plane + flat, maximum2, mask=inside)
-            tl.store(statistics + 3 * plane + flat, total2, mask=inside)
-    if KEEP:
-        maximum1 = tl.where(total1 == 0, 0.0, maximum1)
-        tl.store(statistics + flat, maximum1, mask=inside)
-        tl.store(statistics + plane + flat, total1, mask=inside)
-    return mixed
+    """The rows of a query and, with TABLE, those of its second half."""
+    query = load_packed(base, token, head, inside, stride_head, stride_token, WIDTH, D)
+    rest = query
+    if TABLE:
+        rest = load_packed(base + D, token, head, inside, stride_head, stride_token, WIDTH, D)
+    return query, rest
 
 
 @triton.jit
 def forward(
-    q1, q2, k1, k2, v, gate, padding, documents, position, slopes, ranges,
-    out, noise, statistics, parts,
-    factor, groups, queries, keys, offset, window, splits,
+    q1, q2, k1, k2, v, gate, padding, documents, position, slopes, ranges, table, weight,
+    out, noise, statistics, parts, mixed,
+    factor, eps, gain, groups, queries, keys, offset, window, splits,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kt, stride_vb, stride_vg, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_ob, stride_oh, stride_ot, stride_padding, stride_documents, stride_ranges,
+    stride_tb, stride_tt,
     D: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr, REPEATS: tl.constexpr,
     STREAMS: tl.constexpr, OWN_KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     PADDING: tl.constexpr, DOCUMENTS: tl.constexpr, POSITION: tl.constexpr, SLOPES: tl.constexpr,
-    KEEP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    TABLE: tl.constexpr, SIGMOID: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # The last rows see the most keys under a causal mask: they begin first.
@@ -200,14 +204,14 @@ def forward(
         high = tl.minimum(high, tl.load(at + 1) * BLOCK_N)
     low = low // BLOCK_N * BLOCK_N
     if SPLIT:
-        share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), splits) * BLOCK_N
-        low = low + split * share
-        high = tl.minimum(high, low + share)
+        low, high = share(low, high, split, splits, BLOCK_N)
 
-    query1 = load_packed(q1 + b * stride_qb, token, head, inside, stride_qh, stride_qt, WIDTH, D)
-    query2 = query1
+    query1, rest1 = load_query(q1 + b * stride_qb, token, head, inside, stride_qh, stride_qt, WIDTH, D, TABLE)
+    query2, rest2 = query1, rest1
     if STREAMS == 2:
-        query2 = load_packed(q2 + b * stride_qb, token, head, inside, stride_qh, stride_qt, WIDTH, D)
+        query2, rest2 = load_query(
+            q2 + b * stride_qb, token, head, inside, stride_qh, stride_qt, WIDTH, D, TABLE
+        )
     k1 += b * stride_kb + g * stride_kg
     k2 += b * stride_kb + g * stride_kg
     v += b * stride_vb + g * stride_vg
@@ -221,9 +225,10 @@ def forward(
         row_slopes = tl.load(slopes + head, mask=inside, other=0.0)
 
     maximum1, total1, accumulator1, maximum2, total2, accumulator2 = sweep(
-        low, high, all_low, all_high, query1, query2, k1, k2, v, padding, documents, positions, row_documents,
-        row_slopes, keys, window, factor, stride_kt, stride_vt, D, E, WIDTH, VALUES, BLOCK_M, BLOCK_N, STREAMS,
-        OWN_KEYS, CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, PRECISION,
+        low, high, all_low, all_high, query1, rest1, query2, rest2, k1, k2, v, table + b * stride_tb, padding,
+        documents, positions, row_documents, row_slopes, keys, window, factor, stride_kt, stride_vt, stride_tt,
+        D, E, WIDTH, VALUES, BLOCK_M, BLOCK_N, STREAMS,
+        OWN_KEYS, CAUSAL, WINDOW, PADDING, DOCUMENTS, SLOPES, TABLE, PRECISION,
     )  # fmt: skip
     if SPLIT:
         keep_part(
@@ -234,47 +239,8 @@ def forward(
         plane = tl.num_programs(1).to(tl.int64) * REPEATS * queries
         flat = (b * groups * REPEATS + head) * queries + token
         at = gate + b * stride_gb + head * stride_gh + token.to(tl.int64) * stride_gt
-        mixed = mix(
-            noise + b * stride_ob, statistics, accumulator1, maximum1, total1, accumulator2, maximum2, total2,
-            at, token, head, inside, flat, plane, stride_oh, stride_ot, STREAMS, KEEP, E, VALUES,
+        finish(
+            out + b * stride_ob, noise + b * stride_ob, mixed + b * stride_ob, statistics, weight, eps, gain,
+            accumulator1, maximum1, total1, accumulator2, maximum2, total2,
+            at, token, head, inside, flat, plane, stride_oh, stride_ot, STREAMS, SIGMOID, NORM, KEEP, E, VALUES,
         )  # fmt: skip
-        store_packed(out + b * stride_ob, mixed, token, head, inside, stride_oh, stride_ot, VALUES, E)
-
-
-@triton.jit
-def gather(parts, statistics, at, step, half, splits, VALUES: tl.constexpr, E: tl.constexpr):
-    """One row of one stream from its splits."""
-    column = tl.arange(0, VALUES)
-    highest = float("-inf")
-    for split in range(splits):
-        highest = tl.maximum(highest, tl.load(statistics + at + split * step))
-    reference = tl.where(highest == float("-inf"), 0.0, highest)
-    total = 0.0
-    row = tl.zeros([VALUES], tl.float32)
-    for split in range(splits):
-        where = at + split * step
-        weight = tl.exp2(tl.load(statistics + where) - reference)
-        total += weight * tl.load(statistics + half + where)
-        row += weight * tl.load(parts + where * E + column, mask=column < E, other=0.0)
-    return row / tl.where(total == 0, 1.0, total)
-
-
-@triton.jit
-def combine(
-    parts, statistics, gate, out, groups, queries, splits,
-    stride_gb, stride_gh, stride_gt, stride_ob, stride_oh, stride_ot,
-    E: tl.constexpr, VALUES: tl.constexpr, REPEATS: tl.constexpr, STREAMS: tl.constexpr,
-):  # fmt: skip
-    """One row of the output from what `forward` left of it in each split."""
-    row, pair = tl.program_id(0), tl.program_id(1)
-    rows = queries * REPEATS
-    b, token, head = (pair // groups).to(tl.int64), row // REPEATS, pair % groups * REPEATS + row % REPEATS
-    step = tl.num_programs(1).to(tl.int64) * rows * STREAMS
-    at = (pair.to(tl.int64) * rows + row) * STREAMS
-    mixed = gather(parts, statistics, at, step, step * splits, splits, VALUES, E)
-    if STREAMS == 2:
-        lam = tl.load(gate + b * stride_gb + head * stride_gh + token * stride_gt)
-        mixed -= lam * gather(parts, statistics, at + 1, step, step * splits, splits, VALUES, E)
-    column = tl.arange(0, VALUES)
-    to = out + b * stride_ob + head * stride_oh + token * stride_ot + column
-    tl.store(to, mixed.to(out.dtype.element_ty), mask=column < E)

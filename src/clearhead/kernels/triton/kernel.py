@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from clearhead.core.capability import compute_capability
-from clearhead.core.dispatch import AttentionProblem, Kernel, dtype_name
+from clearhead.core.dispatch import AttentionProblem, Kernel
 from clearhead.core.masks import MaskSpec
+from clearhead.core.norm import HeadNorm
 from clearhead.core.streams import Streams, repeat_kv
+from clearhead.core.values import dtype_name
 from clearhead.kernels.triton import ops as _ops  # noqa: F401  (registers the operators)
+from clearhead.kernels.triton.configs import FEW_ROWS
 
 MASKS = frozenset({"causal", "padding", "documents", "window", "alibi"})
 WIDEST_KEY, WIDEST_VALUE = 256, 512
@@ -37,6 +40,8 @@ class Triton(Kernel):
 
     name = "triton"
     unequal_heads = True
+    takes_tables = True
+    takes_logits = True
     passed_over = "no GPU has timed it yet: name it to use it"
 
     def __init__(self) -> None:
@@ -71,22 +76,39 @@ class Triton(Kernel):
         # A preference rests on measurements, and there is none: what is known is in docs/gpu-kernel.md.
         return False
 
+    def norms(self, norm: HeadNorm, heads: Streams) -> bool:
+        """Where the result has the type that it would have: the weight's and the values' are one, or autocast's."""
+        weight, v = norm.weight, heads.v
+        if getattr(weight, "device_mesh", None) is not None or weight.device != v.device:
+            return False
+        kind = v.device.type
+        cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == v.dtype
+        return weight.numel() == v.shape[3] and weight.dtype in _DTYPES and (weight.dtype == v.dtype or cast)
+
     def run(self, heads: Streams, mask: MaskSpec, scale: float) -> Tensor:
-        q1, k1, v, gate = heads.q[0], heads.k[0], heads.v, heads.gate
+        weight = None if heads.norm is None else heads.norm.weight
+        sigmoid = heads.gate_logit is not None
+        gate = heads.gate_logit if sigmoid else heads.gate
+        keep = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (*heads.q, *heads.k, heads.v, gate, weight)
+        )
+        if keep or heads.q[0].shape[2] * (heads.q[0].shape[1] // heads.v.shape[1]) > FEW_ROWS:
+            heads = heads.expanded()
+        q1, k1, v = heads.q[0], heads.k[0], heads.v
         q2 = repeat_kv(heads.q[1], q1.shape[1]) if len(heads.q) == 2 else None
         k2 = heads.k[1] if len(heads.k) == 2 else None
         if gate is not None:
-            gate = gate.float().expand(*q1.shape[:3], 1)
-        differentiable = [x for x in (*heads.q, *heads.k, v, gate) if x is not None]
-        keep = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
+            gate = (gate if sigmoid else gate.float()).expand(*q1.shape[:3], 1)
         shifted = isinstance(mask.offset, Tensor)
-        offset = k1.shape[2] - q1.shape[2] if mask.offset is None or shifted else mask.offset
-        out, _, _ = torch.ops.clearhead.triton_attention(
+        offset = v.shape[2] - q1.shape[2] if mask.offset is None or shifted else mask.offset
+        out, _, _, _ = torch.ops.clearhead.triton_attention(
             *(q1, q2, k1, k2, v, gate, mask.key_padding),
             None if mask.documents is None else mask.documents.long(),
             mask.offset if shifted else None,
             None if mask.slopes is None else mask.slopes.to(v.device, torch.float32, non_blocking=True),
-            *(offset, mask.window or 0, mask.is_causal, scale, keep),
+            *(heads.table, weight, offset, mask.window or 0, mask.is_causal, scale),
+            *((0.0, 1.0) if heads.norm is None else (heads.norm.eps, heads.norm.factor)),
+            *(sigmoid, keep),
         )
         return out
 

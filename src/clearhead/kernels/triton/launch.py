@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from clearhead.kernels.triton import backward as back
-from clearhead.kernels.triton import configs, ranges
+from clearhead.kernels.triton import configs, endings, ranges
 from clearhead.kernels.triton import forward as front
 
 # What stands for a GPU's multiprocessors under the interpreter: enough to divide small problems.
 _INTERPRETED_PROCESSORS = 8
 _FAR = 2**30
+# Rows of a program of `endings.deltas`.
+DELTA_ROWS = 16
 
 
 class TritonInputs(NamedTuple):
@@ -25,6 +27,8 @@ class TritonInputs(NamedTuple):
     q1, q2 (B, H, L, D); k1, k2 (B, G, S, D); v (B, G, S, E); gate (B, H, L, 1) float32; padding (B or 1, S) bool, True
     where the key is real; documents (B or 1, S) int64; position a scalar int64 that replaces offset, the position of
     the first query among the keys; slopes (H,) float32; window as in `MaskSpec`, 0 for none.
+    table (B or 1, S, D) float32: k1 and k2 are then (B, G, S, D/2), see `forward.py`. weight (E,): the output is normed
+    with it, eps and gain. sigmoid: the gate is that of `gate`, of any type. See `endings.py`.
     """
 
     q1: Tensor
@@ -37,10 +41,15 @@ class TritonInputs(NamedTuple):
     documents: Tensor | None
     position: Tensor | None
     slopes: Tensor | None
+    table: Tensor | None
+    weight: Tensor | None
     offset: int
     window: int
     causal: bool
     scale: float
+    eps: float
+    gain: float
+    sigmoid: bool
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,8 @@ def config_for(inputs: TritonInputs, direction: str) -> configs.Config:
         configs.padded(shape.value_width),
         shape.streams,
     )
-    return configs.choose(key)
+    config = configs.choose(key)
+    return config if inputs.table is None else configs.for_held_keys(key, config)
 
 
 def processors(device: torch.device) -> int:
@@ -149,15 +159,18 @@ class LaunchCall:
         self.documents = none if inputs.documents is None else inputs.documents.contiguous()
         self.position = none if inputs.position is None else inputs.position
         self.slopes = none if inputs.slopes is None else inputs.slopes * math.log2(math.e)
+        self.table = none if inputs.table is None else inputs.table.contiguous()
+        self.weight = none if inputs.weight is None else inputs.weight.contiguous()
+        width = shape.width if inputs.table is None else shape.width // 2
         # scale · log2(e): the kernels' logits are in base 2.
         self.factor = inputs.scale * math.log2(math.e)
         self.offset, self.window = inputs.offset, min(inputs.window, _FAR)
         hidden = inputs.padding is not None or inputs.documents is not None
         self.extremes = self._extremes(inputs, config) if hidden else None
         self.flags: dict[str, Any] = {
-            "D": shape.width,
+            "D": width,
             "E": shape.value_width,
-            "WIDTH": configs.padded(shape.width),
+            "WIDTH": configs.padded(width),
             "VALUES": configs.padded(shape.value_width),
             "REPEATS": shape.repeats,
             "STREAMS": shape.streams,
@@ -174,6 +187,7 @@ class LaunchCall:
             "num_warps": config.warps,
             "num_stages": config.stages,
         }
+        self.ending = {"SIGMOID": inputs.sigmoid, "NORM": inputs.weight is not None}
 
     def _extremes(
         self, inputs: TritonInputs, config: configs.Config
@@ -208,8 +222,11 @@ class LaunchCall:
         )
 
 
-def forward(inputs: TritonInputs, out: Tensor, noise: Tensor, statistics: Tensor, keep: bool) -> None:
-    """Write `out`, and with `keep` the second stream's own output and each row's maximum and sum."""
+def forward(
+    inputs: TritonInputs, out: Tensor, noise: Tensor, statistics: Tensor, mixed: Tensor, keep: bool
+) -> None:
+    """Write `out`, and with `keep` the second stream's own output, each row's maximum and sum, and rows as they are
+    before a norm."""
     shape = shape_of(inputs)
     config = config_for(inputs, "decode" if not keep and shape.rows <= configs.FEW_ROWS else "forward")
     count = 1 if keep else splits(shape, config, out.device)
@@ -223,24 +240,67 @@ def forward(inputs: TritonInputs, out: Tensor, noise: Tensor, statistics: Tensor
         statistics = out.new_empty((2, *left), dtype=torch.float32)
     with torch.cuda.device_of(out):
         front.forward[(blocks, shape.pairs, count)](
-            *call.tensors(visible),
-            *(out, noise, statistics, parts),
-            *(call.factor, shape.groups, shape.queries, shape.keys, call.offset, call.window, count),
+            *(*call.tensors(visible), call.table, call.weight),
+            *(out, noise, statistics, parts, mixed),
+            *(call.factor, inputs.eps, inputs.gain),
+            *(shape.groups, shape.queries, shape.keys, call.offset, call.window, count),
             *call.strides(out, visible),
+            *(call.table.stride(0) if call.table.shape[0] > 1 else 0, call.table.stride(1)),
             **call.flags,
+            **call.ending,
+            TABLE=inputs.table is not None,
             KEEP=keep,
             SPLIT=count > 1,
         )
         if count > 1:
-            front.combine[(shape.rows, shape.pairs)](
-                *(parts, statistics, call.gate, out, shape.groups, shape.queries, count),
+            endings.combine[(shape.rows, shape.pairs)](
+                *(parts, statistics, call.gate, call.weight, out, inputs.eps, inputs.gain),
+                *(shape.groups, shape.queries, count),
                 *call.gate.stride()[:3],
                 *out.stride()[:3],
                 E=shape.value_width,
                 VALUES=call.flags["VALUES"],
                 REPEATS=shape.repeats,
                 STREAMS=shape.streams,
+                **call.ending,
             )
+
+
+def before_backward(
+    call: LaunchCall,
+    inputs: TritonInputs,
+    grad: Tensor,
+    out: Tensor,
+    noise: Tensor,
+    grad_gate: Tensor,
+    grad_weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of the mixed output, its products with the streams' outputs, and λ; gradients of gate and weight.
+
+    What a norm and a sigmoid add to the backward pass is here, where the rows of `deltas` are whole anyway.
+    """
+    shape, blocks = call.shape, math.ceil(call.shape.queries / DELTA_ROWS)
+    size = (shape.batch, shape.heads, shape.queries)
+    delta = torch.empty((shape.streams, *size), dtype=torch.float32, device=grad.device)
+    gate, mixed_grad, sums = call.gate, grad, delta
+    if inputs.sigmoid:
+        gate = delta.new_empty((*size, 1))
+    if inputs.weight is not None:
+        mixed_grad = torch.empty_like(out)
+        sums = delta.new_empty((shape.batch * shape.heads * blocks, shape.value_width))
+    endings.deltas[(blocks, shape.batch * shape.heads)](
+        *(grad, out, noise, call.gate, call.weight, delta, gate, grad_gate, mixed_grad, sums),
+        *(inputs.eps, inputs.gain, shape.heads, shape.queries),
+        *(stride for x in (grad, out, noise, call.gate, mixed_grad) for stride in x.stride()[:3]),
+        E=shape.value_width,
+        VALUES=call.flags["VALUES"],
+        STREAMS=shape.streams,
+        **call.ending,
+        BLOCK_M=DELTA_ROWS,
+    )
+    if inputs.weight is not None:
+        grad_weight.copy_(sums.sum(0))
+    return mixed_grad, delta, gate
 
 
 def backward(
@@ -251,14 +311,16 @@ def backward(
     statistics: Tensor,
     gradients: tuple[Tensor, ...],
 ) -> None:
-    """Write the gradients of q1, q2, k1, k2, v and gate, as far as there are such inputs."""
+    """Write the gradients of q1, q2, k1, k2, v, gate and weight, as far as there are such inputs.
+
+    out: the rows before a norm, where there is one.
+    """
     shape, config = shape_of(inputs), config_for(inputs, "backward")
     call = LaunchCall(inputs, config)
     visible = call.ranges(of_rows=False)
     grad, out, statistics = by_rows(grad), by_rows(out), statistics.contiguous()
     noise = by_rows(noise) if shape.streams == 2 else out
     size = (shape.batch, shape.heads, shape.queries)
-    delta = statistics.new_empty((shape.streams, *size))
     sums_q = statistics.new_zeros((shape.streams, *size, shape.width))
     own_keys = inputs.k2 is not None
     in_keys = (shape.batch, shape.groups, shape.keys)
@@ -270,17 +332,7 @@ def backward(
         return math.ceil(math.ceil(total / block) / count) * block
 
     with torch.cuda.device_of(grad):
-        back.deltas[(math.ceil(shape.queries / 16), shape.batch * shape.heads)](
-            *(grad, out, noise, call.gate, delta, shape.heads, shape.queries),
-            *grad.stride()[:3],
-            *out.stride()[:3],
-            *noise.stride()[:3],
-            *call.gate.stride()[:3],
-            E=shape.value_width,
-            VALUES=call.flags["VALUES"],
-            STREAMS=shape.streams,
-            BLOCK_M=16,
-        )
+        grad, delta, call.gate = before_backward(call, inputs, grad, out, noise, *gradients[5:])
         for wave in range(count):
             back.backward[(count, shape.pairs)](
                 *call.tensors(visible),
@@ -290,14 +342,12 @@ def backward(
                 *call.strides(grad, visible),
                 **call.flags,
             )
-    q1, q2, k1, k2, v, gate = gradients
+    q1, q2, k1, k2, v = gradients[:5]
     for stream, gradient in enumerate((q1, q2)[: shape.streams]):
         finish(gradient, sums_q[stream], inputs.scale)
     for stream, gradient in enumerate((k1, k2)[: 1 + own_keys]):
         finish(gradient, sums_k[stream], inputs.scale)
     finish(v, sums_v, 1.0)
-    if shape.streams == 2:
-        torch.neg(delta[1].unsqueeze(-1), out=gate)
 
 
 def finish(gradient: Tensor, total: Tensor, scale: float) -> None:

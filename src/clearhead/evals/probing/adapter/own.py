@@ -88,7 +88,7 @@ def _listening(
                 attention.scale,
                 position.slopes(variant.sizes.heads),
                 rotation.pairs if position.rotates else None,
-                heads,
+                heads.closed(),
                 variant.placement,
                 window,
                 rotation.query if position.rotates else None,
