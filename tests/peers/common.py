@@ -18,6 +18,7 @@ put_in_place()
 from transformers_tests import test_modeling_common  # noqa: E402
 from transformers_tests import test_tensor_parallel_mixin as tensor_parallel  # noqa: E402
 from transformers_tests.test_configuration_common import ConfigTester  # noqa: E402
+from transformers_tests.test_modeling_common import ModelTesterMixin, ids_tensor  # noqa: E402
 from transformers_tests.test_training_mixin import TrainingTesterMixin  # noqa: E402
 
 import clearhead.models  # noqa: E402
@@ -25,7 +26,6 @@ from clearhead.models import ClearheadConfig  # noqa: E402
 
 # transformers runs those of several processes for a few of its models only.
 tensor_parallel.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
-ModelTesterMixin, ids_tensor = test_modeling_common.ModelTesterMixin, test_modeling_common.ids_tensor
 HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 SIZES: dict[str, Any] = {
     "vocab_size": 99,
