@@ -68,7 +68,9 @@ class Tester:
 
 def set_rope_parameters(config: Any, parameters: dict[str, Any]) -> None:
     """In place of the tests' own, which adds to what a configuration has: a scaling is then another one's in part."""
-    config.rope_parameters = dict(parameters)
+    # ModernBERT has them for each type of layers.
+    kinds = [key for key, value in (config.rope_parameters or {}).items() if isinstance(value, dict)]
+    config.rope_parameters = {kind: dict(parameters) for kind in kinds} or dict(parameters)
     for name in config.sub_configs:
         set_rope_parameters(getattr(config, name), parameters)
 
