@@ -1,6 +1,8 @@
 """Common tests of transformers that these models do not pass, by name, each with its reason.
 
-What LLaMA and DiffLlama skip too (other modalities, experts, encoders, GPUs) the tests skip by themselves.
+Three kinds: a default that chooses for each forward pass and names that never fall back (two tests), positions
+without angles (three), and what is asked of decoders alone (one of encoders, seven of encoder-decoders). What LLaMA and
+DiffLlama skip too (other modalities, experts, encoders, GPUs) the tests skip by themselves.
 """
 
 # For every class of tests here, the controls among them.
