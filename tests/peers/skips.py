@@ -3,6 +3,9 @@
 Three kinds: a default that chooses for each forward pass and names that never fall back (two tests), positions
 without angles (three), and what is asked of decoders alone (one of encoders, seven of encoder-decoders). What LLaMA and
 DiffLlama skip too (other modalities, experts, encoders, GPUs) the tests skip by themselves.
+
+One more they skip by themselves: that of the frequencies looks for a module called "rotary_emb" that is made of a
+configuration; tests/golden/test_rope_scalings.py compares frequencies with theirs.
 """
 
 # For every class of tests here, the controls among them.
