@@ -98,14 +98,15 @@ test-retrofit: install $(SMOLLM2)
 	CLEARHEAD_SMOLLM2="$(SMOLLM2)" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -s tests/convert/test_retrofit_smollm2.py
 
 # Of the source distribution the tests alone are unpacked, as a package of another name; K=... takes some of them (pytest -k).
-# Clients that no installation needs (TRL, ONNX, torchao, ...) lie beside them in a folder of their own, for their tests alone.
-PEERS := $(VENV)/peers-$(shell cat tests/peers/requirements.txt tests/peers/clients.txt | cksum | cut -d' ' -f1)
+# Clients that no installation needs (TRL, ONNX, torchao, timm, ...) lie beside them in folders of their own, for their tests alone.
+PEERS := $(VENV)/peers-$(shell cat tests/peers/*.txt | cksum | cut -d' ' -f1)
 K ?=
 PEERS_PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2 \
 	-o addopts=--import-mode=importlib -W ignore -p no:cacheprovider $(if $(K),-k "$(K)")
 test-peers: install $(PEERS)
 	PYTHONPATH="$(PEERS)/clients" $(PEERS_PYTEST) tests/peers/clients.py tests/peers/tuning.py tests/peers/machines.py \
-		tests/peers/parallel.py tests/peers/vision.py tests/peers/weights.py || test $$? = 5
+		tests/peers/parallel.py tests/peers/weights.py || test $$? = 5
+	PYTHONPATH="$(PEERS)/vision" $(PEERS_PYTEST) tests/peers/vision.py || test $$? = 5
 	PYTHONPATH="$(PEERS)" $(PEERS_PYTEST) tests/peers/common.py tests/peers/encoders.py tests/peers/seq2seq.py || test $$? = 5
 
 $(PEERS): | install
@@ -116,7 +117,8 @@ $(PEERS): | install
 	@mv "$(PEERS).part"/get/transformers-*/tests "$(PEERS).part/transformers_tests"
 	@touch "$(PEERS).part/transformers_tests/__init__.py"
 	@$(BIN)/python -m zipfile -e "$(PEERS).part"/get/parameterized-*.whl "$(PEERS).part"
-	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target "$(PEERS).part/clients" -r tests/peers/clients.txt
+	@for kind in clients vision; do $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps \
+		--target "$(PEERS).part/$$kind" -r tests/peers/$$kind.txt || exit 1; done
 	@rm -r "$(PEERS).part/get" && mv "$(PEERS).part" "$(PEERS)"
 
 compile: install

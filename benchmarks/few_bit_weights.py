@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, DynamicCache
 from clearhead.bench.machine import facts, versions
 from clearhead.bench.measure import Call, WallTimer, interleaved, ratios, spread, warm_up
 from clearhead.bench.records import append
+from clearhead.data.opening import open_pretrained
 from clearhead.models import ClearheadForCausalLM
 
 OUT = Path(__file__).parent / "results" / "few_bit_weights.jsonl"
@@ -76,7 +77,7 @@ def held_bytes(model: nn.Module) -> int:
 
 
 def rows_of(model: Path, count: int, length: int) -> Tensor:
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = open_pretrained(AutoTokenizer, model)
     rows = [tokenizer(topics[name]).input_ids[:length] for name in sorted(topics)]
     return torch.tensor([row for row in rows if len(row) == length][:count])
 

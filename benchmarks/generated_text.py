@@ -35,6 +35,7 @@ from transformers.cache_utils import DynamicLayer
 from clearhead.bench.machine import facts, versions
 from clearhead.bench.records import append
 from clearhead.convert.run import convert
+from clearhead.data.opening import open_pretrained
 from clearhead.models import ClearheadForCausalLM, QuantisedCache
 
 OUT = Path(__file__).parent / "results" / "generated_text.jsonl"
@@ -205,7 +206,7 @@ def compared(reference: Written, free: Tensor, fed: Written) -> dict[str, Any]:
 
 def prompts(model: Path, count: int, length: int) -> tuple[list[str], Tensor]:
     """The first `length` tokens of the first `count` pages that have so many, by name."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = open_pretrained(AutoTokenizer, model)
     rows = {name: tokenizer(topics[name]).input_ids for name in sorted(topics)}
     long = {name: row[:length] for name, row in rows.items() if len(row) >= length}
     if len(long) < count:

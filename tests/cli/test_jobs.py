@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.cli.fake_worker import FAILS, FINE, HANGS, KILLED, SILENT
 
-from clearhead.runs.directory import RunError
+from clearhead.runs.lock import RunError
 from clearhead.runs.recipe_io import parse_recipe
 from clearhead.runs.status import read_status
 from clearhead.train.comparison import arm_tasks

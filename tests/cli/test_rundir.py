@@ -11,16 +11,9 @@ from typing import Any
 
 import pytest
 
-from clearhead.runs.directory import (
-    RunError,
-    check_space,
-    check_writable,
-    exclusive,
-    keep_data,
-    open_run,
-    set_aside,
-)
+from clearhead.runs.directory import check_space, check_writable, keep_data, open_run, set_aside
 from clearhead.runs.environment import environment
+from clearhead.runs.lock import RunError, exclusive
 from clearhead.runs.recipe import Recipe
 from clearhead.runs.recipe_io import load_recipe, parse_recipe
 
@@ -113,7 +106,7 @@ def test_lock(tmp_path: Path) -> None:
 
 def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
     code = (
-        "import os, sys, pathlib\nfrom clearhead.runs.directory import exclusive\n"
+        "import os, sys, pathlib\nfrom clearhead.runs.lock import exclusive\n"
         "with exclusive(pathlib.Path(sys.argv[1]), 'x'): os.kill(os.getpid(), 9)"
     )
     source = str(Path(__file__).parents[2] / "src")

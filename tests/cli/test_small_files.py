@@ -14,7 +14,8 @@ from clearhead.cli.results import print_results
 from clearhead.data.prepare import DataSpec, prepare
 from clearhead.data.readers import CorpusError
 from clearhead.evals.subjects.external import load, reopened
-from clearhead.runs.directory import exclusive, kept_data
+from clearhead.runs.directory import kept_data
+from clearhead.runs.lock import exclusive
 from clearhead.runs.recipe_io import load_job
 from clearhead.runs.results import load_run, read_json, read_metrics
 from clearhead.runs.status import read_status

@@ -31,7 +31,7 @@ from clearhead.convert import run
 from clearhead.convert.run import convert
 from clearhead.convert.weights import ConversionError
 from clearhead.models import ClearheadConfig, ClearheadForTokenClassification
-from clearhead.runs.directory import exclusive
+from clearhead.runs.lock import exclusive
 from tests.convert.support import SIZES, nothing_left, ours, save, tensors
 
 
@@ -240,7 +240,7 @@ def test_no_space(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     with monkeypatch.context() as patch:
         # Not even for the lock.
-        patch.setattr("clearhead.runs.directory.os.getpid", full)
+        patch.setattr("clearhead.runs.lock.os.getpid", full)
         refused(llama, tmp_path / "new/out", "no space is left for")
         assert not (tmp_path / "new").exists()
     monkeypatch.setattr(run, "write_weights", full)

@@ -19,7 +19,7 @@ from clearhead.evals.subject import Subject
 from clearhead.evals.subjects.external import ExternalLoader, ExternalSpec, is_external
 from clearhead.models import ClearheadEncoderConfig
 from clearhead.report.build import build_report
-from clearhead.runs.directory import RunError
+from clearhead.runs.lock import RunError
 from clearhead.runs.results import RunResults, load_run
 from tests.evals import tiny
 

@@ -5,10 +5,6 @@
 
 import importlib.util
 import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +16,18 @@ from transformers import AutoTokenizer
 from clearhead.convert.run import convert
 from clearhead.models import ClearheadForCausalLM
 from tests.evals import tiny
+from tests.load.server_process import PATIENCE, serving
 
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
 TEXTS = ["The grass", "The sky is blue; there are", "A passkey", "what is hidden here? A"]
+CONTINUOUS = [
+    "--continuous-batching",
+    "--cb-num-blocks",
+    "64",
+    "--cb-block-size",
+    "16",
+    "--cb-max-batch-tokens",
+    "64",
+]
 SERVED = ["softmax", "differential", "differential_v2", "collinear", "differential_v2_collinear"]
 
 
@@ -56,27 +60,8 @@ def answers(source: Path, texts: list[str], new: int) -> list[list[int]]:
 @pytest.fixture(params=SERVED)
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Path, Path]]:
     source, served = directories(tmp_path, request.param, pad_token_id=0)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    command: list[Any] = [BIN / "transformers", "serve", served, "--trust-remote-code", "--device", "cpu"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--continuous-batching"]
-    command += ["--cb-num-blocks", "64", "--cb-block-size", "16", "--cb-max-batch-tokens", "64"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    environment["PYTHONPATH"] = str(ROOT / "src")
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        try:
-            for _ in range(400):
-                assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-                with socket.socket() as trial:
-                    if trial.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}/v1", source, served
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
+    with serving(served, tmp_path, CONTINUOUS) as address:
+        yield address, source, served
 
 
 @pytest.mark.skipif(
@@ -86,7 +71,7 @@ def test_transformers_serve_with_continuous_batching(server: tuple[str, Path, Pa
     from openai import OpenAI
 
     address, source, served = server
-    client = OpenAI(base_url=address, api_key="none", timeout=120, max_retries=0)
+    client = OpenAI(base_url=address, api_key="none", timeout=PATIENCE, max_retries=0)
     words = AutoTokenizer.from_pretrained(source)
     for text, tokens in zip(TEXTS, answers(source, TEXTS, 6), strict=True):
         expected = words.decode(tokens, skip_special_tokens=True)

@@ -5,10 +5,7 @@ Part of `make test-peers`; each starts processes of its own and takes half a min
 
 import json
 import os
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,8 @@ from transformers import AutoTokenizer
 
 from clearhead.models import ClearheadForCausalLM
 from tests.evals import tiny
+from tests.load.server_process import BIN, PATIENCE, serving
 
-BIN = Path(sys.executable).parent
 DOCUMENTS = [
     {"text": "The grass is", "choices": [" green", " blue"], "label": 0},
     {"text": "The sky is", "choices": [" green", " blue"], "label": 1},
@@ -82,24 +79,8 @@ def test_lm_eval_from_the_shell(tmp_path: Path) -> None:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     folder = saved(tmp_path / "model")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    command: list[Any] = [BIN / "transformers", "serve", folder, "--trust-remote-code", "--device", "cpu"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(tmp_path))
-        try:
-            for _ in range(240):
-                assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-                with socket.socket() as trial:
-                    if trial.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}/v1", folder
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
+    with serving(folder, tmp_path) as address:
+        yield address, folder
 
 
 @torch.no_grad()
@@ -107,7 +88,7 @@ def test_transformers_serve(server: tuple[str, Path]) -> None:
     from openai import OpenAI
 
     address, folder = server
-    client = OpenAI(base_url=address, api_key="none")
+    client = OpenAI(base_url=address, api_key="none", timeout=PATIENCE, max_retries=0)
     asked: dict[str, Any] = {"model": str(folder), "prompt": "The grass", "max_tokens": 6, "temperature": 0}
     model, words = ClearheadForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = words("The grass", return_tensors="pt")["input_ids"]

@@ -5,6 +5,7 @@
 
 import unittest
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -14,6 +15,7 @@ from tests.peers.stand_ins import GenerationTesterMixin, put_in_place
 
 put_in_place()
 
+from transformers_tests import test_modeling_common  # noqa: E402
 from transformers_tests import test_tensor_parallel_mixin as tensor_parallel  # noqa: E402
 from transformers_tests.test_configuration_common import ConfigTester  # noqa: E402
 from transformers_tests.test_modeling_common import ModelTesterMixin, ids_tensor  # noqa: E402
@@ -64,6 +66,15 @@ class Tester:
         return self.get_config(), {"input_ids": ids, "attention_mask": torch.tril(torch.ones_like(ids))}
 
 
+def set_rope_parameters(config: Any, parameters: dict[str, Any]) -> None:
+    """In place of the tests' own, which adds to what a configuration has: a scaling is then another one's in part."""
+    # ModernBERT has them for each type of layers.
+    kinds = [key for key, value in (config.rope_parameters or {}).items() if isinstance(value, dict)]
+    config.rope_parameters = {kind: dict(parameters) for kind in kinds} or dict(parameters)
+    for name in config.sub_configs:
+        set_rope_parameters(getattr(config, name), parameters)
+
+
 class CommonTests(
     ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, tensor_parallel.TensorParallelTesterMixin
 ):
@@ -101,6 +112,11 @@ class CommonTests(
 
     def test_config(self) -> None:
         self.config_tester.run_common_tests()
+
+    def test_model_rope_scaling_from_config_1_dynamic(self) -> None:
+        # The test before it in the same body leaves a trained length of 16384, from which this library counts.
+        with patch.object(test_modeling_common, "_set_config_rope_params", set_rope_parameters):
+            super().test_model_rope_scaling_from_config_1_dynamic()
 
 
 class TestLlama(CommonTests, unittest.TestCase):

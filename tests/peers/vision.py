@@ -1,6 +1,6 @@
 """timm's `DiffAttention` beside ours with the same weights, and the numbers that the golden test keeps of it.
 
-    python -m pytest -o python_files=vision.py tests/peers/vision.py     (timm is among tests/peers/clients.txt)
+    python -m pytest -o python_files=vision.py tests/peers/vision.py     (timm is in tests/peers/vision.txt)
     python -m tests.peers.vision     writes tests/golden/timm_diff_attention.safetensors
 
 timm needs torchvision, of which its attention needs nothing: the layer's files alone are loaded.

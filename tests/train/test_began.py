@@ -10,7 +10,8 @@ from clearhead.data import began
 from clearhead.data import prepare as preparing
 from clearhead.data.prepare import DataSpec, prepare
 from clearhead.data.readers import CorpusError
-from clearhead.runs.directory import RunError, keep_data, kept_data
+from clearhead.runs.directory import keep_data, kept_data
+from clearhead.runs.lock import RunError
 from clearhead.runs.recipe import Recipe
 from clearhead.runs.recipe_io import parse_recipe
 from clearhead.train.comparison import arm_tasks, prepare_rows

@@ -25,8 +25,9 @@ from clearhead.data.writing import Unwritten, writing
 from clearhead.evals.asking.sample_log import SampleLog
 from clearhead.models import ClearheadConfig, ClearheadForCausalLM
 from clearhead.report import charts
-from clearhead.runs.directory import RunError, check_writable, set_aside
+from clearhead.runs.directory import check_writable, set_aside
 from clearhead.runs.files import write_text
+from clearhead.runs.lock import RunError
 from clearhead.runs.status import Status, read_status, write_status
 from clearhead.train import sharded, trainer, worker
 from clearhead.train.callbacks import Journal, StatusCallback

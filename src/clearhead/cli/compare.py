@@ -58,7 +58,7 @@ def compare(
 def _look(run_dir: Path) -> None:
     """The page that shows where each arm looks, which the report links to. A run has its results without it."""
     from clearhead.look.run_page import is_current, make_run_page
-    from clearhead.runs.directory import RunError
+    from clearhead.runs.lock import RunError
 
     try:
         if not is_current(run_dir):

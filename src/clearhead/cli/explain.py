@@ -232,9 +232,10 @@ def _models(subject: Path, overrides: list[str], arm: str | None) -> "tuple[dict
     from transformers import AutoConfig
 
     from clearhead.cli.models import model_directory
+    from clearhead.data.opening import open_pretrained
     from clearhead.models.autoload import FAMILIES
 
-    config: Any = AutoConfig.from_pretrained(model_directory(subject))
+    config: Any = open_pretrained(AutoConfig, model_directory(subject))
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"{str(subject)!r} is a {config.model_type!r} model; explain knows clearhead models and recipes"

@@ -22,14 +22,15 @@ def load_model(path: Path) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    from clearhead.data.opening import open_pretrained
     from clearhead.models.tasks import task_of_model
     from clearhead.runs.checksums import check_model
 
     directory = model_directory(path)
     disable_progress_bar()
     check_model(directory)
-    task = task_of_model(AutoConfig.from_pretrained(directory))
+    task = task_of_model(open_pretrained(AutoConfig, directory))
     if task.name != "causal":
         raise ValueError(f"{str(directory)!r} is {task.what}; text is written by causal language models")
-    model = AutoModelForCausalLM.from_pretrained(directory, use_safetensors=True)
-    return model.eval(), AutoTokenizer.from_pretrained(directory)
+    model = open_pretrained(AutoModelForCausalLM, directory, use_safetensors=True)
+    return model.eval(), open_pretrained(AutoTokenizer, directory)

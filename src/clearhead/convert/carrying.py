@@ -8,6 +8,7 @@ from typing import Any
 from clearhead.convert.base import Source
 from clearhead.convert.source import read_config
 from clearhead.convert.weights import ConversionError, reason
+from clearhead.data.opening import NEEDS_CODE, NeedsCode, open_pretrained
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
@@ -51,12 +52,9 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        # Unless told, transformers asks at the terminal whether it may run the source's code.
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return open_pretrained(AutoTokenizer, folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        why = "it needs code of its own, which is not run"
-        if "trust_remote_code" not in str(error):
-            why = reason(error)[:200]
+        why = NEEDS_CODE if isinstance(error, NeedsCode) else reason(error)[:200]
         raise ConversionError(
             f"the source's tokenizer cannot be loaded ({why}); mend it, or move its files away to convert the "
             "weights alone"
@@ -73,7 +71,7 @@ def _name_tokenizer_class(folder: Path, part: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
-        found = type(AutoTokenizer.from_pretrained(folder, trust_remote_code=False)).__name__
+        found = type(open_pretrained(AutoTokenizer, folder)).__name__
     except (OSError, ValueError, KeyError, ImportError):
         found = "PreTrainedTokenizerFast"
     text = json.dumps({**settings, "tokenizer_class": found}, indent=2, ensure_ascii=False)

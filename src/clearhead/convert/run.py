@@ -37,7 +37,7 @@ from clearhead.convert.weights import (
 )
 from clearhead.models.config import ClearheadConfig
 from clearhead.registry import did_you_mean, names, resolve
-from clearhead.runs.directory import exclusive
+from clearhead.runs.lock import exclusive
 
 SHARD_BYTES = 5 * 10**9
 RECORD = "conversion.json"

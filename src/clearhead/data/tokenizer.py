@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from clearhead.data.cache import cache_dir, digest_json, fingerprint, write_atomic
 from clearhead.data.hub import without_waiting
+from clearhead.data.opening import NEEDS_CODE, NeedsCode, open_pretrained
 from clearhead.data.readers import CorpusError, first_line
 
 if TYPE_CHECKING:
@@ -117,10 +118,11 @@ def load_pretrained(source: str, *, mask: bool = False) -> PreTrainedTokenizerFa
     if not Path(source).exists():
         without_waiting()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = open_pretrained(AutoTokenizer, source)
     except Exception as error:  # the library raises OSError, ValueError, KeyError, ... for a wrong name
+        why = NEEDS_CODE if isinstance(error, NeedsCode) else first_line(error)
         raise CorpusError(
-            f"the tokenizer '{source}' cannot be loaded ({first_line(error)}): set tokenizer.source to 'bpe', to a "
+            f"the tokenizer '{source}' cannot be loaded ({why}): set tokenizer.source to 'bpe', to a "
             "directory with a tokenizer.json, or to a Hugging Face id that is in the local cache or reachable"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

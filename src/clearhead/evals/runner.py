@@ -13,14 +13,16 @@ import torch
 from pydantic import ValidationError
 
 from clearhead.data.began import check_sets, set_stamps
+from clearhead.data.opening import open_pretrained
 from clearhead.evals.evaluation import Evaluation, Say
 from clearhead.evals.finite import watched
 from clearhead.evals.subject import Subject
 from clearhead.evals.subjects.external import DEFAULT_SUITES, ExternalLoader, ExternalSpec, open_external_run
 from clearhead.registry import did_you_mean, resolve
 from clearhead.runs.checksums import check_model
-from clearhead.runs.directory import exclusive, kept_data
+from clearhead.runs.directory import kept_data
 from clearhead.runs.files import not_finite, plain, write_json
+from clearhead.runs.lock import exclusive
 from clearhead.runs.recipe import Job
 from clearhead.runs.recipe_io import load_job
 from clearhead.runs.results import Skipped, read_metrics, read_result
@@ -235,8 +237,8 @@ class JobLoader:
         data = prepare(data_spec(self.job), began=kept_data(self.job_dir))
         check_model(self.job_dir / "model")
         task = task_of(self.job.task)
-        model: PreTrainedModel = task.auto_class.from_pretrained(
-            self.job_dir / "model", device_map=device, use_safetensors=True
+        model: PreTrainedModel = open_pretrained(
+            task.auto_class, self.job_dir / "model", device_map=device, use_safetensors=True
         ).eval()
 
         def untrained() -> PreTrainedModel:

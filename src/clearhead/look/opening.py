@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from clearhead.evals.subjects.external import ExternalLoader, ExternalSpec, is_external
 from clearhead.look.view import Mark, TokenText, check_known, depth_of, heads_of
-from clearhead.runs.directory import RunError
+from clearhead.runs.lock import RunError
 from clearhead.train.single import find_jobs
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from filelock import FileLock
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from clearhead.data.began import check_sets, set_stamps
+from clearhead.data.opening import open_pretrained
 from clearhead.data.prepare import PreparedData
 from clearhead.data.writing import writing
 from clearhead.models.tasks import task_of
@@ -51,8 +52,8 @@ def begun_model(job: Job, job_dir: Path, data: PreparedData) -> PreTrainedModel:
                     _write_saved(job, job_dir, folder)
     if job.task != "causal":
         check_model(folder)
-    model: Any = task_of(job.task).auto_class.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True
+    model: Any = open_pretrained(
+        task_of(job.task).auto_class, folder, dtype=torch.float32, use_safetensors=True
     )
     vocabulary = len(data.tokenizer)
     if vocabulary > model.config.vocab_size:

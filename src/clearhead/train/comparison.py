@@ -7,15 +7,8 @@ from typing import Any
 
 from clearhead.data.began import set_stamps
 from clearhead.registry import did_you_mean, resolve
-from clearhead.runs.directory import (
-    check_space,
-    check_writable,
-    exclusive,
-    keep_data,
-    kept_data,
-    open_run,
-    set_aside,
-)
+from clearhead.runs.directory import check_space, check_writable, keep_data, kept_data, open_run, set_aside
+from clearhead.runs.lock import exclusive
 from clearhead.runs.recipe import FROM, Arm, Evaluate, Recipe, RecipeError
 from clearhead.train.model_table import model_fault, option_fault
 from clearhead.train.pool import (

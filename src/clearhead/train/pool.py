@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clearhead.runs.directory import FREE_TRAIN_KEYS, RunError, keep_data
+from clearhead.runs.directory import FREE_TRAIN_KEYS, keep_data
 from clearhead.runs.environment import cores
 from clearhead.runs.files import write_text
+from clearhead.runs.lock import RunError
 from clearhead.runs.recipe import Job
 from clearhead.runs.recipe_io import differences, load_job
 from clearhead.runs.status import Status, read_status, write_status

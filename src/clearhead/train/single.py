@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from clearhead.runs.directory import RunError, check_space, check_writable, exclusive, open_run, set_aside
+from clearhead.runs.directory import check_space, check_writable, open_run, set_aside
+from clearhead.runs.lock import RunError, exclusive
 from clearhead.runs.recipe import Recipe
 from clearhead.runs.status import read_status
 from clearhead.train.comparison import bytes_needed, check_loggers, check_models, job_directory, prepare_rows

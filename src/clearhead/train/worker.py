@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from clearhead.runs.directory import exclusive
+from clearhead.runs.lock import exclusive
 from clearhead.runs.recipe import Job
 from clearhead.runs.recipe_io import load_job
 from clearhead.runs.status import read_status, write_status

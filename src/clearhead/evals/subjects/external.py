@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clearhead.data.hub import without_waiting
+from clearhead.data.opening import NeedsCode, open_pretrained
 from clearhead.data.store import TokenStore
 from clearhead.evals.asking.texts import open_texts
 from clearhead.evals.reasons import reason_of
@@ -26,9 +27,9 @@ from clearhead.evals.subject import Subject
 from clearhead.evals.subjects.adapters import base_of, is_adapter, merged
 from clearhead.evals.subjects.gguf import is_gguf, load_gguf, open_gguf
 from clearhead.integrations.hf_attention import use_fused
-from clearhead.runs.directory import RunError
 from clearhead.runs.environment import environment
 from clearhead.runs.files import write_json, write_text
+from clearhead.runs.lock import RunError
 from clearhead.runs.recipe_io import read_toml
 from clearhead.runs.results import read_json, slugify
 from clearhead.runs.status import Status, write_status
@@ -208,7 +209,9 @@ def load(kind: Any, source: str, what: str) -> Any:
         without_waiting()
     try:
         # Weights in pickles are not read: they can run code.
-        return kind.from_pretrained(source, **({"use_safetensors": True} if _has_weights(kind) else {}))
+        return open_pretrained(kind, source, **({"use_safetensors": True} if _has_weights(kind) else {}))
+    except NeedsCode as error:
+        raise ValueError(f"{what} {error}") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         raise _unreachable(source, what, error) from error
     except (OSError, ValueError, KeyError) as error:

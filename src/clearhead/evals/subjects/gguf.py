@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+from clearhead.data.opening import open_pretrained
 from clearhead.evals.reasons import reason_of
 from clearhead.extras import need
 
@@ -173,7 +174,7 @@ def load_gguf(kind: Any, path: Path, what: str) -> Any:
         try:
             if kind is AutoModelForCausalLM:
                 return _model(folder, path)
-            found = kind.from_pretrained(folder, gguf_file=path.name)
+            found = open_pretrained(kind, folder, gguf_file=path.name)
         except (OSError, ValueError, LookupError, NotImplementedError, RuntimeError) as error:
             import transformers
 
@@ -204,7 +205,8 @@ def _model(folder: str, path: Path) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = open_pretrained(
+        AutoModelForCausalLM,
         folder,
         gguf_file=path.name,
         dtype=torch.float32,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from clearhead.analysis.comparison import compare
 from clearhead.analysis.sections import Section, SectionTable
+from clearhead.data.opening import open_pretrained
 from clearhead.evals.asking.running import batches, inference
 from clearhead.evals.asking.texts import openings
 from clearhead.evals.cells import LengthEvaluation, TextLength
@@ -124,7 +125,7 @@ def opened(path: str, subject: Subject) -> PreTrainedModel:
     if not Path(path).is_dir():
         raise Unmeasured(f"there is no directory {path!r}: set evaluate.kept.original to the original model")
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=subject.model.dtype)
+        model: PreTrainedModel = open_pretrained(AutoModelForCausalLM, path, dtype=subject.model.dtype)
     except (OSError, ValueError, KeyError) as error:
         raise Unmeasured(f"the original {path!r} cannot be opened ({reason_of(error)})") from None
     own, theirs = subject.model.config.vocab_size, model.config.vocab_size

@@ -19,6 +19,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from clearhead.data.opening import open_pretrained
 from clearhead.runs.checksums import check_model
 from clearhead.runs.recipe import Job, Recipe
 
@@ -111,7 +112,8 @@ def begin(task: Task, saved: SavedModel, job: Job) -> tuple[Any, tuple[str, ...]
     config = begun_config(task, saved, job)
     try:
         with _without_report():
-            model, info = task.auto_class.from_pretrained(
+            model, info = open_pretrained(
+                task.auto_class,
                 saved.folder,
                 config=config,
                 dtype=torch.float32,
