@@ -34,8 +34,8 @@ SAID = {
 def test_rows_shared_out_over_two_processes(tmp_path: Path) -> None:
     """One start of the processes: the script for two GPUs but for the device, all variants in float64, refusals."""
     ranks.run("tests.parallel.context:everything", tmp_path)
-    for rank in range(2):
-        found = json.loads((tmp_path / f"context.{rank}.json").read_text())
+    both = [json.loads((tmp_path / f"context.{rank}.json").read_text()) for rank in range(2)]
+    for found in both:
         assert [record["variant"] for record in found["script"]] == [
             name for name in script("context_parallel").VARIANTS for _ in range(2)
         ]
@@ -45,9 +45,11 @@ def test_rows_shared_out_over_two_processes(tmp_path: Path) -> None:
             for loss, gradient in cases:
                 # transformers computes a loss in float32 whatever the model's dtype, and its gradient from there.
                 assert loss < 5e-7 and gradient < 1e-9, (name, loss, gradient)
-        assert found["refusals"].keys() == SAID.keys()
-        for name, said in SAID.items():
-            assert said in found["refusals"][name], (name, found["refusals"][name])
+    for name, said in SAID.items():
+        told = [said in found["refusals"].pop(name) for found in both]
+        # What stands in one process's part alone is refused there; whoever started them ends the other.
+        assert any(told) if name in ("documents", "padding") else all(told), (name, told)
+    assert not any(found["refusals"] for found in both)
 
 
 def test_another_function_in_sdpas_place_is_no_context_parallelism(monkeypatch: MonkeyPatch) -> None:
