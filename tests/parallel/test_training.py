@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clearhead.runs.directory import RunError, open_run
 from clearhead.runs.recipe import RecipeError
 from clearhead.train import single
 from clearhead.train.callbacks import TrainingError
@@ -151,6 +152,21 @@ def test_half_written_and_damaged_checkpoints_are_left(folder: Path) -> None:
     (kept / "checkpoint-4" / "sharded.json").unlink()
     assert newest_complete(kept, said.append) is None
     assert "sharded.json is missing" in said[0]
+
+
+def test_a_run_that_has_begun_goes_on_with_other_rows_at_a_time(folder: Path) -> None:
+    """A step's rows stay the same, so that only sums are rounded elsewhere; what would not go on is refused by name."""
+    training.train(folder, "one", "V1")
+    training.train(folder, "changed", "V1", stop=6, parallel={"rows": 1})
+    training.train(folder, "changed", "V1", stop=14, parallel={"rows": 4, "checkpointing": True})
+    training.train(folder, "changed", "V1")
+    check(folder, "changed", loss=1e-6)
+
+    (folder / "run").mkdir()
+    open_run(folder / "run", training.recipe(folder, "V1", parallel={"rows": 1}))
+    open_run(folder / "run", training.recipe(folder, "V1", parallel={"rows": 2, "checkpointing": True}))
+    with pytest.raises(RunError, match=r"different recipe \(train\.parallel\.fsdp: false -> true\)"):
+        open_run(folder / "run", training.recipe(folder, "V1", parallel={"rows": 2, "fsdp": True}))
 
 
 @pytest.mark.parametrize(

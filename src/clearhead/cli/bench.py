@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clearhead.cli.console import FILE_WIDTH, AsJson, interruptible, print_json, say
+from clearhead.cli.console import AsJson, interruptible, print_json, say
 
 if TYPE_CHECKING:
     from clearhead.bench.cases import Case
@@ -140,20 +140,17 @@ def run_cases(
 
     seconds: after which no case begins any more.
     """
-    from rich.console import Console
-
     from clearhead.bench.chart import draw
     from clearhead.bench.machine import facts
     from clearhead.bench.records import append, check_target, lines, read
     from clearhead.bench.run import run_case
     from clearhead.cli.bench_table import render
+    from clearhead.cli.tables import results_console
     from clearhead.runs.directory import check_writable
 
     check_writable(out.parent)
     check_target(out, chart=chart)
-    console = Console(highlight=False, stderr=quiet)
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
+    console = results_console(stderr=quiet)
     found = facts(cases[0].device if cases else "cpu")
     console.print(
         ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in found.items()), markup=False

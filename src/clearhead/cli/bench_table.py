@@ -1,14 +1,13 @@
 """One measured case as a table."""
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from clearhead.bench.cases import GenerateCase
 from clearhead.bench.measure import Spread
 from clearhead.bench.outcome import MeasuredCase, MeasuredPeer
+from clearhead.cli.tables import WholeTable
 
 
 def render(outcome: MeasuredCase) -> RenderableType:
@@ -33,10 +32,10 @@ def _notes(outcome: MeasuredCase) -> list[Text]:
     return notes
 
 
-def _time_table(outcome: MeasuredCase) -> Table:
+def _time_table(outcome: MeasuredCase) -> WholeTable:
     decoding = any(row.reads for row in outcome.rows)
     unit, scale = _unit(outcome)
-    table = _table("peer", "median ms", "quartiles", "min", "time over the first's", unit)
+    table = WholeTable("peer", "median ms", "quartiles", "min", "time over the first's", unit)
     if decoding:
         table.add_column("over reading K, V", justify="right")
     for row in outcome.rows:
@@ -56,8 +55,8 @@ def _time_table(outcome: MeasuredCase) -> Table:
     return table
 
 
-def _memory_table(outcome: MeasuredCase) -> Table:
-    table = _table("peer", "peak beyond inputs, MB", "over the first's")
+def _memory_table(outcome: MeasuredCase) -> WholeTable:
+    table = WholeTable("peer", "peak beyond inputs, MB", "over the first's")
     for row in outcome.rows:
         size = "–" if row.extra_bytes is None else f"{row.extra_bytes / 1e6:,.0f}"
         ratio = "–" if row.ratio is None else f"{row.ratio.median:.2f}"
@@ -65,8 +64,8 @@ def _memory_table(outcome: MeasuredCase) -> Table:
     return table
 
 
-def _generate_table(outcome: MeasuredCase) -> Table:
-    table = _table(
+def _generate_table(outcome: MeasuredCase) -> WholeTable:
+    table = WholeTable(
         "peer",
         "first token ms",
         "over the first's",
@@ -101,13 +100,6 @@ def _generate_footer(outcome: MeasuredCase) -> Text:
     prompts = outcome.case.prefills
     text = f"  {outcome.rounds} token{'s' * (outcome.rounds != 1)} of each beside the first's, prompts read {prompts}"
     return Text(f"{text} time{'s' * (prompts != 1)}; own time: of the process, not of the wall", style="dim")
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if index else "left", no_wrap=not index)
-    return table
 
 
 def _ms(seconds: float) -> str:

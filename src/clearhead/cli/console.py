@@ -16,8 +16,6 @@ AsJson = Annotated[
 
 
 AGAIN_SECONDS = 0.05
-# Characters of a line where there is no terminal to ask.
-FILE_WIDTH = 132
 
 
 class Interrupted(Exception):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clearhead.cli.console import FILE_WIDTH, AsJson, print_json
+from clearhead.cli.console import AsJson, print_json
 
 if TYPE_CHECKING:
     import torch
@@ -118,9 +118,8 @@ def _explain_devices(
     length: int,
 ) -> None:
     """What a training takes of each device, for `--on`."""
-    from rich.console import Console
-
     from clearhead.cli.footprint import print_footprint
+    from clearhead.cli.tables import results_console
     from clearhead.runs.recipe_io import load_recipe
 
     if subject.suffix != ".toml":
@@ -129,18 +128,17 @@ def _explain_devices(
     if recipe.task != "causal":
         raise ValueError(f'--on knows causal language models; {str(subject)!r} has task = "{recipe.task}"')
     print_footprint(models, counts, recipe, on, sharding, rows, length)
-    Console(highlight=False, soft_wrap=True).print("", _cost_table(costs, length))
+    results_console().print("", _cost_table(costs, length))
 
 
 def _print(
     costs: Costs, cautioned: Cautions, plans: Plans, where: str, length: int, kernel: str | None
 ) -> None:
-    from rich.console import Console
     from rich.markup import escape
 
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
+    from clearhead.cli.tables import results_console
+
+    console = results_console()
     console.print(_cost_table(costs, length))
     console.print(
         '\n"<- auto" marks what models take by themselves: attn_implementation="clearhead", the default.'
@@ -257,18 +255,17 @@ def _costs(config: "ClearheadConfig", parameters: int, length: int, dtype: "torc
 
 def _cost_table(costs: Costs, length: int) -> object:
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table()
-    table.add_column("model", overflow="fold")
-    for column in (
+    from clearhead.cli.tables import WholeTable
+
+    table = WholeTable(
+        "model",
         "parameters",
         "beyond the first",
         f"FLOPs/token (forward, {length} tokens)",
         "KV-cache bytes/token",
         f"KV-cache bytes ({length} tokens)",
-    ):
-        table.add_column(column, justify="right", overflow="fold")
+    )
     first = next(iter(costs.values()))["parameters"]
     for name, found in costs.items():
         count, *others = found.values()

@@ -32,9 +32,9 @@ def print_footprint(
 
     Raises ValueError for an unknown device or sharding, and a step too small for the devices.
     """
-    from rich.console import Console
     from rich.markup import escape
 
+    from clearhead.cli.tables import results_console
     from clearhead.models.footprint.devices import fleet
     from clearhead.models.footprint.memory import ModelSize, footprint
 
@@ -45,7 +45,7 @@ def print_footprint(
         devices = fleet(on)
     except ValueError as error:
         raise ValueError(f"--on {error}") from None
-    console = Console(highlight=False, soft_wrap=True)
+    console = results_console()
     shared = "sharded over all devices (FSDP)" if kind == "fsdp" else "whole on every device"
     console.print(
         f"\n{devices.count} × {devices.device.title}, {devices.device.memory:g} GB each; bfloat16 with float32 "
@@ -70,14 +70,11 @@ def _table(
     config: "ClearheadConfig", found: "Footprint", on: "Fleet", recipe: "Recipe", length: int
 ) -> object:
     import torch
-    from rich import box
-    from rich.table import Table
 
+    from clearhead.cli.tables import WholeTable
     from clearhead.models.cost import kv_bytes
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for column, side in (("one device", "left"), ("as it is", "right"), ("with checkpointing", "right")):
-        table.add_column(column, justify=side)  # type: ignore[arg-type]
+    table = WholeTable("one device", "as it is", "with checkpointing")
     for title, values in _memory_rows(found, on):
         table.add_row(title, *values)
     both = (found.plain[1], found.checkpointed[1])

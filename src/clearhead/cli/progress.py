@@ -67,19 +67,26 @@ class LiveTable(Watcher):
         self.live.update(self.table(rows))
 
     def table(self, rows: Sequence[ProgressRow]) -> Table:
+        console = self.live.console
+        if console.width >= WIDE:
+            table = self._wide(rows)
+            # Names are folded; what holds numbers is as wide as they are.
+            if console.measure(table).minimum <= console.width:
+                return table
+        return self._narrow(rows)
+
+    def _wide(self, rows: Sequence[ProgressRow]) -> Table:
         done = sum(phase(row) in ("done", "trained") for row in rows)
         table = Table(
             title=f"{done} of {len(rows)} done, {duration(time.monotonic() - self.start)} so far, "
             f"left: {time_left(self.forecast, rows)}",
             title_justify="left",
         )
-        if self.live.console.width < WIDE:
-            return self._narrow(table, rows)
-        for column in ("arm", "seed"):
-            table.add_column(column)
+        table.add_column("arm", overflow="fold")
+        table.add_column("seed", no_wrap=True)
         for column in ("step", "loss", "tokens/s", "left"):
-            table.add_column(column, justify="right")
-        table.add_column("")
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
         for row in self._visible(rows):
             status, word = row.status, phase(row)
             speed = f"{status.tokens_per_second:,.0f}" if status.tokens_per_second else "–"
@@ -94,21 +101,21 @@ class LiveTable(Watcher):
             )
         return table
 
-    def _narrow(self, table: Table, rows: Sequence[ProgressRow]) -> Table:
+    def _narrow(self, rows: Sequence[ProgressRow]) -> Table:
         """The table where a line has 40 characters: arm and seed, share done, time left or the state."""
         done = sum(phase(row) in ("done", "trained") for row in rows)
-        table.title = f"{done} of {len(rows)} done, left: {time_left(self.forecast, rows)}"
-        table.box = None
-        table.show_header = False
+        title = f"{done} of {len(rows)} done, left: {time_left(self.forecast, rows)}"
+        table = Table(title=title, title_justify="left", box=None, show_header=False, expand=True)
         table.add_column("arm", no_wrap=True, overflow="ellipsis", ratio=1)
+        table.add_column("seed", justify="right", no_wrap=True)
         table.add_column("done", justify="right", no_wrap=True)
         table.add_column("state", justify="right", no_wrap=True)
-        table.expand = True
         for row in self._visible(rows):
             status, word = row.status, phase(row)
             share = f"{100 * status.step // max(1, status.steps)} %"
             last = duration(status.seconds_left) if word == "training" else word
-            table.add_row(escape(f"{row.task.label} {row.task.job.seed}"), share, f"[{STYLES[word]}]{last}")
+            seed = str(row.task.job.seed)
+            table.add_row(escape(row.task.label), seed, share, f"[{STYLES[word]}]{last}")
         return table
 
     def _visible(self, rows: Sequence[ProgressRow]) -> Sequence[ProgressRow]:

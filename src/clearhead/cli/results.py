@@ -32,20 +32,17 @@ def print_results(run_dir: Path, *, as_json: bool = False) -> None:
     if as_json:
         print_json({**read_object(run_dir / "summary.json"), "report": str(run_dir / "report.html")})
         return
-    from rich import box
-    from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+
+    from clearhead.cli.tables import WholeTable, results_console
 
     summary = read_object(run_dir / "summary.json")
-    console = Console(highlight=False)
-    table = Table(title=escape(summary["name"]), title_justify="left", box=box.SIMPLE_HEAD)
+    console = results_console()
     headers, rows = summary["table"]["headers"], summary["table"]["rows"]
     if len(rows) == 1:
         # One model and many numbers: they go below each other, not side by side.
         headers, rows = ["", rows[0][0]], [list(pair) for pair in zip(headers[1:], rows[0][1:], strict=True)]
-    for index, header in enumerate(headers):
-        table.add_column(escape(header), justify="right" if index else "left")
+    table = WholeTable(*map(escape, headers), title=escape(summary["name"]))
     for row in rows:
         table.add_row(*("–" if cell is None else escape(cell) for cell in row))
     console.print(table)

@@ -61,21 +61,16 @@ def scale(recipe: "Recipe", run_dir: Path, *, fresh: bool, as_json: bool = False
 
 def print_plan(recipe: "Recipe") -> None:
     """One line a size and arm: shape, N, learning rate, and what all its budgets cost for one seed."""
-    from rich import box
-    from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
+    from clearhead.cli.tables import WholeTable, results_console
     from clearhead.runs.grid import family_job, sizes
     from clearhead.train.branching import measures
     from clearhead.train.scale import check_sizes
 
     check_sizes(recipe)
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("size", "arm"):
-        table.add_column(column)
-    for column in ("layers", "heads", "FFN", "N", "learning rate", "steps", "tokens", "FLOPs"):
-        table.add_column(column, justify="right")
+    columns = ("layers", "heads", "FFN", "N", "learning rate", "steps", "tokens", "FLOPs")
+    table = WholeTable("size", "arm", *columns, left=2)
     tokens = flops = 0.0
     for size in sizes(recipe):
         for arm in recipe.arms:
@@ -96,7 +91,7 @@ def print_plan(recipe: "Recipe") -> None:
                 f"{seen:,}",
                 f"{seen * found['flops_per_token']:.2e}",
             )
-    console = Console(highlight=False, soft_wrap=True)
+    console = results_console()
     console.print(table)
     seeds, budgets = len(recipe.seeds), ", ".join(f"{one:,}" for one in job.branches)
     console.print(

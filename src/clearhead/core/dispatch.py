@@ -17,8 +17,10 @@ from torch import Tensor
 from clearhead.core.capability import against_gpu, capability_of
 from clearhead.core.lowering import Lowering, SoftmaxCall, WideValues, lower_for
 from clearhead.core.masks import MaskSpec
-from clearhead.core.modes import MODES, active_modes
+from clearhead.core.modes import active_modes, refused_modes
 from clearhead.core.norm import HeadNorm
+from clearhead.core.parts import rows_are_shared
+from clearhead.core.refusals import LEAVES_NOTHING_OUT, SEES_ITS_PART, TAKES_NUMBERS
 from clearhead.core.streams import Streams, Widths
 from clearhead.core.values import dtype_name
 from clearhead.registry import BACKEND_FACTORIES, did_you_mean, names, resolve
@@ -39,6 +41,7 @@ class AttentionProblem:
     stream_heads:    query heads of each stream where they are not equally many.
     differs_by_head: whether the mask says something else for each head.
     held_bits:       of the codes that the first keys and values are held as; None where all are numbers.
+    shared_rows:     what `rows_are_shared` says.
     """
 
     streams: int
@@ -61,6 +64,7 @@ class AttentionProblem:
     stream_heads: tuple[int, ...] | None = None
     differs_by_head: bool = False
     held_bits: int | None = None
+    shared_rows: bool = False
 
     @classmethod
     def of(
@@ -103,6 +107,7 @@ class AttentionProblem:
             stream_heads=None if min(heads) == max(heads) else tuple(heads),
             differs_by_head=mask.differs_by_head,
             held_bits=held_bits,
+            shared_rows=rows_are_shared(),
         )
 
     @classmethod
@@ -145,11 +150,13 @@ class Backend(ABC):
 
     passed_over: why "auto" leaves it out where `preferred` says no, or where another is preferred.
     takes_logits: it takes `Streams` with the gate's logit in place of the gate; others are given the gate.
+    takes_shared_rows: it sees the whole row where processes share rows out; the choice refuses that to the others.
     """
 
     name: str
     takes_logits: ClassVar[bool] = False
     passed_over: ClassVar[str] = "measured slower than another at this shape"
+    takes_shared_rows: ClassVar[bool] = False
 
     @property
     def drops_padded_queries(self) -> bool:
@@ -191,6 +198,8 @@ class Engine(Backend):
     def reason_against(self, problem: AttentionProblem) -> str | None:
         if "block_sparse" in problem.mask:
             return LEAVES_NOTHING_OUT
+        if problem.shared_rows and not self.takes_shared_rows:
+            return SEES_ITS_PART
         return TAKES_NUMBERS if problem.held_bits is not None else self.refusal(problem)
 
     def refusal(self, problem: AttentionProblem) -> str | None:
@@ -207,7 +216,7 @@ class Engine(Backend):
             return "it does not return attention maps"
         if problem.needs_grad and not caps.grads:
             return f"it has no backward pass on {problem.device}"
-        missing = refused_modes(problem, caps.modes)
+        missing = refused_modes(problem.modes, caps.modes)
         if missing is not None:
             return missing
         if problem.mask - caps.masks:
@@ -240,19 +249,6 @@ class Engine(Backend):
         )
 
 
-def refused_modes(problem: AttentionProblem, known: frozenset[str]) -> str | None:
-    """The sentence for what is going on around `problem` and is not `known`; None if all is."""
-    unknown = [text for name, text in MODES.items() if name in problem.modes - known]
-    return f"it has no {unknown[0]}" if unknown else None
-
-
-TAKES_NUMBERS = (
-    "it takes keys and values as numbers, not as the codes of a quantised cache; cpu and blocks take those"
-)
-
-LEAVES_NOTHING_OUT = "it leaves no blocks of keys out: block_sparse is for the backend cpu alone"
-
-
 class Kernel(Backend):
     """Runs a whole variant: the streams, their masks and their mixing, in one fused pass.
 
@@ -275,7 +271,9 @@ class Kernel(Backend):
             return TAKES_NUMBERS
         if "block_sparse" in problem.mask and not self.leaves_out:
             return LEAVES_NOTHING_OUT
-        missing = refused_modes(problem, self.modes)
+        if problem.shared_rows and not self.takes_shared_rows:
+            return SEES_ITS_PART
+        missing = refused_modes(problem.modes, self.modes)
         if missing is not None:
             return missing
         if problem.stream_heads is not None and not self.unequal_heads:

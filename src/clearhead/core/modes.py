@@ -27,6 +27,12 @@ def active_modes() -> frozenset[str]:
     return frozenset({"forward"}) if forward else NONE
 
 
+def refused_modes(active: frozenset[str], known: frozenset[str]) -> str | None:
+    """The sentence for what is going on and is not `known`; None if all is."""
+    unknown = [text for name, text in MODES.items() if name in active - known]
+    return f"it has no {unknown[0]}" if unknown else None
+
+
 def _transforms() -> frozenset[str]:
     kinds = [layer.key() for layer in get_interpreter_stack() or ()]
     gradients = kinds.count(TransformType.Grad)

@@ -47,6 +47,7 @@ class Sdpa(Engine):
     """
 
     name = "sdpa"
+    takes_shared_rows = True
 
     def caps(self, device: str) -> Caps:
         # Its fused kernels have no forward-mode and no second derivatives, on any device.
@@ -56,6 +57,10 @@ class Sdpa(Engine):
         return Caps(wide_values="split", masks=MASK_FEATURES - {"alibi"}, modes=modes)
 
     def refusal(self, problem: AttentionProblem) -> str | None:
+        if problem.shared_rows and (problem.mask != {"causal"} or problem.queries != problem.keys):
+            other = ", ".join(sorted(problem.mask - {"causal"}))
+            found = f"a mask with {other}" if other else "queries that see later keys, or keys of a cache"
+            return f"under context parallelism PyTorch shares out whole rows under a causal mask alone, not {found}"
         if "alibi" in problem.mask and problem.device != "cpu":
             return f"on {problem.device} it takes no bias more precise than the query, so ALiBi would lose distances"
         return super().refusal(problem)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from clearhead.core.masks import MaskSpec, packed_documents, snapshot_length
+from clearhead.core.parts import rows_are_shared
 from clearhead.core.values import demand, readable
 from clearhead.models.arguments import (
     check_dense,
@@ -20,6 +21,7 @@ from clearhead.models.arguments import (
     check_position_ids,
     has_padding,
 )
+from clearhead.models.parts import check_part, check_part_length
 from clearhead.models.places import places_behind, places_of_dense, places_of_row, restarts
 from clearhead.positions.base import Position
 from clearhead.positions.length import (
@@ -88,6 +90,9 @@ def place(
     keys = queries if cache is None else sum(cache.get_mask_sizes(queries, layer))
     check_position_ids(position_ids, batch, queries)
     slots = (torch.arange(queries, device=device) + past)[None]
+    if rows_are_shared():
+        own = check_part(attention_mask, position_ids, packed, whole=fresh and keys == queries)
+        return Placed(MaskSpec(is_causal=causal, offset=past), own, keys, known)
     if packed is not None:
         if not fresh:
             raise ValueError("packed documents cannot extend a cache: cached keys carry no document numbers")
@@ -232,6 +237,8 @@ def request_lengths(
     else:
         if placed.past is not None:
             check_cached_length(shortest_trained_length(methods), placed.past, placed.keys)
+        if rows_are_shared():
+            check_part_length(longest, shortest_trained_length(methods))
         # Behind a cache this is too short, but all lengths that pass the check are within the trained one.
         length = longest
     if cache is not None:

@@ -28,6 +28,7 @@ from clearhead.models.forward_inputs import (
     shortest_trained_length,
 )
 from clearhead.models.kinds import Present, held_bits, present
+from clearhead.models.parts import check_heads_are_not_shared
 from clearhead.models.pretrained import ClearheadPreTrainedModel, backends_for
 from clearhead.models.serving import Masks, check_request, is_server, reason_against
 from clearhead.models.shared import Plans, Shared
@@ -129,6 +130,7 @@ class ClearheadStack(ClearheadPreTrainedModel):
     def _placed(self, inputs_embeds: Tensor, given: Given) -> Placed:
         """Where the tokens of a forward pass stand, and what each may see."""
         batch, queries = inputs_embeds.shape[:2]
+        check_heads_are_not_shared()
         return place(
             inputs_embeds,
             given.attention_mask,

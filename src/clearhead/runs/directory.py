@@ -18,6 +18,8 @@ DATA = "data.json"
 LOOK_PAGE = "look.html"
 FREE_KEYS = ("description", "seeds", "evaluate")
 FREE_TRAIN_KEYS = ("workers", "threads", "save_every", "report_to")
+# The rows of a step are the same; their sums move by a rounding, as with another number of processes.
+FREE_PARALLEL_KEYS = ("rows", "checkpointing")
 
 
 def check_writable(directory: Path) -> None:
@@ -137,12 +139,19 @@ def _changes(written: Path, recipe: Recipe) -> list[str]:
     return differences(before, after)
 
 
+def drop_free(train: dict[str, Any]) -> None:
+    """Take out of a plain [train] what may differ between calls on one run directory."""
+    for key in FREE_TRAIN_KEYS:
+        del train[key]
+    for key in FREE_PARALLEL_KEYS:
+        del train["parallel"][key]
+
+
 def _fixed(recipe: Recipe) -> dict[str, Any]:
     plain = recipe.model_dump(mode="json")
     for key in FREE_KEYS:
         del plain[key]
-    for key in FREE_TRAIN_KEYS:
-        del plain["train"][key]
+    drop_free(plain["train"])
     # Where shards lie is free; whether there are some is not.
     corpus = plain["corpus"]
     corpus["tokenized"] = corpus["tokenized"] is not None or corpus["sources"] is not None

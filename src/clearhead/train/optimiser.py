@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,3 +43,13 @@ def course(train: Train) -> Callable[[int], float]:
         return train.min_lr_ratio + (1.0 - train.min_lr_ratio) * shape
 
     return factor
+
+
+def bare(wrapped: Any) -> Any:
+    """The optimiser or schedule inside Accelerate's wrapper, if there is one."""
+    from accelerate.optimizer import AcceleratedOptimizer
+    from accelerate.scheduler import AcceleratedScheduler
+
+    if isinstance(wrapped, AcceleratedOptimizer):
+        return wrapped.optimizer
+    return wrapped.scheduler if isinstance(wrapped, AcceleratedScheduler) else wrapped

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clearhead.runs.directory import FREE_TRAIN_KEYS, keep_data
+from clearhead.runs.directory import drop_free, keep_data
 from clearhead.runs.environment import cores
 from clearhead.runs.files import write_text
 from clearhead.runs.lock import RunError
@@ -90,8 +90,7 @@ def place(task: TrainingTask, began: Mapping[str, Any] | None = None) -> None:
 def _training(job: Job) -> dict[str, Any]:
     """What decides the trained model."""
     plain = job.model_dump(mode="json", exclude={"evaluate"})
-    for key in FREE_TRAIN_KEYS:
-        del plain["train"][key]
+    drop_free(plain["train"])
     return plain
 
 

@@ -48,7 +48,7 @@ from clearhead.train.checkpoint import (
     save_random,
 )
 from clearhead.train.finishing import drop_checkpoints, finish
-from clearhead.train.optimiser import adamw, course
+from clearhead.train.optimiser import adamw, bare, course
 from clearhead.train.position import Stream
 from clearhead.train.probe import make_probe
 from clearhead.train.sharded import (
@@ -61,6 +61,7 @@ from clearhead.train.sharded import (
 )
 from clearhead.train.spread import rows_of_device, spread
 from clearhead.train.trainable import TrainedPart, choose_part
+from clearhead.train.walks import fewer_walks
 from clearhead.variants.schedule import begins
 
 KEEP_CHECKPOINTS = 2
@@ -129,7 +130,7 @@ def train_job(job: Job, job_dir: Path) -> None:
     if job.train.probe_every:
         trainer.add_callback(Probe(journal, make_probe(task, job, data, model), job.train))
     # Whatever has no better name for what it could not write, TensorBoard's events say.
-    with writing(job_dir):
+    with writing(job_dir), fewer_walks(model):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     whole = gathered(model) if is_sharded(model) else model
     if journal is not None:
@@ -203,6 +204,7 @@ class ComparisonTrainer(Trainer):
         self._loss = torch.zeros(2)
         self._text = torch.zeros(2, dtype=torch.float64)
         self._logged = (0, 0.0)
+        self._clipped: list[nn.Parameter] = []
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> SequentialSampler:
         return SequentialSampler(self.rows)
@@ -283,6 +285,13 @@ class ComparisonTrainer(Trainer):
         """Not counted: Trainer would walk over all parameters in every step for it, and cost.json has it."""
         return 0
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if is_sharded(self.accelerator.unwrap_model(self.model)):
+            return super()._clip_grad_norm(model)
+        # Trainer walks over all modules for them.
+        self._clipped = self._clipped or list(model.parameters())
+        return self.accelerator.clip_grad_norm_(self._clipped, self.args.max_grad_norm)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         found = super()._get_grad_norm(model, grad_norm=grad_norm)
         # Of a sharded model it is made of every process's part.
@@ -296,7 +305,7 @@ class ComparisonTrainer(Trainer):
             self.model.save_pretrained(folder, state_dict=state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        states = _bare(self.optimizer), _bare(self.lr_scheduler)
+        states = bare(self.optimizer), bare(self.lr_scheduler)
         if self.plan.parallel.fsdp:
             save_moments(Path(output_dir), self.accelerator.unwrap_model(self.model), *states)
         elif self.args.should_save:
@@ -305,18 +314,18 @@ class ComparisonTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        states = _bare(self.optimizer), _bare(self.lr_scheduler)
+        states = bare(self.optimizer), bare(self.lr_scheduler)
         if self.plan.parallel.fsdp:
             load_moments(Path(checkpoint), self.accelerator.unwrap_model(self.model), *states)
         else:
             load_optimizer(Path(checkpoint), *states)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        bare = self.accelerator.unwrap_model(model or self.model)
+        inner = self.accelerator.unwrap_model(model or self.model)
         if self.plan.parallel.fsdp:
-            load_weights(Path(resume_from_checkpoint), bare)
+            load_weights(Path(resume_from_checkpoint), inner)
         else:
-            load_model(bare, Path(resume_from_checkpoint) / "model.safetensors", device="cpu")
+            load_model(inner, Path(resume_from_checkpoint) / "model.safetensors", device="cpu")
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """There is none in float32 and bfloat16; whatever file has its name is not read."""
@@ -347,16 +356,6 @@ class _Rows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.rows[index], "is_text": self.rows.kind(index) == "text"}
-
-
-def _bare(wrapped: Any) -> Any:
-    """The optimiser or schedule inside Accelerate's wrapper, if there is one."""
-    from accelerate.optimizer import AcceleratedOptimizer
-    from accelerate.scheduler import AcceleratedScheduler
-
-    if isinstance(wrapped, AcceleratedOptimizer):
-        return wrapped.optimizer
-    return wrapped.scheduler if isinstance(wrapped, AcceleratedScheduler) else wrapped
 
 
 def _arguments(job: Job, job_dir: Path, rows_at_once: int, accumulated: int) -> TrainingArguments:
