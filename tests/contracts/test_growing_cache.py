@@ -134,7 +134,12 @@ def test_models_make_it_and_write_the_same_text(attention: str) -> None:
     mask[0, :5] = 0
     assert isinstance(model(ids).past_key_values, GrowingCache)
     for extra in ({}, {"num_beams": 2}):
-        told = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True}
+        told = {
+            "attention_mask": mask,
+            "max_new_tokens": 9,
+            "do_sample": False,
+            "return_dict_in_generate": True,
+        }
         found = model.generate(ids, **told, **extra)
         right = model.generate(ids, **told, **extra, past_key_values=DynamicCache(config=model.config))
         assert torch.equal(found.sequences, right.sequences)
@@ -149,7 +154,10 @@ def test_what_is_asked_for_is_taken() -> None:
     torch.manual_seed(0)
     model = ClearheadForCausalLM(ClearheadConfig(**SIZES, num_hidden_layers=1)).eval()
     ids = torch.tensor([[3, 4, 5]])
-    for asked in ({"past_key_values": DynamicCache(config=model.config)}, {"cache_implementation": "dynamic"}):
+    for asked in (
+        {"past_key_values": DynamicCache(config=model.config)},
+        {"cache_implementation": "dynamic"},
+    ):
         found = model.generate(ids, max_new_tokens=3, return_dict_in_generate=True, **asked)
         assert type(found.past_key_values.layers[0]) is not GrowingLayer
 
@@ -157,8 +165,8 @@ def test_what_is_asked_for_is_taken() -> None:
 @torch.no_grad()
 def test_the_decoder_of_an_encoder_decoder_grows_in_place() -> None:
     torch.manual_seed(0)
-    config = ClearheadSeq2SeqConfig(**SIZES, num_hidden_layers=1, num_encoder_layers=1)
+    config = ClearheadSeq2SeqConfig(**SIZES, num_hidden_layers=1, bos_token_id=1)
     model = ClearheadForConditionalGeneration(config).eval()
     ids = torch.tensor([[3, 4, 5]])
-    found = model.generate(ids, max_new_tokens=5, min_new_tokens=5, return_dict_in_generate=True)
+    found = model.generate(ids, max_new_tokens=5, return_dict_in_generate=True)
     assert type(found.past_key_values.self_attention_cache.layers[0]) is GrowingLayer

@@ -5,7 +5,6 @@ of this is there, a call does not go through them: the struct that C reads is wr
 keeps.
 """
 
-import ctypes
 import struct
 import threading
 from collections.abc import Sequence
@@ -21,13 +20,14 @@ from clearhead.kernels import ops
 from clearhead.kernels.cpu import library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-# The fields of `CProblem` in their order: numbers, masks, q to out; what the backward pass has; codes; block sparsity.
-_UNUSED = library.CProblem.bits.offset - library.CProblem.noise.offset
-_FIELDS = struct.Struct(f"=5if9q4q32q{_UNUSED}x2q36qfiq")
+# The fields of `CProblem` in their order: numbers, masks, q to out. What the backward pass has follows, then codes, then
+# block sparsity; the first and the last are never set here.
+_FIELDS = struct.Struct("=5if9q4q32q")
+_CODES = struct.Struct("=2q36q")
 _NONE = (0, 0, 0, 0)
 _NO_CODES: tuple[int, ...] = (0, 0, *_NONE * 9)
-_ALL_BLOCKS = (0.0, 0, 0)
-assert _FIELDS.size == ctypes.sizeof(library.CProblem)
+assert _FIELDS.size == library.CProblem.noise.offset
+assert _CODES.size == library.CProblem.left_out.offset - library.CProblem.bits.offset
 
 
 class _Memory(threading.local):
@@ -36,6 +36,7 @@ class _Memory(threading.local):
     def __init__(self) -> None:
         self.problem = library.CProblem()
         self.view = memoryview(self.problem).cast("B")
+        self.has_codes = False
 
 
 _memory = _Memory()
@@ -65,25 +66,32 @@ def _readable(x: Tensor) -> bool:
 def forward(heads: Streams, mask: MaskSpec, gate: Tensor | None, offset: int, scale: float) -> Tensor:
     """The mixed output (B, H, L, E) of what `Cpu` takes, without documents and without a gradient."""
     held, table, padding = heads.held, heads.table, mask.key_padding
-    q, k = tuple(map(_dense, heads.q)), tuple(map(_dense, heads.k))
-    v = _dense(heads.v)
+    q, k, v = heads.q, heads.k, heads.v
+    for x in (*q, *k, v):
+        if x.stride(3) != 1 and x.shape[3] != 1:
+            q, k, v = tuple(map(_dense, q)), tuple(map(_dense, k)), _dense(v)
+            break
     if isinstance(mask.offset, Tensor):
         offset = int(mask.offset)
     batch, count, queries, width = q[0].shape
     out = ops.unwritten(q[0], v)
-    second = (0, 0, 0, 0)
     if padding is not None:
         padding = padding.contiguous()
     if table is not None:
         table = table.contiguous()
-    codes = _NO_CODES
+    memory = _memory
     if held is not None:
         # Copies, where there are any, live in `owners` until C is done.
         owners = [dense(x) for x in (*held.keys, held.values)]
         own = [(*place(x.codes), *place(x.scale), *place(x.zero)) for x in owners]
         codes = (held.bits, held.tokens, *own[0], *(own[1] if len(own) == 3 else _NONE * 3), *own[-1])
+        _CODES.pack_into(memory.view, library.CProblem.bits.offset, *codes)
+        memory.has_codes = True
+    elif memory.has_codes:
+        _CODES.pack_into(memory.view, library.CProblem.bits.offset, *_NO_CODES)
+        memory.has_codes = False
     _FIELDS.pack_into(
-        _memory.view,
+        memory.view,
         0,
         DTYPES[v.dtype],
         len(q),
@@ -105,17 +113,15 @@ def forward(heads: Streams, mask: MaskSpec, gate: Tensor | None, offset: int, sc
         0,
         0,
         *place(q[0]),
-        *(place(q[1]) if len(q) == 2 else second),
+        *(place(q[1]) if len(q) == 2 else _NONE),
         *place(k[0]),
-        *(place(k[1]) if len(k) == 2 else second),
+        *(place(k[1]) if len(k) == 2 else _NONE),
         *place(v),
         *(_NONE if table is None else place_of_table(table)),
         *(_NONE if gate is None else place(gate)),
         *place(out),
-        *codes,
-        *_ALL_BLOCKS,
     )
-    library.load().forward(_memory.problem)
+    library.load().forward(memory.problem)
     return out
 
 
