@@ -5,13 +5,12 @@ round has one token of each peer, and all begin in turn. The models are those of
 """
 
 import argparse
-import time
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from clearhead.bench.cases import cases
+from clearhead.bench.cases import GenerateCase, select
 from clearhead.bench.generate_run import Clocks, Writer
 from clearhead.bench.generating import ARMS, GenerateArm, build, new_cache
 from clearhead.bench.machine import facts, versions
@@ -45,7 +44,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench/decode_step.jsonl"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    (case,) = (each for each in cases("generate") if each.name == arguments.case)
+    (case,) = select("generate", [arguments.case])
+    assert isinstance(case, GenerateCase)
     names = list(dict.fromkeys((REFERENCE, *arguments.peers)))
     models: dict[tuple[str, ...], PreTrainedModel] = {}
     clocks, calls = Clocks(), {}
@@ -68,20 +68,18 @@ def main() -> None:
             f"({ratio.q1:.2f} to {ratio.q3:.2f}), by the wall {wall.median:.2f}",
             flush=True,
         )
-        entry = {"case": case.name, "peer": name, "reference": REFERENCE, "rounds": len(rounds)}
-        entry |= {"processor_ms": numbers(milliseconds, 1e3), "processor_ratio": numbers(ratio)}
-        append(
-            arguments.out,
-            [
-                {
-                    **entry,
-                    "wall_ratio": numbers(wall),
-                    "machine": facts(),
-                    "versions": versions(),
-                    "date": time.strftime("%Y-%m-%d"),
-                }
-            ],
-        )
+        entry = {
+            "case": case.name,
+            "peer": name,
+            "reference": REFERENCE,
+            "rounds": len(rounds),
+            "processor_ms": numbers(milliseconds, 1e3),
+            "processor_ratio": numbers(ratio),
+            "wall_ratio": numbers(wall),
+            "machine": facts(),
+            "versions": versions(),
+        }
+        append(arguments.out, [entry])
 
 
 if __name__ == "__main__":

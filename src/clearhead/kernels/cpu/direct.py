@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from clearhead.core.masks import MaskSpec
 from clearhead.core.quantised import Codes
 from clearhead.core.streams import Streams
-from clearhead.kernels import ops
 from clearhead.kernels.cpu import library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-# The fields of `CProblem` in their order: numbers, masks, q to out. What the backward pass has follows, then codes, then
+# The fields of `CProblem` in their order: numbers, masks, q to out. What the backward pass has follows, then codes and
 # block sparsity; the first and the last are never set here.
 _FIELDS = struct.Struct("=5if9q4q32q")
 _CODES = struct.Struct("=2q36q")
@@ -74,7 +73,10 @@ def forward(heads: Streams, mask: MaskSpec, gate: Tensor | None, offset: int, sc
     if isinstance(mask.offset, Tensor):
         offset = int(mask.offset)
     batch, count, queries, width = q[0].shape
-    out = ops.unwritten(q[0], v)
+    # As `ops.unwritten`, in one call.
+    wide = v.shape[3]
+    size, strides = (batch, count, queries, wide), (queries * count * wide, wide, count * wide, 1)
+    out = v.new_empty_strided(size, strides)
     if padding is not None:
         padding = padding.contiguous()
     if table is not None:
@@ -105,7 +107,7 @@ def forward(heads: Streams, mask: MaskSpec, gate: Tensor | None, offset: int, sc
         queries,
         heads.keys,
         width,
-        v.shape[3],
+        wide,
         offset,
         mask.window or 0,
         0 if padding is None else padding.data_ptr(),
