@@ -14,7 +14,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from clearhead.core.masks import MaskSpec
-from clearhead.core.quantised import Codes
+from clearhead.core.quantised import Codes, Held
 from clearhead.core.streams import Streams
 from clearhead.kernels.cpu import library
 
@@ -82,16 +82,10 @@ def forward(heads: Streams, mask: MaskSpec, gate: Tensor | None, offset: int, sc
     if table is not None:
         table = table.contiguous()
     memory = _memory
-    if held is not None:
-        # Copies, where there are any, live in `owners` until C is done.
-        owners = [dense(x) for x in (*held.keys, held.values)]
-        own = [(*place(x.codes), *place(x.scale), *place(x.zero)) for x in owners]
-        codes = (held.bits, held.tokens, *own[0], *(own[1] if len(own) == 3 else _NONE * 3), *own[-1])
-        _CODES.pack_into(memory.view, library.CProblem.bits.offset, *codes)
-        memory.has_codes = True
-    elif memory.has_codes:
-        _CODES.pack_into(memory.view, library.CProblem.bits.offset, *_NO_CODES)
-        memory.has_codes = False
+    # Copies, where there are any, live in `owners` until C is done.
+    owners = () if held is None else tuple(map(dense, (*held.keys, held.values)))
+    if owners or memory.has_codes:
+        _write_codes(memory, held, owners)
     _FIELDS.pack_into(
         memory.view,
         0,
@@ -125,6 +119,16 @@ def forward(heads: Streams, mask: MaskSpec, gate: Tensor | None, offset: int, sc
     )
     library.load().forward(memory.problem)
     return out
+
+
+def _write_codes(memory: _Memory, held: Held | None, owners: tuple[Codes, ...]) -> None:
+    """Put codes into the struct, or take those of an earlier call out of it."""
+    codes = _NO_CODES
+    if held is not None:
+        own = [(*place(x.codes), *place(x.scale), *place(x.zero)) for x in owners]
+        codes = (held.bits, held.tokens, *own[0], *(own[1] if len(own) == 3 else _NONE * 3), *own[-1])
+    _CODES.pack_into(memory.view, library.CProblem.bits.offset, *codes)
+    memory.has_codes = held is not None
 
 
 def place(x: Tensor) -> tuple[int, ...]:

@@ -1,5 +1,5 @@
-// What is asked of the memory ahead of its use, line by line in the order in which it lies, a few lines with every step of the
-// arithmetic: asked for in bursts, in another order, or for a farther cache than the first, it comes later than it could.
+// What is asked of the memory ahead of its use, line by line in the order in which it lies, a few lines with every step
+// of the arithmetic: in bursts, in another order, or for a farther cache than the first it comes later than it could.
 #pragma once
 #include <stdint.h>
 
@@ -12,8 +12,8 @@ class Ahead {
  public:
   // Nothing.
   Ahead() = default;
-  // Rows of `bytes` bytes, `stride` bytes apart, from AHEAD_BYTES behind `from` on. With `turns` above 1 only every turns-th
-  // line that `next` is asked for: the same rows are then used so often.
+  // Rows of `bytes` bytes, `stride` bytes apart, from AHEAD_BYTES behind `from` on. With `turns` above 1 only every
+  // turns-th line that `next` is asked for: the same rows are then used so often.
   Ahead(const void* from, int64_t bytes, int64_t stride, int64_t turns)
       : bytes_(stride == bytes ? INT64_MAX : bytes), stride_(stride), turns_(turns) {
     const int64_t rows = bytes < AHEAD_BYTES ? AHEAD_BYTES / bytes : 1;

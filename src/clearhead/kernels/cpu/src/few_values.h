@@ -13,8 +13,8 @@ struct FewValues {
 
   int64_t width, out_stride, token;  // numbers of a value; from row to row of the output, from value to value
 
-  // Adds `count` <= BLOCK values from `from` on, weighed by the rows of a tile, to the rows of `out`: a few values at a time, which
-  // stay in the first cache for all rows and columns.
+  // Adds `count` <= BLOCK values from `from` on, weighed by the rows of a tile, to the rows of `out`: a few values at a
+  // time, which stay in the first cache for all rows and columns.
   void run(int64_t rows, const float* tile, const Number* from, int64_t count, float* out) const {
     const int64_t size = sizeof(Number), turns = (rows + MOST_ROWS - 1) / MOST_ROWS;
     for (int64_t j = 0; j < count; j += FEW_KEYS) {
