@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clearhead.runs.directory import RunError, open_run
+from clearhead.runs.directory import open_run
+from clearhead.runs.lock import RunError
 from clearhead.runs.recipe import RecipeError
 from clearhead.train import single
 from clearhead.train.callbacks import TrainingError

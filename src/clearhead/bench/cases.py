@@ -25,12 +25,14 @@ NAIVE = "naive maps"
 GENERATING = "Transformer (sdpa)"
 GENERATE_PEERS = (
     GENERATING,
+    "Transformer (sdpa), growing",
     "Transformer (sdpa), static",
     "LLaMA of transformers (sdpa)",
     "DiffLlama of transformers (sdpa)",
     "Transformer",
     "Transformer, int8",
     "DIFF V1",
+    "DIFF V1, copied",
     "DIFF V1, static",
     "DIFF V1, int8",
     "DIFF V1, int4",

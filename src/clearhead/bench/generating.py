@@ -25,9 +25,15 @@ from clearhead.bench.cases import GenerateCase
 from clearhead.bench.gate import GateVerdict, judge
 from clearhead.bench.measure import reason_of
 from clearhead.bench.peers import dtype_of
-from clearhead.models import ClearheadConfig, ClearheadForCausalLM, EvictingCache, QuantisedCache
+from clearhead.models import (
+    ClearheadConfig,
+    ClearheadForCausalLM,
+    EvictingCache,
+    GrowingCache,
+    QuantisedCache,
+)
 
-Form = Literal["dynamic", "static", "int8", "int4", "evicting"]
+Form = Literal["dynamic", "growing", "static", "int8", "int4", "evicting"]
 # The model chooses its backend by itself, as it does for a user who says nothing.
 AUTOMATIC = "clearhead"
 BITS: dict[Form, int] = {"int8": 8, "int4": 4}
@@ -42,6 +48,7 @@ CODES_SHARE = 1 / 8
 class GenerateArm:
     """A model, what runs its attention, and the cache that it writes behind.
 
+    cache: "dynamic" is Hugging Face's own, which copies all it holds for a token; "growing" what our models make.
     family: "clearhead" with `attention`, or transformers' own "llama" or "diffllama".
     """
 
@@ -60,19 +67,21 @@ class GenerateArm:
 
 ARMS: dict[str, GenerateArm] = {
     "Transformer (sdpa)": GenerateArm(backend="sdpa"),
+    "Transformer (sdpa), growing": GenerateArm(backend="sdpa", cache="growing"),
     "Transformer (sdpa), static": GenerateArm(backend="sdpa", cache="static"),
     "LLaMA of transformers (sdpa)": GenerateArm(backend="sdpa", family="llama"),
     "DiffLlama of transformers (sdpa)": GenerateArm(backend="sdpa", family="diffllama"),
-    "Transformer": GenerateArm(),
+    "Transformer": GenerateArm(cache="growing"),
     "Transformer, int8": GenerateArm(cache="int8"),
-    "DIFF V1": GenerateArm("differential"),
+    "DIFF V1": GenerateArm("differential", cache="growing"),
+    "DIFF V1, copied": GenerateArm("differential"),
     "DIFF V1, static": GenerateArm("differential", cache="static"),
     "DIFF V1, int8": GenerateArm("differential", cache="int8"),
     "DIFF V1, int4": GenerateArm("differential", cache="int4"),
     "DIFF V1, a quarter of the prompt": GenerateArm("differential", cache="evicting"),
-    "DIFF V2": GenerateArm("differential_v2"),
-    "CoCA exact": GenerateArm("collinear", {"mode": "exact"}),
-    "CoCA exact, compact": GenerateArm("collinear", {"mode": "exact"}, compact=True),
+    "DIFF V2": GenerateArm("differential_v2", cache="growing"),
+    "CoCA exact": GenerateArm("collinear", {"mode": "exact"}, cache="growing"),
+    "CoCA exact, compact": GenerateArm("collinear", {"mode": "exact"}, cache="growing", compact=True),
 }
 
 
@@ -119,6 +128,8 @@ def new_cache(arm: GenerateArm, model: PreTrainedModel, tokens: int) -> Cache:
         return StaticCache(config=model.config, max_cache_len=tokens)
     if arm.cache == "evicting":
         return EvictingCache(model.config, POLICY, BUDGET)
+    if arm.cache == "growing":
+        return GrowingCache(model.config)
     if arm.cache in BITS:
         return QuantisedCache(model.config, BITS[arm.cache])
     return DynamicCache(config=model.config)

@@ -31,6 +31,7 @@ from clearhead.models.encoder_heads import (
     ClearheadForMaskedLM,
 )
 from clearhead.models.evicting_cache import EvictingCache
+from clearhead.models.growing_cache import GrowingCache
 from clearhead.models.heads import (
     ClearheadForQuestionAnswering,
     ClearheadForSequenceClassification,
@@ -58,6 +59,7 @@ __all__ = [
     "ClearheadSeq2SeqConfig",
     "ClearheadSeq2SeqModel",
     "EvictingCache",
+    "GrowingCache",
     "QuantisedCache",
 ]
 

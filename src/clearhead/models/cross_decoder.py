@@ -18,6 +18,7 @@ from clearhead.models.arguments import check_keywords, has_padding
 from clearhead.models.cross_attention import ClearheadCrossLayer, is_written
 from clearhead.models.decoder import ClearheadModel
 from clearhead.models.forward_inputs import Given, Placed
+from clearhead.models.growing_cache import new_cache
 from clearhead.models.seq2seq_config import ClearheadSeq2SeqConfig
 from clearhead.models.shared import Shared
 
@@ -108,7 +109,7 @@ class ClearheadCrossDecoder(ClearheadModel):
     def _cache(self, given: Cache | None, use_cache: bool) -> EncoderDecoderCache | None:
         """The cache that was given, checked, or a new one if there is to be one."""
         if given is None:
-            made = EncoderDecoderCache(DynamicCache(config=self._caches), DynamicCache())  # type: ignore[no-untyped-call,arg-type]
+            made = EncoderDecoderCache(new_cache(self._caches), DynamicCache())  # type: ignore[no-untyped-call]
             return made if use_cache else None
         if not isinstance(given, EncoderDecoderCache):
             raise ValueError(

@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -15,6 +15,7 @@ from clearhead.models.arguments import check_keywords
 from clearhead.models.blocks import ClearheadDecoderLayer
 from clearhead.models.config import ClearheadConfig
 from clearhead.models.forward_inputs import Given
+from clearhead.models.growing_cache import new_cache
 from clearhead.models.kinds import CacheSizes
 from clearhead.models.serving import is_served
 from clearhead.models.stack import ClearheadStack
@@ -74,7 +75,7 @@ class ClearheadModel(ClearheadStack):
         if past_key_values is not None:
             self._check_cache(past_key_values)
         elif use_cache and not served:
-            past_key_values = DynamicCache(config=self._caches)  # type: ignore[arg-type]
+            past_key_values = new_cache(self._caches)
         given = Given(attention_mask, position_ids, rope_length, past_key_values, keywords)
         handed: dict[str, Any] = {}
         if served:

@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.utils import GenerationMixin
 
 from clearhead.models.config import AUTOMATIC
 from clearhead.models.forward_inputs import depends_on_length, shortest_trained_length
+from clearhead.models.growing_cache import grown
 from clearhead.positions.base import Position
 from clearhead.positions.length import check_cached_length, check_given_length, given_length
 
@@ -121,13 +122,20 @@ class ClearheadGeneration(GenerationMixin, ABC):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Freezes the length of each row's request, real prompt tokens and all that may be generated, for rope scalings
-        that depend on it. Called once a request, after beams are expanded and positions are counted."""
+        """Makes a cache that grows in place where none is asked for, and freezes the length of each row's request, real
+        prompt tokens and all that may be generated, for rope scalings that depend on it. Called once a request, after
+        beams are expanded and positions are counted."""
         cache = model_kwargs.get("past_key_values")
         filled = 0 if cache is None else int(cache.get_seq_length())
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+        if (
+            cache is None
+            and generation_config.cache_implementation is None
+            and not generation_config.is_assistant
+        ):
+            _grow_in_place(model_kwargs)
         methods = self.position_methods().values()
         if not depends_on_length(methods):
             return
@@ -144,3 +152,11 @@ class ClearheadGeneration(GenerationMixin, ABC):
         """(B,): real tokens of each row before the first new one."""
         positions: Tensor = model_kwargs["position_ids"]
         return positions.amax(dim=1) + 1
+
+
+def _grow_in_place(model_kwargs: dict[str, Any]) -> None:
+    """Replace the layers of an empty cache that `generate` has just made."""
+    made = model_kwargs.get("past_key_values")
+    own = made.self_attention_cache if isinstance(made, EncoderDecoderCache) else made
+    if type(own) is DynamicCache:
+        own.layers = grown(own.layers)

@@ -5,7 +5,6 @@ of this is there, a call does not go through them: the struct that C reads is wr
 keeps.
 """
 
-import ctypes
 import struct
 import threading
 from collections.abc import Sequence
@@ -15,19 +14,19 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from clearhead.core.masks import MaskSpec
-from clearhead.core.quantised import Codes
+from clearhead.core.quantised import Codes, Held
 from clearhead.core.streams import Streams
-from clearhead.kernels import ops
 from clearhead.kernels.cpu import library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-# The fields of `CProblem` in their order: numbers, masks, q to out; what the backward pass has; codes; block sparsity.
-_UNUSED = library.CProblem.bits.offset - library.CProblem.noise.offset
-_FIELDS = struct.Struct(f"=5if9q4q32q{_UNUSED}x2q36qfiq")
+# The fields of `CProblem` in their order: numbers, masks, q to out. What the backward pass has follows, then codes and
+# block sparsity; the first and the last are never set here.
+_FIELDS = struct.Struct("=5if9q4q32q")
+_CODES = struct.Struct("=2q36q")
 _NONE = (0, 0, 0, 0)
 _NO_CODES: tuple[int, ...] = (0, 0, *_NONE * 9)
-_ALL_BLOCKS = (0.0, 0, 0)
-assert _FIELDS.size == ctypes.sizeof(library.CProblem)
+assert _FIELDS.size == library.CProblem.noise.offset
+assert _CODES.size == library.CProblem.left_out.offset - library.CProblem.bits.offset
 
 
 class _Memory(threading.local):
@@ -36,6 +35,7 @@ class _Memory(threading.local):
     def __init__(self) -> None:
         self.problem = library.CProblem()
         self.view = memoryview(self.problem).cast("B")
+        self.has_codes = False
 
 
 _memory = _Memory()
@@ -65,25 +65,29 @@ def _readable(x: Tensor) -> bool:
 def forward(heads: Streams, mask: MaskSpec, gate: Tensor | None, offset: int, scale: float) -> Tensor:
     """The mixed output (B, H, L, E) of what `Cpu` takes, without documents and without a gradient."""
     held, table, padding = heads.held, heads.table, mask.key_padding
-    q, k = tuple(map(_dense, heads.q)), tuple(map(_dense, heads.k))
-    v = _dense(heads.v)
+    q, k, v = heads.q, heads.k, heads.v
+    for x in (*q, *k, v):
+        if x.stride(3) != 1 and x.shape[3] != 1:
+            q, k, v = tuple(map(_dense, q)), tuple(map(_dense, k)), _dense(v)
+            break
     if isinstance(mask.offset, Tensor):
         offset = int(mask.offset)
     batch, count, queries, width = q[0].shape
-    out = ops.unwritten(q[0], v)
-    second = (0, 0, 0, 0)
+    # As `ops.unwritten`, in one call.
+    wide = v.shape[3]
+    size, strides = (batch, count, queries, wide), (queries * count * wide, wide, count * wide, 1)
+    out = v.new_empty_strided(size, strides)
     if padding is not None:
         padding = padding.contiguous()
     if table is not None:
         table = table.contiguous()
-    codes = _NO_CODES
-    if held is not None:
-        # Copies, where there are any, live in `owners` until C is done.
-        owners = [dense(x) for x in (*held.keys, held.values)]
-        own = [(*place(x.codes), *place(x.scale), *place(x.zero)) for x in owners]
-        codes = (held.bits, held.tokens, *own[0], *(own[1] if len(own) == 3 else _NONE * 3), *own[-1])
+    memory = _memory
+    # Copies, where there are any, live in `owners` until C is done.
+    owners = () if held is None else tuple(map(dense, (*held.keys, held.values)))
+    if owners or memory.has_codes:
+        _write_codes(memory, held, owners)
     _FIELDS.pack_into(
-        _memory.view,
+        memory.view,
         0,
         DTYPES[v.dtype],
         len(q),
@@ -97,7 +101,7 @@ def forward(heads: Streams, mask: MaskSpec, gate: Tensor | None, offset: int, sc
         queries,
         heads.keys,
         width,
-        v.shape[3],
+        wide,
         offset,
         mask.window or 0,
         0 if padding is None else padding.data_ptr(),
@@ -105,18 +109,26 @@ def forward(heads: Streams, mask: MaskSpec, gate: Tensor | None, offset: int, sc
         0,
         0,
         *place(q[0]),
-        *(place(q[1]) if len(q) == 2 else second),
+        *(place(q[1]) if len(q) == 2 else _NONE),
         *place(k[0]),
-        *(place(k[1]) if len(k) == 2 else second),
+        *(place(k[1]) if len(k) == 2 else _NONE),
         *place(v),
         *(_NONE if table is None else place_of_table(table)),
         *(_NONE if gate is None else place(gate)),
         *place(out),
-        *codes,
-        *_ALL_BLOCKS,
     )
-    library.load().forward(_memory.problem)
+    library.load().forward(memory.problem)
     return out
+
+
+def _write_codes(memory: _Memory, held: Held | None, owners: tuple[Codes, ...]) -> None:
+    """Put codes into the struct, or take those of an earlier call out of it."""
+    codes = _NO_CODES
+    if held is not None:
+        own = [(*place(x.codes), *place(x.scale), *place(x.zero)) for x in owners]
+        codes = (held.bits, held.tokens, *own[0], *(own[1] if len(own) == 3 else _NONE * 3), *own[-1])
+    _CODES.pack_into(memory.view, library.CProblem.bits.offset, *codes)
+    memory.has_codes = held is not None
 
 
 def place(x: Tensor) -> tuple[int, ...]:

@@ -75,10 +75,11 @@ class Cpu(Kernel):
         q1, k1, v, gate = heads.q[0], heads.k[0], heads.v, heads.gate
         q2 = heads.q[1] if len(heads.q) == 2 else None
         k2 = heads.k[1] if len(heads.k) == 2 else None
-        if gate is not None:
+        if gate is not None and (gate.dtype != torch.float32 or gate.shape[:3] != q1.shape[:3]):
             gate = gate.float().expand(*q1.shape[:3], 1)
-        differentiable = [x for x in (*heads.q, *heads.k, v, gate) if x is not None]
-        keep = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
+        keep = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (*heads.q, *heads.k, v, gate)
+        )
         shifted = isinstance(mask.offset, Tensor)
         offset = mask.offset if isinstance(mask.offset, int) else heads.keys - q1.shape[2]
         if mask.sparse is not None:

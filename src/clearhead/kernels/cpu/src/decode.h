@@ -11,9 +11,11 @@
 // heads share (collinear attention's keys before they are turned).
 //
 // Memory is the limit: for 4 rows of two streams, D = 64 and E = 128 in float32 a key brings 1 KB and needs 64 vector
-// multiply-adds at VL = 16. Each number of a key or value is therefore loaded once for up to MOST rows, VL sums across
-// a vector take VL − 1 additions, and every line is asked for AHEAD keys before it is needed.
+// multiply-adds at VL = 16. Each number of a key or value is therefore loaded once for up to MOST_ROWS rows, VL sums across
+// a vector take VL − 1 additions, and lines are asked for in the order in which they lie (few_logits.h, few_values.h, ahead.h).
 #pragma once
+#include "few_logits.h"
+#include "few_values.h"
 #include "held.h"
 
 namespace clearhead::CLEARHEAD_ISA {
@@ -24,7 +26,9 @@ class Decode {
   Decode(const clearhead_problem& problem, const Ids& ids)
       : p(problem), ids(ids), z(problem, BLOCK), all_rows(z.streams * z.rows), row_stride(rounded_up(z.keys, VL) + VL),
         held(FACTORED ? z.d / 2 : z.d), held_wide(rounded_up(units<Unit>(held), VL)),
-        left_stride((FACTORED ? 2 : 1) * held_wide + VL), codes(problem) {
+        left_stride((FACTORED ? 2 : 1) * held_wide + VL),
+        products{held, held_wide, left_stride, row_stride, problem.table.token}, sums{z.e, z.e_wide, problem.v.token},
+        codes(problem) {
     static_assert(!FACTORED || Unit::PER_UNIT == 1, "a table is of floats");
   }
 
@@ -47,17 +51,10 @@ class Decode {
                               scratch + (s * z.rows + i) * left_stride + half * held_wide);
     vf most[2 * FEW_ROWS];
     for (int64_t i = 0; i < all_rows; i++) most[i] = all(-__builtin_inff());
-    const int64_t each = all_rows / z.key_streams;
     for_each_block(b, part, parts, [&](const Rows& rows, View view, int64_t begin, int64_t count) {
       const int64_t columns = rounded_up(count, VL);
       if (begin < p.held) weigh_codes(b, g, begin, count, scratch, weights);
-      for (int s = 0; s < z.key_streams && begin >= p.held; s++)
-        for (int64_t i = 0; i < each; i += MOST) {
-          const int64_t row = s * each + i;
-          logits(each - i, scratch + row * left_stride, row_of<Number>(p.k[s], b, g, begin - p.held), p.k[s].token,
-                 FACTORED ? row_of<float>(p.table, b, 0, begin) : nullptr, count, i ? 0 : AHEAD,
-                 weights + row * row_stride + begin);
-        }
+      if (begin >= p.held) weigh_numbers(b, g, begin, count, scratch, weights);
       for (int64_t i = 0; i < all_rows; i++) {
         float* row = weights + i * row_stride + begin;
         if (view == View::PART && i % z.rows == 0) rows.hide(row, row_stride, begin, columns);
@@ -109,16 +106,12 @@ class Decode {
       // What is not seen weighs nothing, and codes are never NaN.
       if (begin < p.held) return codes.add_values(z.rows, tile, b, g, begin / KEY_BLOCK, out, z.e_wide);
       const Number* from = row_of<Number>(p.v, b, g, begin - p.held);
-      if (view == View::ALL) {
-        for (int64_t i = 0; i < z.rows; i += MOST)
-          values(z.rows - i, tile + i * TILE, from, count, i ? 0 : AHEAD, out + i * z.e_wide);
-        return;
-      }
+      if (view == View::ALL) return sums.run(z.rows, tile, from, count, out);
       // A value that is not seen is not touched: 0 · NaN would be NaN.
       for (int64_t i = 0; i < z.rows; i++)
         for (int64_t j = 0; j < count; j++)
           if (rows.sees(i, begin + j))
-            values(1, weight_of(tile + i * TILE, j), from + j * p.v.token, 1, 0, out + i * z.e_wide);
+            sums.one(Sums::weight_of(tile + i * TILE, j), from + j * p.v.token, out + i * z.e_wide);
     });
   }
 
@@ -136,16 +129,16 @@ class Decode {
   const Sizes<Unit>& sizes() const { return z; }
 
  private:
-  static constexpr int MOST = 4;        // rows that share what is loaded
-  static constexpr int64_t AHEAD = 64;  // keys
-  // Whether weights are bfloat16 where they meet values; a place in a tile is then still given as a float's.
-  static constexpr bool PAIRED = Unit::PER_UNIT == 2;
+  using Sums = FewValues<Unit, Number>;
+  static constexpr bool PAIRED = Sums::PAIRED;
 
   const clearhead_problem& p;
   const Ids& ids;
   const Sizes<Unit> z;
   const int64_t all_rows, row_stride;
   const int64_t held, held_wide, left_stride;  // numbers of a key as it lies; vectors of a query that meet them
+  const FewLogits<Unit, FACTORED> products;
+  const Sums sums;
   const HeldDecode codes;
 
   // body(rows, view, first key, keys) for each block of the part that some row sees something of.
@@ -161,6 +154,29 @@ class Decode {
     }
   }
 
+  // Logits of a block's keys, as many at a time as stay in the first cache for all rows and both streams.
+  void weigh_numbers(int64_t b, int64_t g, int64_t begin, int64_t count, const float* scratch, float* weights) const {
+    const int64_t each = all_rows / z.key_streams, token = p.k[0].token, bytes = held * static_cast<int64_t>(sizeof(Number));
+    const int64_t turns = (each + MOST_ROWS - 1) / MOST_ROWS;
+    // Keys of both streams that lie side by side, as in a cache, are one row of memory.
+    const bool joined = z.key_streams == 2 && token == 2 * held && p.k[1].token == token &&
+                        row_of<Number>(p.k[1], b, g, 0) == row_of<Number>(p.k[0], b, g, 0) + held;
+    for (int64_t at = begin; at < begin + count; at += FEW_KEYS) {
+      const int64_t some = begin + count - at < FEW_KEYS ? begin + count - at : FEW_KEYS;
+      Ahead ahead;
+      for (int s = 0; s < z.key_streams; s++) {
+        const Number* keys = row_of<Number>(p.k[s], b, g, at - p.held);
+        if (s == 0 || !joined)
+          ahead = Ahead(keys, joined ? 2 * bytes : bytes, p.k[s].token * static_cast<int64_t>(sizeof(Number)), turns);
+        for (int64_t i = 0; i < each; i += MOST_ROWS) {
+          const int64_t row = s * each + i;
+          products.run(each - i, scratch + row * left_stride, keys, p.k[s].token,
+                       FACTORED ? row_of<float>(p.table, b, 0, at) : nullptr, some, ahead, weights + row * row_stride + at);
+        }
+      }
+    }
+  }
+
   // Room beside the scratch for a block of codes: the rows as quads, or under a table one key stream as floats.
   int64_t codes_floats() const {
     if (FACTORED) return BLOCK * held_wide;
@@ -173,11 +189,12 @@ class Decode {
     for (int s = 0; s < z.key_streams; s++) {
       float* to = weights + s * each * row_stride + begin;
       if constexpr (FACTORED) {
+        Ahead nothing;
         const HeldRows<Number> made(p);
         for (int64_t j = 0; j < count; j++) made.numbers_of_key(s, b, g, begin + j, held, own + j * held_wide);
-        for (int64_t i = 0; i < each; i += MOST)
-          logits(each - i, scratch + (s * each + i) * left_stride, own, held_wide, row_of<float>(p.table, b, 0, begin),
-                 count, 0, to + i * row_stride);
+        for (int64_t i = 0; i < each; i += MOST_ROWS)
+          products.run(each - i, scratch + (s * each + i) * left_stride, own, held_wide,
+                       row_of<float>(p.table, b, 0, begin), count, nothing, to + i * row_stride);
         continue;
       }
       Quad* quads = reinterpret_cast<Quad*>(own) + s * each * codes.row_quads();
@@ -203,188 +220,6 @@ class Decode {
   float relative(float reference, float best) const {
     if (reference == best) return 1.0f;
     return reference == -__builtin_inff() ? 0.0f : exponential(all(reference - best), z.exponent)[0];
-  }
-
-  template <class Key>
-  static void ask_for(const Key* row, int64_t width) {
-    for (int64_t c = 0; c < width * static_cast<int64_t>(sizeof(Key)); c += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(row) + c, 0, 2);
-  }
-
-  // Logits of `count` keys for the first MOST of `rows` rows; lines `ahead` keys on are asked for.
-  template <class Key>
-  void logits(int64_t rows, const float* left, const Key* keys, int64_t stride, const float* table, int64_t count,
-              int64_t ahead, float* to) const {
-    if (rows == 1)
-      logits_of<1>(rows, left, keys, stride, table, count, ahead, to);
-    else if (rows == 2)
-      logits_of<2>(rows, left, keys, stride, table, count, ahead, to);
-    else
-      logits_of<MOST>(rows, left, keys, stride, table, count, ahead, to);
-  }
-
-  // Where there are fewer rows than R, the last one is done again: the same numbers end up in the same place.
-  template <int R, class Key>
-  void logits_of(int64_t rows, const float* left, const Key* keys, int64_t stride, const float* table, int64_t count,
-                 int64_t ahead, float* to) const {
-    constexpr int K = VL / R;  // keys at a time: VL sums in all
-    const float* query[R];
-    float* logits[R];
-    for (int r = 0; r < R; r++) {
-      query[r] = left + (r < rows ? r : rows - 1) * left_stride;
-      logits[r] = to + (r < rows ? r : rows - 1) * row_stride;
-    }
-    const int64_t whole = held / (VL * Unit::PER_UNIT) * VL;
-    for (int64_t j = 0; j < count; j += K) {
-      const Key* key[K];
-      const float* place[K];
-      for (int k = 0; k < K; k++) {
-        const int64_t number = j + k < count ? j + k : count - 1;
-        key[k] = keys + number * stride;
-        place[k] = FACTORED ? table + number * p.table.token : nullptr;
-        if (ahead) ask_for(key[k] + ahead * stride, held);
-      }
-      vf sums[VL];
-#pragma GCC unroll 16
-      for (int i = 0; i < VL; i++) sums[i] = all(0.0f);
-      for (int64_t u = 0; u < whole; u += VL) {
-        vf q[2 * R];
-#pragma GCC unroll 8
-        for (int r = 0; r < (FACTORED ? 2 : 1) * R; r++) q[r] = load(query[r % R] + r / R * held_wide + u);
-#pragma GCC unroll 16
-        for (int k = 0; k < K; k++) {
-          const vf x = load_units<Unit>(key[k], u * Unit::PER_UNIT, (u + VL) * Unit::PER_UNIT);
-          if constexpr (FACTORED) {
-            const vf first = x * load(place[k] + u), second = x * load(place[k] + held + u);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) sums[r * K + k] = q[r] * first + (q[R + r] * second + sums[r * K + k]);
-          } else {
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) sums[r * K + k] = Unit::multiply_add(q[r], x, sums[r * K + k]);
-          }
-        }
-      }
-      if (whole < held_wide)
-        for (int k = 0; k < K; k++) {
-          const vf x = load_units<Unit>(key[k], whole * Unit::PER_UNIT, held);
-          for (int half = 0; half < (FACTORED ? 2 : 1); half++) {
-            const vf y = FACTORED ? x * load_some(place[k] + half * held + whole, held - whole) : x;
-            for (int r = 0; r < R; r++)
-              sums[r * K + k] = Unit::multiply_add(load(query[r] + half * held_wide + whole), y, sums[r * K + k]);
-          }
-        }
-      alignas(64) float done[VL];
-      store(done, sums_across(sums));
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++) memcpy(logits[r] + j, done + r * K, K * sizeof(float));
-    }
-  }
-
-  static const float* weight_of(const float* row, int64_t j) {
-    if constexpr (PAIRED) return reinterpret_cast<const float*>(reinterpret_cast<const Half*>(row) + j);
-    return row + j;
-  }
-
-#if defined(__AVX512BF16__)
-  // sums += the weighted values of two tokens at a time; an odd last one is its own neighbour, with the weight 0.
-  template <int R, int COLUMNS>
-  CLEARHEAD_INLINE void add_pairs(const float* const* weight, const Half* from, int64_t token, int64_t count, int64_t width,
-                                  int64_t ahead, vf (*sums)[COLUMNS]) {
-    const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
-                                           36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
-    for (int64_t j = 0; j < count; j += 2) {
-      const bool two = j + 1 < count;
-      const Half *a = from + j * token, *b = two ? a + token : a;
-      if (ahead) {
-        ask_for(a + ahead * token, COLUMNS * VL);
-        ask_for(b + ahead * token, COLUMNS * VL);
-      }
-      __m512bh by[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++) {
-        int32_t pair = 0;
-        memcpy(&pair, reinterpret_cast<const Half*>(weight[r]) + j, two ? 4 : 2);
-        by[r] = (__m512bh)_mm512_set1_epi32(two ? pair : pair & 0xffff);
-      }
-      vf x[COLUMNS];
-      if constexpr (COLUMNS % 2 == 0) {
-#pragma GCC unroll 8
-        for (int c = 0; c < COLUMNS; c += 2) {
-          const __m512i first = _mm512_loadu_si512(a + c * VL), second = _mm512_loadu_si512(b + c * VL);
-          x[c] = (vf)_mm512_permutex2var_epi16(first, lower, second);
-          x[c + 1] = (vf)_mm512_permutex2var_epi16(first, upper, second);
-        }
-      } else {
-        const __m512i first = (__m512i)load_some(a, width), second = (__m512i)load_some(b, width);
-        x[0] = (vf)_mm512_or_si512(_mm512_srli_epi32(first, 16), second);
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int c = 0; c < COLUMNS; c++)
-          sums[r][c] = (vf)_mm512_dpbf16_ps((__m512)sums[r][c], (__m512bh)x[c], by[r]);
-    }
-  }
-#endif
-
-  // Adds the weighted sum of `count` values to the first MOST of `rows` rows of out.
-  void values(int64_t rows, const float* weights, const Number* from, int64_t count, int64_t ahead, float* out) const {
-    if (rows == 1)
-      values_of<1, 8>(rows, weights, from, count, ahead, out);
-    else if (rows == 2)
-      values_of<2, 8>(rows, weights, from, count, ahead, out);
-    else
-      values_of<MOST, 4>(rows, weights, from, count, ahead, out);
-  }
-
-  template <int R, int COLUMNS>
-  void values_of(int64_t rows, const float* weights, const Number* from, int64_t count, int64_t ahead,
-                 float* out) const {
-    const float* weight[R];
-    float* to[R];
-    for (int r = 0; r < R; r++) {
-      weight[r] = weights + (r < rows ? r : rows - 1) * TILE;
-      to[r] = out + (r < rows ? r : rows - 1) * z.e_wide;
-    }
-    int64_t e = 0;
-    for (; e + COLUMNS * VL <= z.e; e += COLUMNS * VL)
-      values_tile<R, COLUMNS>(weight, from + e, count, COLUMNS * VL, ahead, to, e);
-    for (; e < z.e; e += VL) values_tile<R, 1>(weight, from + e, count, z.e - e, ahead, to, e);
-  }
-
-  template <int R, int COLUMNS>
-  void values_tile(const float* const* weight, const Number* from, int64_t count, int64_t width, int64_t ahead,
-                   float* const* to, int64_t e) const {
-    vf sums[R][COLUMNS];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-      for (int c = 0; c < COLUMNS; c++) sums[r][c] = all(0.0f);
-#if defined(__AVX512BF16__)
-    if constexpr (PAIRED) add_pairs<R, COLUMNS>(weight, from, p.v.token, count, width, ahead, sums);
-#endif
-    for (int64_t j = PAIRED ? count : 0; j < count; j++) {
-      const Number* row = from + j * p.v.token;
-      if (ahead) ask_for(row + ahead * p.v.token, COLUMNS * VL);
-      vf x[COLUMNS];
-#pragma GCC unroll 8
-      for (int c = 0; c < COLUMNS; c++) x[c] = load_some(row + c * VL, COLUMNS == 1 ? width : VL);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int c = 0; c < COLUMNS; c++) sums[r][c] = all(weight[r][j]) * x[c] + sums[r][c];
-    }
-    // Read before written: two rows may be one and the same.
-    vf old[R][COLUMNS];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-      for (int c = 0; c < COLUMNS; c++) old[r][c] = load(to[r] + e + c * VL);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-      for (int c = 0; c < COLUMNS; c++) store(to[r] + e + c * VL, old[r][c] + sums[r][c]);
   }
 };
 
