@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from clearhead.bench.cases import GenerateCase, select
 from clearhead.bench.generate_run import Clocks, Writer
@@ -26,8 +27,11 @@ def filled(arm: GenerateArm, model: PreTrainedModel, tokens: int) -> Writer:
     model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=probe, use_cache=True)
     cache = new_cache(arm, model, tokens + 64)
     for i, layer in enumerate(probe.layers):
-        sizes = [(1, x.shape[1], tokens, x.shape[3]) for x in (layer.keys, layer.values)]
-        cache.update(*(torch.randn(size).to(layer.keys.dtype) for size in sizes), i)
+        assert isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None
+        keys, values = (
+            x.new_empty(1, x.shape[1], tokens, x.shape[3]).normal_() for x in (layer.keys, layer.values)
+        )
+        cache.update(keys, values, i)
     return Writer(model, cache, torch.zeros(1, 1, dtype=torch.long))
 
 

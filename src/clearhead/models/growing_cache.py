@@ -64,10 +64,11 @@ class GrowingLayer(DynamicLayer):
             self._room = None
             grown: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
             return grown
+        assert self.keys is not None and self.values is not None  # it holds tokens already
         held, more = self.keys.shape[2], key_states.shape[2]
-        if self._room is None or not self._room.continues(self.keys, self.values, more):
-            self._room = self._make_room(key_states, value_states, held, more)
         room = self._room
+        if room is None or not room.continues(self.keys, self.values, more):
+            room = self._room = _with_room(self.keys, self.values, key_states, value_states)
         room.keys[:, :, held : held + more] = key_states
         room.values[:, :, held : held + more] = value_states
         room.used = held + more
@@ -81,15 +82,18 @@ class GrowingLayer(DynamicLayer):
             return False
         return all(type(x) is Tensor for x in (*new, self.keys, self.values))
 
-    def _make_room(self, key_states: Tensor, value_states: Tensor, held: int, more: int) -> _Room:
-        """Room for all and an eighth more, what is held copied into it."""
-        tokens = held + more + max(LEAST_ROOM, (held + more) // 8)
-        made = []
-        for old, new in ((self.keys, key_states), (self.values, value_states)):
-            room = new.new_empty((*old.shape[:2], tokens, old.shape[3]))
-            room[:, :, :held] = old
-            made.append(room)
-        return _Room(made[0], made[1], held)
+
+def _with_room(keys: Tensor, values: Tensor, more_keys: Tensor, more_values: Tensor) -> _Room:
+    """What is held, and behind it room for what comes and for an eighth more than that makes."""
+    held, all_tokens = keys.shape[2], keys.shape[2] + more_keys.shape[2]
+    tokens = all_tokens + max(LEAST_ROOM, all_tokens // 8)
+
+    def widened(old: Tensor, new: Tensor) -> Tensor:
+        room = new.new_empty((*old.shape[:2], tokens, old.shape[3]))
+        room[:, :, :held] = old
+        return room
+
+    return _Room(widened(keys, more_keys), widened(values, more_values), held)
 
 
 class GrowingCache(DynamicCache):
