@@ -15,7 +15,7 @@ from clearhead.core.streams import Streams
 from clearhead.engines.eager import Eager
 from clearhead.functional import attention, differential_attention
 from clearhead.kernels import ops
-from clearhead.kernels.cpu import library
+from clearhead.kernels.cpu import direct, library
 from clearhead.kernels.cpu.kernel import Cpu
 from tests.contracts.model_cases import LAYERS, make_model, tokens
 from tests.contracts.support import distance
@@ -262,13 +262,20 @@ def test_what_the_gradient_needs_is_kept_only_for_a_gradient(
     outputs = ops.outputs
     monkeypatch.setattr(ops, "outputs", lambda inputs, keep: asked.append(keep) or outputs(inputs, keep))
     made, unwritten = 0, ops.unwritten
+    called, forward = 0, direct.forward
 
     def counted(*arguments: Tensor) -> Tensor:
         nonlocal made
         made += 1
         return unwritten(*arguments)
 
+    def direct_call(*arguments: Any) -> Tensor:
+        nonlocal called
+        called += 1
+        return forward(*arguments)
+
     monkeypatch.setattr(ops, "unwritten", counted)
+    monkeypatch.setattr(direct, "forward", direct_call)
     differential_attention(q, k, v, gate, backend="cpu")
     gate.requires_grad_()
     with torch.no_grad():
@@ -276,9 +283,9 @@ def test_what_the_gradient_needs_is_kept_only_for_a_gradient(
     with torch.inference_mode():
         differential_attention(q, k, v, gate, backend="cpu")
     differential_attention(q, k, v, gate, backend="cpu")
-    # Without a gradient no operator is called, and nothing beyond the output is made.
+    # Without a gradient no operator is called, so nothing is kept for one.
     assert asked == [True]
-    assert made == 4
+    assert (made, called) == (1, 3)
     with pytest.raises(RuntimeError, match="keep=True"):
         torch.ops.clearhead.fused_attention(*inputs, False)
 

@@ -3,6 +3,7 @@
 import gc
 import re
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clearhead.functional import attention, differential_attention
 from clearhead.kernels import ops
+from clearhead.kernels.cpu import direct
 from clearhead.kernels.cpu.kernel import Cpu
 from clearhead.models import ClearheadForCausalLM
 from tests.contracts.model_cases import VARIANTS, left_padded, make_model, tokens
@@ -129,13 +131,16 @@ class Counted:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.runs = 0
         monkeypatch.setattr(Cpu, "preferred", lambda self, problem: True)
-        original = ops.unwritten
+        # The operator makes its output by the one, a call without a gradient is the other.
+        for module, name in ((ops, "unwritten"), (direct, "forward")):
+            monkeypatch.setattr(module, name, self.counting(getattr(module, name)))
 
-        def unwritten(*arguments: Any) -> Any:
+    def counting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any) -> Any:
             self.runs += 1
-            return original(*arguments)
+            return function(*arguments)
 
-        monkeypatch.setattr(ops, "unwritten", unwritten)
+        return counted
 
 
 def on(name: str, implementation: str, **changes: Any) -> ClearheadForCausalLM:

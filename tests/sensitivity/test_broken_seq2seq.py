@@ -57,9 +57,10 @@ def lambda_of_the_source(patch: Patch, model: Any) -> None:
             project: Any = project,
             variant: Any = variant,
             gate: Any = gate,
+            **options: Any,
         ) -> Any:
             patch.setattr(variant, "gate", lambda _: gate(context[:, : x.shape[1]]))
-            return project(x, context, *rest)
+            return project(x, context, *rest, **options)
 
         patch.setattr(attention, "project", broken)
 

@@ -121,11 +121,13 @@ def test_a_worker_ends_in_order_when_the_disk_takes_not_even_its_status(
 
 
 @pytest.fixture(autouse=True)
-def _ctrl_c_is_heard() -> Iterator[None]:
-    """A shell starts what it puts into the background with Ctrl-C ignored, and Python leaves it so."""
+def _signals_are_heard() -> Iterator[None]:
+    """A shell starts background jobs without Ctrl-C, nohup without a hangup, and Python leaves it so."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGHUP, hangup)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
