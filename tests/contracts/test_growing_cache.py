@@ -170,3 +170,39 @@ def test_the_decoder_of_an_encoder_decoder_grows_in_place() -> None:
     ids = torch.tensor([[3, 4, 5]])
     found = model.generate(ids, max_new_tokens=5, return_dict_in_generate=True)
     assert type(found.past_key_values.self_attention_cache.layers[0]) is GrowingLayer
+
+
+@torch.no_grad()
+def test_a_cache_under_vmap_and_dual_numbers_holds_what_hugging_face_s_does() -> None:
+    """Several tokens cannot be written into one room, nor derivatives into one without."""
+    own, plain = layers()
+    own.update(*tokens(1, 2))
+    plain.update(*tokens(1, 2))
+    keys, values = tokens(1, 3)
+    several = torch.stack((keys, 2 * keys, -keys)), torch.stack((values, -values, values))
+
+    def with_token(layer: Any) -> Any:
+        return lambda k, v: copy.deepcopy(layer).update(k, v)
+
+    for found, expected in zip(
+        torch.vmap(with_token(own))(*several), torch.vmap(with_token(plain))(*several), strict=True
+    ):
+        assert torch.equal(found, expected)
+    given = (keys, values), (torch.ones_like(keys), torch.ones_like(values))
+    found, slopes = torch.func.jvp(with_token(own), *given)
+    expected, true = torch.func.jvp(with_token(plain), *given)
+    assert all(torch.equal(a, b) for a, b in zip((*found, *slopes), (*expected, *true), strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_copies_as_hugging_face_s_does() -> None:
+    def three(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        layer = GrowingLayer()
+        for _ in range(3):
+            found = layer.update(k, v)
+        return found
+
+    traced = torch.jit.trace(three, tokens(2, 0))
+    for found, expected in zip(traced(*tokens(90, 1)), three(*tokens(90, 1)), strict=True):
+        assert torch.equal(found, expected)

@@ -27,6 +27,11 @@ def check_whole(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, not {value}")
 
 
+def closed_gate(logit: Tensor) -> Tensor:
+    """σ(logit), taken in float32 (float64 in float64)."""
+    return (logit if logit.dtype == torch.float64 else logit.float()).sigmoid()
+
+
 @dataclass(frozen=True, slots=True)
 class HeadShape:
     """Sizes of one attention layer, counted as its Transformer twin counts them.
@@ -170,8 +175,7 @@ class Streams:
         """The same with the gate itself, taken in float32 (float64 in float64)."""
         if self.gate_logit is None:
             return self
-        wide = torch.promote_types(torch.float32, self.gate_logit.dtype)
-        return replace(self, gate=self.gate_logit.to(wide).sigmoid(), gate_logit=None)
+        return replace(self, gate=closed_gate(self.gate_logit), gate_logit=None)
 
     def expanded(self) -> "Streams":
         """The same with keys of full width and no table."""

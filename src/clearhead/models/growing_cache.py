@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.configuration_utils import PreTrainedConfig
 
+from clearhead.core.modes import active_modes
 from clearhead.models.kinds import CacheSizes
 
 # Tokens of room beyond those held when room is made: an eighth of them, and at least so many.
@@ -77,8 +78,16 @@ class GrowingLayer(DynamicLayer):
 
     def _in_place(self, *new: Tensor) -> bool:
         """Whether tokens may be written behind those held: the first of all are not, as no more may ever follow."""
-        # Gradients need keys and values as they were, and subclasses of tensors have ways of their own.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.get_seq_length() == 0:
+        # Derivatives need keys and values as they were, vmap cannot write several into one, a trace would keep what was
+        # decided for its example, and subclasses of tensors have ways of their own.
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or active_modes()
+        ):
+            return False
+        if self.get_seq_length() == 0:
             return False
         return all(type(x) is Tensor for x in (*new, self.keys, self.values))
 

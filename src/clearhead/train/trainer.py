@@ -61,7 +61,6 @@ from clearhead.train.sharded import (
 )
 from clearhead.train.spread import rows_of_device, spread
 from clearhead.train.trainable import TrainedPart, choose_part
-from clearhead.train.walks import fewer_walks
 from clearhead.variants.schedule import begins
 
 KEEP_CHECKPOINTS = 2
@@ -130,7 +129,7 @@ def train_job(job: Job, job_dir: Path) -> None:
     if job.train.probe_every:
         trainer.add_callback(Probe(journal, make_probe(task, job, data, model), job.train))
     # Whatever has no better name for what it could not write, TensorBoard's events say.
-    with writing(job_dir), fewer_walks(model):
+    with writing(job_dir):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     whole = gathered(model) if is_sharded(model) else model
     if journal is not None:
@@ -204,7 +203,6 @@ class ComparisonTrainer(Trainer):
         self._loss = torch.zeros(2)
         self._text = torch.zeros(2, dtype=torch.float64)
         self._logged = (0, 0.0)
-        self._clipped: list[nn.Parameter] = []
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> SequentialSampler:
         return SequentialSampler(self.rows)
@@ -284,13 +282,6 @@ class ComparisonTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: Trainer would walk over all parameters in every step for it, and cost.json has it."""
         return 0
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        if is_sharded(self.accelerator.unwrap_model(self.model)):
-            return super()._clip_grad_norm(model)
-        # Trainer walks over all modules for them.
-        self._clipped = self._clipped or list(model.parameters())
-        return self.accelerator.clip_grad_norm_(self._clipped, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         found = super()._get_grad_norm(model, grad_norm=grad_norm)

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from clearhead.core.streams import HeadShape, Widths, split_heads, twin_widths
+from clearhead.core.streams import HeadShape, Widths, closed_gate, split_heads, twin_widths
 from clearhead.variants.base import Variant
 from clearhead.variants.differential import every_second
 
@@ -53,8 +52,7 @@ class DifferentialV2(Variant):
         return split_heads(q, self.sizes.heads).chunk(2, dim=-1)
 
     def gate(self, x: Tensor | None) -> Tensor:
-        raw = self.gate_logit(x)
-        return (raw if raw.dtype == torch.float64 else raw.float()).sigmoid()
+        return closed_gate(self.gate_logit(x))
 
     def gate_logit(self, x: Tensor | None) -> Tensor:
         # (B, L, H) -> (B, H, L, 1)
