@@ -83,7 +83,7 @@ class GrowingLayer(DynamicLayer):
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
+            or torch._C._is_tracing()
             or active_modes()
         ):
             return False
